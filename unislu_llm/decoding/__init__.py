@@ -1,0 +1,1 @@
+"""From speech to unified text, for both decoders."""

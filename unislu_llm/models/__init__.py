@@ -1,0 +1,1 @@
+"""Encoders, projectors and the two decoders."""

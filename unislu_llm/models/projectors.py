@@ -1,0 +1,236 @@
+"""Projectors: encoder frames to speech embeddings in the LLM's space, `(batch, T_enc, D) -> (batch, T_sp, H)`.
+
+All stand behind one registry (:func:`build_projector`), say how long their output is (:meth:`Projector.output_length`), give
+every clip the same result whatever it is batched with, and end in a norm whose scale starts at the RMS of the LLM's
+embeddings: a projector that starts ten times too loud or too quiet costs thousands of steps.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from unislu_llm.errors import UserError
+from unislu_llm.models.encoder import valid_mask
+
+Length = TypeVar("Length", int, Tensor)
+
+
+class OutputNorm(nn.Module):
+    """RMS norm to a fixed scale, times a gain that starts at one.
+
+    Args:
+        dim: size of an embedding. scale: RMS of the output at the start.
+    """
+
+    def __init__(self, dim: int, scale: float) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(dim))
+        self.scale = scale
+
+    def forward(self, x: Tensor) -> Tensor:
+        """`(..., dim)` to `(..., dim)`."""
+        return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6) * (self.gain * self.scale)
+
+
+class Projector(nn.Module):
+    """Base of all projectors.
+
+    Args:
+        in_dim: size of an encoder frame, D.
+        out_dim: size of an LLM embedding, H.
+        scale: RMS at which the output starts.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, scale: float) -> None:
+        super().__init__()
+        self.in_dim, self.out_dim = in_dim, out_dim
+        self.norm = OutputNorm(out_dim, scale)
+
+    def output_length(self, frames: Length) -> Length:
+        """Speech tokens that `frames` encoder frames (50 Hz) become; ints or integer tensors."""
+        raise NotImplementedError
+
+    def project(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        """Un-normalised embeddings, `(batch, T_enc, D) -> (batch, T_sp, H)`; `frames` are zero beyond `lengths`."""
+        raise NotImplementedError
+
+    def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+        """Speech embeddings and their lengths.
+
+        Args:
+            frames: `(batch, T_enc, D)` at 50 Hz. lengths: `(batch,)` valid frames.
+
+        Returns:
+            `(batch, T_sp, H)`, zero beyond the lengths, and lengths `(batch,)`.
+        """
+        frames = frames.masked_fill(~valid_mask(lengths, frames.shape[1])[:, :, None], 0.0)
+        speech = self.norm(self.project(frames, lengths))
+        out = self.output_length(lengths)
+        return speech.masked_fill(~valid_mask(out, speech.shape[1])[:, :, None], 0.0), out
+
+
+def _ceil_div(n: Length, k: int) -> Length:
+    return cast(Length, (n + k - 1) // k)
+
+
+def _stack(frames: Tensor, k: int) -> Tensor:
+    """Concatenate k neighbours: `(batch, T, D) -> (batch, ceil(T / k), k D)`, zeros at the end."""
+    batch, length, dim = frames.shape
+    frames = F.pad(frames, (0, 0, 0, -length % k))
+    return frames.reshape(batch, -1, k * dim)
+
+
+class LinearProjector(Projector):
+    """Concatenate `stack` frames and map them linearly (SLAM-ASR's simplest, arXiv 2402.08846).
+
+    Args:
+        stack: frames a speech token; 5 gives 10 Hz.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, scale: float, stack: int = 5) -> None:
+        super().__init__(in_dim, out_dim, scale)
+        self.stack = stack
+        self.proj = nn.Linear(stack * in_dim, out_dim)
+
+    def output_length(self, frames: Length) -> Length:
+        return _ceil_div(frames, self.stack)
+
+    def project(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        return self.proj(_stack(frames, self.stack))
+
+
+class MLPProjector(Projector):
+    """Stack, RMS norm, SwiGLU (ultravox's recipe).
+
+    Args:
+        stack: frames a speech token. hidden: width of the SwiGLU layer; 0 means twice the LLM's.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, scale: float, stack: int = 5, hidden: int = 0) -> None:
+        super().__init__(in_dim, out_dim, scale)
+        hidden = hidden or 2 * out_dim
+        self.stack = stack
+        self.norm_in = nn.RMSNorm(stack * in_dim, eps=1e-6)
+        self.up = nn.Linear(stack * in_dim, 2 * hidden, bias=False)
+        self.down = nn.Linear(hidden, out_dim, bias=False)
+
+    def output_length(self, frames: Length) -> Length:
+        return _ceil_div(frames, self.stack)
+
+    def project(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        gate, value = self.up(self.norm_in(_stack(frames, self.stack))).chunk(2, dim=-1)
+        return self.down(F.silu(gate) * value)
+
+
+class ConvProjector(Projector):
+    """Strided convolutions, padding zeroed before each, then a linear map.
+
+    Args:
+        strides: stride of each layer, of kernel 2 * stride - 1; (5,) or (2, 2) and so on.
+        hidden: channels; 0 means the LLM's size.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, scale: float, strides: tuple[int, ...] = (5,), hidden: int = 0) -> None:
+        super().__init__(in_dim, out_dim, scale)
+        hidden = hidden or out_dim
+        dims = [in_dim] + [hidden] * len(strides)
+        self.strides = tuple(strides)
+        self.norm_in = nn.LayerNorm(in_dim)
+        self.layers = nn.ModuleList(
+            nn.Conv1d(a, b, kernel_size=2 * s - 1, stride=s, padding=s - 1)
+            for a, b, s in zip(dims, dims[1:], self.strides, strict=False))
+        self.proj = nn.Linear(hidden, out_dim)
+
+    def output_length(self, frames: Length) -> Length:
+        for stride in self.strides:
+            frames = _ceil_div(frames, stride)
+        return frames
+
+    def project(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        x = self.norm_in(frames).transpose(1, 2)
+        for layer, stride in zip(self.layers, self.strides, strict=True):
+            x = F.gelu(layer(x.masked_fill(~valid_mask(lengths, x.shape[-1])[:, None, :], 0.0)))
+            lengths = _ceil_div(lengths, stride)
+        return self.proj(x.transpose(1, 2))
+
+
+class QFormerProjector(Projector):
+    """Windowed Q-Former (SALMONN, arXiv 2310.13289): learned queries attend to one window of frames at a time.
+
+    Args:
+        window: frames a window; 15 is 0.3 s. queries: speech tokens a window.
+        layers, heads, hidden: of the query transformer; hidden 0 means the encoder's size.
+    """
+
+    def __init__(self, in_dim: int, out_dim: int, scale: float, window: int = 15, queries: int = 3,
+                 layers: int = 2, heads: int = 8, hidden: int = 0) -> None:
+        super().__init__(in_dim, out_dim, scale)
+        hidden = hidden or in_dim
+        if hidden % heads:
+            raise UserError(f"qformer: hidden={hidden} must be a multiple of heads={heads}")
+        self.window, self.n_queries = window, queries
+        self.norm_in = nn.LayerNorm(in_dim)
+        self.proj_in = nn.Linear(in_dim, hidden)
+        self.positions = nn.Parameter(torch.randn(window, hidden) * 0.02)
+        self.queries = nn.Parameter(torch.randn(queries, hidden) * 0.02)
+        layer = nn.TransformerDecoderLayer(hidden, heads, 4 * hidden, dropout=0.0, activation="gelu",
+                                           batch_first=True, norm_first=True)
+        self.decoder = nn.TransformerDecoder(layer, layers)
+        self.proj = nn.Linear(hidden, out_dim)
+
+    def output_length(self, frames: Length) -> Length:
+        return cast(Length, _ceil_div(frames, self.window) * self.n_queries)
+
+    def project(self, frames: Tensor, lengths: Tensor) -> Tensor:
+        batch, length, _ = frames.shape
+        n_windows = _ceil_div(length, self.window)
+        pad = n_windows * self.window - length
+        x = F.pad(self.proj_in(self.norm_in(frames)), (0, 0, 0, pad))
+        x = x.reshape(batch * n_windows, self.window, -1) + self.positions
+        blank = ~valid_mask(lengths, n_windows * self.window).reshape(batch * n_windows, self.window)
+        blank = blank & ~blank.all(-1, keepdim=True)  # a window of padding attends to itself: no NaN, result unused
+        bias = torch.zeros(blank.shape, dtype=x.dtype, device=x.device).masked_fill(blank, float("-inf"))
+        queries = self.queries.to(x.dtype).expand(batch * n_windows, -1, -1)
+        out = self.decoder(queries, x, memory_key_padding_mask=bias)
+        return self.proj(out).reshape(batch, n_windows * self.n_queries, -1)
+
+
+PROJECTORS: dict[str, Callable[..., Projector]] = {
+    "linear": LinearProjector,
+    "mlp": MLPProjector,
+    "conv": ConvProjector,
+    "qformer": QFormerProjector,
+}
+
+
+def build_projector(name: str, in_dim: int, out_dim: int, scale: float,
+                    options: Mapping[str, Any] | None = None) -> Projector:
+    """Build a registered projector.
+
+    Args:
+        name: key of :data:`PROJECTORS`. in_dim: D. out_dim: H. scale: RMS of the LLM's embeddings.
+        options: keyword arguments of the projector's class beyond these.
+
+    Raises:
+        UserError: unknown name or option; the message names the nearest known one.
+    """
+    if name not in PROJECTORS:
+        raise UserError(f"unknown projector '{name}'; known: {', '.join(PROJECTORS)}{_hint(name, list(PROJECTORS))}")
+    build = PROJECTORS[name]
+    known = [p for p in inspect.signature(build).parameters if p not in ("in_dim", "out_dim", "scale")]
+    for key in options or {}:
+        if key not in known:
+            raise UserError(f"projector '{name}' has no option '{key}'; known: {', '.join(known)}{_hint(key, known)}")
+    return build(in_dim, out_dim, scale, **(options or {}))
+
+
+def _hint(name: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(name, known, n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""

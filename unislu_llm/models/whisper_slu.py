@@ -1,0 +1,158 @@
+"""The baseline: Whisper's own decoder on the unified format, with the same markers, loss, data, loop and decoding."""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, WhisperForConditionalGeneration
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput
+
+from unislu_llm.data.targets import TextCodec
+from unislu_llm.errors import UserError
+from unislu_llm.loss import NO_PART
+from unislu_llm.models import weights
+from unislu_llm.models.base import SLUConfig, SLUModel, check_hash
+from unislu_llm.models.encoder import SpeechEncoder, attention_bias
+from unislu_llm.models.head import token_losses
+from unislu_llm.models.lora import inject_lora
+from unislu_llm.models.markers import install_markers
+
+
+class WhisperSLUConfig(SLUConfig):
+    """Configuration of :class:`WhisperSLU`, beyond :class:`SLUConfig`.
+
+    Args:
+        language: Whisper language code of the prompt, e.g. `en`.
+        decoder_mode: full (all decoder weights train, as in the paper), lora, or frozen (markers alone).
+        lora: options of the decoder's adapters, with `lora`.
+    """
+
+    model_type = "whisper_slu"
+
+    def __init__(self, language: str = "en", decoder_mode: str = "full", lora: dict[str, Any] | None = None,
+                 **kwargs: Any) -> None:
+        self.language = language
+        self.decoder_mode = decoder_mode
+        self.lora = lora
+        super().__init__(**{"encoder_mode": "full"} | kwargs)
+
+
+class WhisperSLU(SLUModel):
+    """Whisper that emits the unified format.
+
+    Args:
+        config: see :class:`WhisperSLUConfig`.
+        whisper: the whole model; markers (and adapters) are put into it here.
+        tokenizer: Whisper's; the markers are added to it.
+    """
+
+    config_class = WhisperSLUConfig
+    kind = "whisper_slu"
+
+    def __init__(self, config: WhisperSLUConfig, whisper: WhisperForConditionalGeneration,
+                 tokenizer: PreTrainedTokenizerBase) -> None:
+        super().__init__(config)
+        self.codec = TextCodec(tokenizer, config.registry, eos_id=int(whisper.config.eos_token_id))  # type: ignore[arg-type]
+        self.n_mels = int(whisper.config.num_mel_bins)
+        self.whisper = whisper
+        whisper.requires_grad_(config.decoder_mode == "full")
+        encoder = SpeechEncoder(whisper.model.encoder, config.encoder_mode, top_layers=config.encoder_top_layers,  # type: ignore[arg-type]
+                                lora=config.lora_options("encoder_lora"), pad_to_30s=config.pad_to_30s)
+        if config.decoder_mode == "lora":
+            options = config.lora_options("lora")
+            if options is None:
+                raise UserError("decoder_mode 'lora' needs `lora` options")
+            inject_lora(whisper.model.decoder, options, "Whisper decoder")
+        elif config.decoder_mode not in ("full", "frozen"):
+            raise UserError(f"unknown decoder_mode '{config.decoder_mode}'; known: full, lora, frozen")
+        install_markers(whisper, self.codec)
+        # The encoder lives inside `whisper`; the wrapper adds behaviour, no weights, so it is kept out of the module tree.
+        self._encoder = [encoder]
+        self._cross_bias: Tensor | None = None
+        for layer in whisper.model.decoder.layers:
+            layer.encoder_attn.register_forward_pre_hook(self._mask_cross_attention, with_kwargs=True)
+        self.prompt = _prompt(whisper, tokenizer, config.language)
+
+    @classmethod
+    def build(cls, config: WhisperSLUConfig, dtype: torch.dtype = torch.float32) -> Self:
+        found = weights.resolve(config.encoder, revision=config.encoder_revision)
+        digest = weights.weights_hash(found.path)
+        check_hash("Whisper", config.encoder, config.encoder_hash, digest)
+        config.encoder_hash = digest
+        whisper = WhisperForConditionalGeneration.from_pretrained(found.path, dtype=torch.float32, attn_implementation="sdpa")
+        return cls(config, whisper, AutoTokenizer.from_pretrained(found.path))
+
+    @property
+    def encoder(self) -> SpeechEncoder:
+        return self._encoder[0]
+
+    def train(self, mode: bool = True) -> WhisperSLU:
+        super().train(mode)
+        self.encoder.train(mode)
+        return self
+
+    def parameter_group(self, name: str) -> str:
+        if name.endswith(".rows"):
+            return "markers"
+        if name.startswith("whisper.model.encoder."):
+            return "encoder"
+        return "lora" if ".lora_" in name else "decoder"
+
+    def _mask_cross_attention(self, module: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+        """transformers' Whisper attends to all encoder frames, padding included; natural lengths need a mask."""
+        bias = self._cross_bias
+        if bias is not None:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if hidden.shape[0] != bias.shape[0]:  # beams
+                bias = bias.repeat_interleave(hidden.shape[0] // bias.shape[0], dim=0)
+            kwargs["attention_mask"] = bias.to(hidden.dtype)
+        return args, kwargs
+
+    def _encode(self, mel: Tensor, mel_lengths: Tensor) -> Tensor:
+        """Frames `(batch, T_enc, D)`; sets the mask of the cross-attention that follows."""
+        frames, lengths = self.encoder(mel, mel_lengths)
+        self._cross_bias = None if self.config.pad_to_30s else attention_bias(lengths, frames.shape[1], torch.float32)
+        return frames
+
+    def forward(self, mel: Tensor, mel_lengths: Tensor, target_ids: Tensor, target_parts: Tensor) -> Tensor:
+        frames = self._encode(mel, mel_lengths)
+        n = len(self.prompt)
+        prompt = torch.tensor(self.prompt, device=target_ids.device).expand(len(target_ids), -1)
+        inputs = torch.cat([prompt, target_ids[:, :-1]], dim=1)
+        limit = int(self.whisper.config.max_target_positions)
+        if inputs.shape[1] > limit:
+            raise UserError(f"a target of {target_ids.shape[1]} tokens does not fit Whisper's {limit} positions; shorten the utterance")
+        hidden = self.whisper.model.decoder(input_ids=inputs, encoder_hidden_states=frames, use_cache=False).last_hidden_state
+        supervised = target_parts != NO_PART
+        losses = token_losses(self.whisper, hidden[:, n - 1:][supervised], target_ids[supervised])
+        return losses.new_zeros(target_ids.shape).masked_scatter(supervised, losses)
+
+    @torch.inference_mode()
+    def generate(self, mel: Tensor, mel_lengths: Tensor, forced: list[int] | None = None, **options: Any) -> Tensor:  # type: ignore[override]
+        frames = self._encode(mel, mel_lengths)
+        start = torch.tensor([*self.prompt, *(forced or [])], device=frames.device).expand(len(frames), -1)
+        room = int(self.whisper.config.max_target_positions) - start.shape[1]
+        settings = {"do_sample": False, "pad_token_id": self.codec.pad_id, "eos_token_id": self.codec.eos_id,
+                    "max_new_tokens": room} | options
+        settings["max_new_tokens"] = min(int(settings["max_new_tokens"]), room)
+        # Whisper's own generate adds 30-s windows, timestamps and language detection; the generic one is what is meant.
+        out = GenerationMixin.generate(self.whisper, encoder_outputs=BaseModelOutput(last_hidden_state=frames),
+                                       decoder_input_ids=start, **settings)
+        return out[:, start.shape[1]:]
+
+
+def _prompt(whisper: Any, tokenizer: PreTrainedTokenizerBase, language: str) -> list[int]:
+    """Start-of-transcript ids: `<|startoftranscript|><|en|><|transcribe|><|notimestamps|>` where the vocabulary has them."""
+    start = [int(whisper.config.decoder_start_token_id)]
+    vocabulary = tokenizer.get_vocab()
+    if "<|notimestamps|>" not in vocabulary:
+        return start
+    if f"<|{language}|>" not in vocabulary and "<|transcribe|>" in vocabulary:
+        raise UserError(f"language '{language}' is not one of Whisper's; use a code such as en, de, fr")
+    names = [f"<|{language}|>", "<|transcribe|>", "<|notimestamps|>"]
+    if not getattr(whisper.generation_config, "is_multilingual", True):  # English-only checkpoints have no such prompt
+        names = ["<|notimestamps|>"]
+    return start + [vocabulary[name] for name in names]

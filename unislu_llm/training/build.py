@@ -1,0 +1,84 @@
+"""From a run's configuration to its parts: task registry, samples, model."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import torch
+
+from unislu_llm.data.manifest import read_manifest
+from unislu_llm.data.targets import Sample, make_samples
+from unislu_llm.errors import UserError
+from unislu_llm.models.base import SLUModel
+from unislu_llm.models.speech_llm import SpeechLLM, SpeechLLMConfig
+from unislu_llm.models.whisper_slu import WhisperSLU, WhisperSLUConfig
+from unislu_llm.tasks import TaskRegistry
+from unislu_llm.training.config import Config, ModelConfig
+
+KINDS = ("speech_llm", "whisper_slu")
+
+
+def build_registry(config: Config) -> TaskRegistry:
+    """The tasks that the run's `data.tasks` file names; by default entities and sentiment."""
+    return TaskRegistry.from_yaml(config.data.tasks) if config.data.tasks else TaskRegistry()
+
+
+def load_samples(manifests: list[str], registry: TaskRegistry, limit: int = 0, flag: str = "data.train") -> list[Sample]:
+    """Samples of some manifests.
+
+    Args:
+        manifests: paths. registry: tasks. limit: at most this many samples of each manifest, evenly spread; 0 takes all.
+        flag: config key they come from, for messages.
+
+    Raises:
+        UserError: no manifest is named, or one has problems.
+    """
+    if not manifests:
+        raise UserError(f"{flag} names no manifest; list JSON-lines files in the config or give --{flag} FILE...")
+    samples: list[Sample] = []
+    for path in manifests:
+        found = make_samples(read_manifest(path, registry, check_audio=True), registry)
+        step = len(found) / limit if limit and len(found) > limit else 1.0
+        samples += [found[int(i * step)] for i in range(int(len(found) / step))]
+    return samples
+
+
+def model_config(kind: str, m: ModelConfig, registry: TaskRegistry) -> SpeechLLMConfig | WhisperSLUConfig:
+    """Configuration of the model that a run's `model` section describes."""
+    shared: dict[str, Any] = {
+        "encoder": m.encoder, "encoder_mode": m.encoder_mode, "encoder_top_layers": m.encoder_top_layers,
+        "encoder_lora": dataclasses.asdict(m.encoder_lora) if m.encoder_mode == "lora" else None,
+        "pad_to_30s": m.pad_to_30s, "tasks": registry.to_dict()}
+    lora = dataclasses.asdict(m.lora)
+    if kind == "speech_llm":
+        return SpeechLLMConfig(llm=m.llm, projector=m.projector, projector_options=m.projector_options,
+                               lora=lora if m.lora.rank else None, prompt_prefix=m.prompt_prefix,
+                               prompt_suffix=m.prompt_suffix, quantization=m.quantization, **shared)
+    if kind == "whisper_slu":
+        return WhisperSLUConfig(language=m.language, decoder_mode=m.decoder_mode,
+                                lora=lora if m.decoder_mode == "lora" else None, **shared)
+    raise ValueError(f"kind must be one of {KINDS}, found {kind!r}")
+
+
+def build_model(kind: str, config: Config, registry: TaskRegistry) -> SLUModel:
+    """The untrained model of a run; frozen weights in bf16 when the run computes in bf16.
+
+    Raises:
+        UserError: a checkpoint that cannot be had, an unknown projector, a LoRA target that matches nothing.
+    """
+    if config.train.precision == "fp16":
+        raise UserError("train.precision fp16: activations of Whisper and of most LLMs overflow fp16 and training ends in "
+                        "NaN; use bf16 (same speed on current GPUs) or fp32")
+    torch.manual_seed(config.train.seed)
+    dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+    settings = model_config(kind, config.model, registry)
+    model: SLUModel = (SpeechLLM.build(settings, dtype) if isinstance(settings, SpeechLLMConfig)
+                       else WhisperSLU.build(settings, dtype))
+    for parameter in model.parameters():  # what trains, trains in fp32
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    if config.train.gradient_checkpointing:
+        decoder: Any = model.llm if isinstance(model, SpeechLLM) else model.whisper  # type: ignore[attr-defined]
+        decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model

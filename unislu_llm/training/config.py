@@ -1,0 +1,284 @@
+"""Configuration of a run: dataclasses, filled from YAML and from flags.
+
+Later wins: defaults, the adapter preset of the LLM (`adapters/*.yaml`), the config file (`--config`), flags. An unknown key is an
+error that names the nearest known one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import difflib
+import json
+import sys
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tyro
+import yaml
+
+from unislu_llm.errors import UserError
+from unislu_llm.loss import LossMode
+from unislu_llm.models.lora import LoraOptions
+
+Options = Annotated[dict[str, Any], tyro.conf.arg(constructor=json.loads, metavar="JSON")]
+
+
+def _encoder_lora() -> LoraOptions:
+    return LoraOptions(rank=8, alpha=16, target_modules=["q_proj", "v_proj"])
+
+
+@dataclass
+class ModelConfig:
+    """Which parts are put together, and which of them train."""
+
+    encoder: Annotated[str, tyro.conf.arg(aliases=["--encoder"])] = "openai/whisper-base"
+    """Whisper checkpoint, any size: a folder or a name."""
+    encoder_mode: Literal["frozen", "lora", "top", "full"] = "frozen"
+    """What trains in the encoder."""
+    encoder_top_layers: int = 2
+    """With encoder_mode top: how many of the last layers train."""
+    encoder_lora: LoraOptions = field(default_factory=_encoder_lora)
+    """With encoder_mode lora."""
+    pad_to_30s: bool = False
+    """Pad every clip to 30 s, as Whisper was trained; costs about 3 times the encoder frames."""
+    llm: Annotated[str, tyro.conf.arg(aliases=["--llm"])] = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """Causal LM, any of transformers: a folder or a name."""
+    projector: Annotated[str, tyro.conf.arg(aliases=["--projector"])] = "mlp"
+    """linear, mlp, conv or qformer."""
+    projector_options: Options = field(default_factory=dict)
+    """Keyword arguments of the projector, e.g. {"stack": 4}."""
+    lora: LoraOptions = field(default_factory=LoraOptions)
+    """Adapters of the LLM (or, with decoder_mode lora, of Whisper's decoder); rank 0 trains none."""
+    prompt_prefix: str = ""
+    """Text before the speech; special tokens may be written out."""
+    prompt_suffix: str = ""
+    """Text between the speech and the answer."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Frozen LLM weights in 8 or 4 bits (bitsandbytes)."""
+    language: str = "en"
+    """Whisper decoder only: language code of its prompt."""
+    decoder_mode: Literal["full", "lora", "frozen"] = "full"
+    """Whisper decoder only: what trains in it."""
+
+
+@dataclass
+class DataConfig:
+    """Manifests and how they are read. Paths are relative to the config file that names them."""
+
+    train: list[str] = field(default_factory=list)
+    """Training manifests (JSON lines)."""
+    dev: list[str] = field(default_factory=list)
+    """Manifests scored before, during and after training."""
+    tasks: str | None = None
+    """YAML list of tasks; default: named entities and sentiment."""
+    max_seconds: float = 30.0
+    """Longer clips are refused."""
+    dev_limit: int = 0
+    """Score at most this many samples of each dev manifest during training; 0 means all."""
+    num_workers: int = 0
+    """Loader processes; 0 loads in the training process."""
+
+
+@dataclass
+class LearningRates:
+    """Peak learning rate of each parameter group."""
+
+    projector: float = 1e-3
+    lora: float = 3e-4
+    markers: float = 1e-3
+    encoder: float = 1e-5
+    decoder: float = 1e-5
+
+
+@dataclass
+class TrainConfig:
+    """Optimisation."""
+
+    loss: LossMode = "dynamic"
+    """dynamic (the paper's), fixed or uniform."""
+    epochs: int = 10
+    """Passes over the training samples."""
+    max_steps: int = 0
+    """Stop after this many steps; 0 means by epochs alone."""
+    batch_size: int = 16
+    """Samples of a global batch, over all processes and accumulation steps."""
+    micro_batch_size: int = 16
+    """Samples a process takes at one time; the rest is accumulated."""
+    lr: LearningRates = field(default_factory=LearningRates)
+    """Peak learning rates."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """After the warm-up; cosine and linear end at zero."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.0
+    """AdamW weight decay, not on norms and biases."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping; 0 switches it off."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """fp16 is refused: Whisper and LLM activations overflow it."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    seed: int = 1
+    """Of data order, initial weights and dropout."""
+    bucket: int = 16
+    """Batches within whose pool samples are sorted by length."""
+    eval_every: int = 0
+    """Steps between validations by generation; 0 validates at the start and at the end of training."""
+    eval_start: bool = True
+    """Validate before the first step."""
+    log_every: int = 1
+    """Steps between log lines."""
+    save_every: int = 0
+    """Steps between resumable checkpoints; 0 saves at each validation."""
+    trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
+    """Accelerate trackers, e.g. tensorboard wandb; metrics.jsonl is always written."""
+
+
+@dataclass
+class DecodeConfig:
+    """Validation by generation."""
+
+    batch_size: int = 16
+    """Utterances decoded at one time."""
+    max_new_tokens: int = 256
+    """Upper bound for any answer."""
+    tokens_per_second: float = 12.0
+    """Bound by audio length: this many new tokens a second of audio..."""
+    extra_tokens: int = 24
+    """...plus this many."""
+    force_task: bool = False
+    """Force the control token of the task that is scored; the paper's models choose it themselves."""
+
+
+@dataclass
+class Config:
+    """One training run."""
+
+    output: str = ""
+    """Run folder, never overwritten; default: runs/<recipe>-<date-time>."""
+    resume: bool = False
+    """Go on with the run in `output` from its last checkpoint."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    decode: DecodeConfig = field(default_factory=DecodeConfig)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, as YAML writes it."""
+        return dataclasses.asdict(self)
+
+
+def apply(target: Any, values: Mapping[str, Any], where: str) -> None:
+    """Lay plain values over a dataclass in place, checking names and types.
+
+    Raises:
+        UserError: unknown key (the nearest known one is named) or a value of the wrong type; `where` names the file.
+    """
+    hints = typing.get_type_hints(type(target), include_extras=False)
+    for key, value in values.items():
+        if key not in hints:
+            near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
+            hint = f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(hints)}"
+            raise UserError(f"{where}: unknown key '{key}'{hint}")
+        if dataclasses.is_dataclass(getattr(target, key)):
+            if not isinstance(value, Mapping):
+                raise UserError(f"{where}.{key}: expected a mapping, found {value!r}")
+            apply(getattr(target, key), value, f"{where}.{key}")
+        else:
+            setattr(target, key, _checked(value, hints[key], f"{where}.{key}"))
+
+
+def _checked(value: Any, hint: Any, where: str) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}")
+        return value
+    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:  # YAML reads 1e-4 as a string
+            return float(value)
+        except ValueError:
+            pass
+    expected = tuple(typing.get_origin(a) or a for a in args) if origin and origin not in (list, dict) else (origin or hint,)
+    if not isinstance(value, expected) or (isinstance(value, bool) and bool not in expected):
+        raise UserError(f"{where}: expected {getattr(hint, '__name__', hint)}, found {value!r}")
+    return value
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML mapping.
+
+    Raises:
+        UserError: missing file, bad YAML (with its line), or not a mapping.
+    """
+    if not path.is_file():
+        raise UserError(f"config file {path} does not exist")
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: expected a mapping at the top")
+    return values
+
+
+def find_preset(llm: str, folder: Path) -> Path | None:
+    """The file of `folder/*.yaml` whose `llm` is this one; None when there is no preset."""
+    return next((p for p in sorted(folder.glob("*.yaml")) if read_yaml(p).get("llm") == llm), None)
+
+
+def apply_file(config: Config, path: Path) -> None:
+    """Lay a config file over `config`; manifests and task files in it are relative to it."""
+    values = read_yaml(path)
+    data = values.get("data")
+    if isinstance(data, dict):
+        for key in ("train", "dev"):
+            if isinstance(data.get(key), list):
+                data[key] = [str((path.parent / str(p)).resolve()) for p in data[key]]
+        if isinstance(data.get("tasks"), str):
+            data["tasks"] = str((path.parent / data["tasks"]).resolve())
+    apply(config, values, str(path))
+
+
+def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | None, description: str) -> Config:
+    """Build the configuration of a run from a config file, an adapter preset and flags.
+
+    Args:
+        argv: command line without the program; None takes the process's own.
+        default_file: config used without `--config`.
+        presets: folder of adapter presets, looked up by LLM name; None where there is no LLM.
+        description: shown by `--help`.
+
+    Raises:
+        UserError: as :func:`apply`.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path, default=default_file)
+    first.add_argument("--adapter", type=Path)
+    known, rest = first.parse_known_args(argv)
+    config = Config()
+    apply_file(config, known.config)
+    if presets is not None:
+        peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+        peek.add_argument("--llm", "--model.llm", dest="llm")
+        flag = peek.parse_known_args(rest)[0].llm
+        preset = known.adapter
+        if preset is None:
+            preset = find_preset(flag or config.model.llm, presets)
+        config = Config()
+        if preset is not None:
+            apply(config.model, _model_part(read_yaml(preset)), str(preset))
+        apply_file(config, known.config)
+        if known.adapter is not None and flag is None:  # an explicit preset names its LLM
+            config.model.llm = read_yaml(preset).get("llm", config.model.llm)
+    description += f"\n\n--config FILE (default {default_file.name}) and --adapter FILE (a preset) set the defaults shown here."
+    return tyro.cli(Config, args=rest, default=config, description=description)
+
+
+def _model_part(preset: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in preset.items() if k not in ("precision", "notes")}

@@ -1,0 +1,35 @@
+"""Entry of the training recipes: errors that a user can act on are printed without a traceback."""
+
+from __future__ import annotations
+
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+from unislu_llm.errors import UserError
+from unislu_llm.training.config import Config
+
+
+def run_recipe(kind: str, configure: Callable[[], Config]) -> None:
+    """Configure, train and print the result; exits with status 2 on bad input.
+
+    Args:
+        kind: speech_llm or whisper_slu. configure: makes the configuration from the command line.
+    """
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", message=".*pin_memory.*")
+    try:
+        config = configure()
+        from unislu_llm.training.loop import Trainer  # after --help, which should not wait for torch
+
+        trainer = Trainer(kind, config, Path(sys.argv[0]).stem)
+        trainer.fit()
+        if trainer.accelerator.is_main_process:
+            p = trainer.progress
+            best = f"best (step {p.best_step}): {trainer.run / 'best'}; " if p.best_step >= 0 else ""
+            print(f"{best}last: {trainer.run / 'last'}\nscore it with: python eval/evaluate.py {trainer.run}")
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None

@@ -1,0 +1,333 @@
+"""The training loop: plain PyTorch over Accelerate, for both decoders, exact under accumulation and distribution."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object, set_seed
+from torch import Tensor
+from torch.utils.data import DataLoader
+from tqdm import tqdm
+
+from unislu_llm.data.batching import BatchPlan, seconds
+from unislu_llm.data.collate import Batch, SpeechDataset
+from unislu_llm.data.targets import Sample
+from unislu_llm.decoding.generate import DecodeOptions, predict
+from unislu_llm.errors import UserError
+from unislu_llm.loss import NO_PART, TASK_PART, Counts, sample_shares, weighted_loss
+from unislu_llm.models.base import SLUModel
+from unislu_llm.scoring.slue import format_table, score_rows
+from unislu_llm.training import state
+from unislu_llm.training.build import build_model, build_registry, load_samples
+from unislu_llm.training.config import Config
+from unislu_llm.training.monitors import flat_scores, validation_warnings
+from unislu_llm.training.optim import build_optimizer, build_schedule, group_rates
+from unislu_llm.training.plan import accumulation, describe, peak_memory
+
+log = logging.getLogger(__name__)
+
+
+class Trainer:
+    """One run: data, model, optimizer and where it stands.
+
+    Args:
+        kind: speech_llm or whisper_slu.
+        config: the run's configuration.
+        name: start of the default run folder's name.
+        model: built already; default: from the configuration.
+
+    Raises:
+        UserError: bad configuration or data; nothing is written then.
+    """
+
+    def __init__(self, kind: str, config: Config, name: str = "run", model: SLUModel | None = None) -> None:
+        self.config = config
+        self.registry = build_registry(config)
+        self.train_samples = load_samples(config.data.train, self.registry)
+        self.dev_samples = load_samples(config.data.dev, self.registry, config.data.dev_limit, "data.dev") if config.data.dev else []
+        self.model = model or build_model(kind, config, self.registry)
+        self.accelerator = Accelerator(mixed_precision="bf16" if config.train.precision == "bf16" else "no",
+                                       log_with=config.train.trackers or None, project_dir=".")
+        world = self.accelerator.num_processes
+        self.per_rank = accumulation(config, world)
+        self.plan = BatchPlan([seconds(s.utterance) for s in self.train_samples], config.train.batch_size,
+                              world * self.per_rank, config.train.seed, config.train.bucket)
+        self.total_steps = config.train.epochs * len(self.plan)
+        if config.train.max_steps:
+            self.total_steps = min(self.total_steps, config.train.max_steps)
+        self.run = self._run_folder(name)
+        set_seed(config.train.seed, device_specific=True)
+        self._prepare()
+        self.progress = state.Progress()
+        self.history: list[dict[str, float]] = []
+        if config.resume:
+            self._resume()
+
+    def _run_folder(self, name: str) -> Path:
+        """The main process makes the folder; the others learn its name, or that it could not be made."""
+        made: list[Any] = [None]
+        if self.accelerator.is_main_process:
+            try:
+                made = [state.create_run(self.config, name)]
+            except UserError as error:
+                made = [error]
+        if self.accelerator.num_processes > 1:
+            made = gather_object(made)
+        if isinstance(made[0], UserError):
+            raise made[0]
+        return Path(made[0])
+
+    def _prepare(self) -> None:
+        self.optimizer = build_optimizer(self.model.trainable_groups(), self.config.train)
+        self.schedule = build_schedule(self.optimizer, self.config.train, self.total_steps)
+        deepspeed = getattr(self.accelerator.state, "deepspeed_plugin", None)
+        if deepspeed is not None:  # it wants to know; our loader is not its own
+            deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = self.config.train.micro_batch_size
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)  # type: ignore[assignment]
+
+    # ---- batches ---------------------------------------------------------------------------------------------------
+
+    def _loader(self, epoch: int, skip: int) -> Iterator[list[Batch]]:
+        """This rank's micro-batches, a list a step, from step `skip` of the epoch on."""
+        steps = self.plan.micro_batches(epoch, self.accelerator.process_index, self.accelerator.num_processes)[skip:]
+        flat = [indices for step in steps for indices in step]
+        workers = self.config.data.num_workers
+        loader = DataLoader(SpeechDataset(self.train_samples, self.config.data.max_seconds), batch_sampler=flat,  # type: ignore[arg-type]
+                            collate_fn=self.model.collator(), num_workers=workers,
+                            pin_memory=self.accelerator.device.type == "cuda", prefetch_factor=4 if workers else None)
+        batches = iter(loader)
+        for step in steps:
+            yield [next(batches) for _ in step]
+
+    # ---- one step --------------------------------------------------------------------------------------------------
+
+    def step(self, micro: list[Batch]) -> dict[str, float]:
+        """One optimizer step over this rank's micro-batches of a global batch; returns its figures.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        self.wrapped.train()
+        totals = self._totals(micro)
+        figures = self.backward(micro, Counts(float(totals[0]), float(totals[1])))
+        norm = float("nan")
+        if self.config.train.max_grad_norm:
+            params = [p for p in self.model.parameters() if p.requires_grad]
+            norm = float(self.accelerator.clip_grad_norm_(params, self.config.train.max_grad_norm) or 0.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.schedule.step()
+        return self._figures(figures, norm)
+
+    def _totals(self, micro: list[Batch]) -> Tensor:
+        counts = sum((Counts.of(b.target_parts) for b in micro), Counts(0, 0))
+        return self._sum(torch.tensor([counts.asr, counts.task], dtype=torch.float64))
+
+    def _sum(self, values: Tensor) -> Tensor:
+        """Sum over processes, on the CPU in double precision where the backend can."""
+        if self.accelerator.num_processes == 1:
+            return values
+        device = self.accelerator.device
+        kind = torch.float32 if device.type == "mps" else values.dtype
+        return self.accelerator.reduce(values.to(device, kind), "sum").cpu().double()  # type: ignore[union-attr]
+
+    def backward(self, micro: list[Batch], total: Counts) -> Tensor:
+        """Accumulate gradients of the global loss; returns this rank's sums for the log (see :meth:`_figures`)."""
+        sums = torch.zeros(9, dtype=torch.float64)
+        for i, cpu_batch in enumerate(micro):
+            last = i == len(micro) - 1
+            batch = cpu_batch.to(self.accelerator.device)
+            self.accelerator.sync_gradients = last
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                with self.accelerator.autocast():
+                    losses = self.wrapped(batch.mel, batch.mel_lengths, batch.target_ids, batch.target_parts)
+                loss = weighted_loss(losses, batch.target_parts, self.config.train.loss, total)
+                # Processes' gradients are averaged; the normalizer is global already.
+                self.accelerator.backward(loss * self.accelerator.num_processes)
+            sums += _micro_sums(losses.detach(), loss.detach(), cpu_batch)
+        return sums
+
+    def _figures(self, sums: Tensor, norm: float) -> dict[str, float]:
+        loss, asr, task, n_asr, n_task, w_asr, n_tasked, n_mel, n_all = self._sum(sums).tolist()
+        if not math.isfinite(loss):
+            raise UserError(f"loss is {loss} at step {self.progress.step}; lower train.lr or max_grad_norm, "
+                            f"the last good weights are in {self.run}")
+        figures = {"loss": loss, "loss_asr": asr / max(n_asr, 1), "grad_norm": norm, "tokens": n_asr + n_task,
+                   "audio_seconds": n_mel / 100, "padding": 1.0 - n_all}
+        if n_task:
+            figures |= {"loss_task": task / n_task, "w_asr": w_asr / n_tasked, "w_task": 1.0 - w_asr / n_tasked}
+        figures["padding"] = 1.0 - n_all / (self.accelerator.num_processes * self.per_rank)
+        return figures
+
+    # ---- the run ---------------------------------------------------------------------------------------------------
+
+    def fit(self) -> dict[str, Any]:
+        """Train to the end; returns the last score report.
+
+        Raises:
+            UserError: as :meth:`step`, and unreadable audio.
+        """
+        self._announce()
+        every = self.config.train.eval_every
+        results = self.validate("before training") if self.config.train.eval_start and not self.progress.step else {}
+        bar = tqdm(total=self.total_steps, initial=self.progress.step, desc="train", unit="step",
+                   disable=not self.accelerator.is_local_main_process)
+        while self.progress.step < self.total_steps:
+            p = self.progress
+            for micro in self._loader(p.epoch, p.step_in_epoch):
+                started = time.perf_counter()
+                figures = self.step(micro)
+                p.step, p.step_in_epoch = p.step + 1, p.step_in_epoch + 1
+                self._log_step(figures, time.perf_counter() - started, bar)
+                if p.step >= self.total_steps:
+                    break
+                if every and p.step % every == 0:
+                    results = self.validate(f"step {p.step}")
+                    self.save()
+                elif self.config.train.save_every and p.step % self.config.train.save_every == 0:
+                    self.save()
+            if p.step < self.total_steps:
+                p.epoch, p.step_in_epoch = p.epoch + 1, 0
+        bar.close()
+        results = self.validate("after training")
+        self.save()
+        self.accelerator.end_training()
+        return results
+
+    def _announce(self) -> None:
+        tasks = Counter(s.task or "asr" for s in self.train_samples)
+        if self.accelerator.is_main_process:
+            print(describe(self.config, self.model, dict(tasks), self.total_steps, self.accelerator.num_processes))
+            print(f"run folder: {self.run}", flush=True)
+        if self.config.train.trackers:
+            self.accelerator.project_configuration.set_directories(str(self.run))
+            self.accelerator.init_trackers("tracking")
+
+    def _log_step(self, figures: dict[str, float], took: float, bar: Any) -> None:
+        step = self.progress.step
+        bar.update(1)
+        shown = {k: f"{figures[k]:.3f}" for k in ("loss", "loss_asr", "loss_task", "w_asr") if k in figures}
+        bar.set_postfix(shown, refresh=False)
+        if step % self.config.train.log_every or not self.accelerator.is_main_process:
+            return
+        row = {"step": step, "epoch": self.progress.epoch, **figures, "seconds": took, "tokens_per_s": figures["tokens"] / took,
+               "memory_gib": peak_memory(), **{f"lr_{k}": v for k, v in group_rates(self.optimizer).items()},
+               **self._norm_ratio(step)}
+        self._record("train", row)
+
+    def _norm_ratio(self, step: int) -> dict[str, float]:
+        """RMS of the projector's output gain against the embeddings' at the start: 1 means speech is as loud as text."""
+        norm = getattr(getattr(self.model, "projector", None), "norm", None)
+        return {} if norm is None else {"embedding_norm_ratio": float(norm.gain.detach().float().pow(2).mean().sqrt())}
+
+    def _record(self, part: str, row: dict[str, Any]) -> None:
+        state.append_json(self.run / "metrics.jsonl", {"part": part, **row})
+        if self.config.train.trackers:
+            self.accelerator.log({f"{part}/{k}": v for k, v in row.items() if k != "step"}, step=row["step"])
+
+    # ---- validation and checkpoints ------------------------------------------------------------------------------------
+
+    def validate(self, title: str) -> dict[str, Any]:
+        """Decode the dev samples on all processes, score, log, print, and keep the best weights."""
+        if not self.dev_samples:
+            return {}
+        started = time.perf_counter()
+        options = DecodeOptions(**asdict(self.config.decode))
+        mine = self.dev_samples[self.accelerator.process_index::self.accelerator.num_processes]
+        with self.accelerator.autocast():
+            rows = predict(self.model, mine, options, progress="validate" if self.accelerator.is_local_main_process else "")
+        if self.accelerator.num_processes > 1:
+            rows = gather_object(rows)
+        results = score_rows(rows, self.registry)
+        scores = flat_scores(results, self.registry)
+        self.history.append(scores)
+        step = self.progress.step
+        better = step > 0 and scores["score"] > self.progress.best_score
+        if better:
+            self.progress.best_score, self.progress.best_step = scores["score"], step
+            self._save_model(state.BEST)
+        if self.accelerator.is_main_process:
+            self._report(title, rows, results, {"step": step, **scores, "seconds": time.perf_counter() - started})
+        return results
+
+    def _report(self, title: str, rows: list[dict[str, Any]], results: dict[str, Any], row: dict[str, Any]) -> None:
+        folder = self.run / "predictions"
+        folder.mkdir(exist_ok=True)
+        state.write_text(folder / f"step-{row['step']:06d}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        state.write_text(folder / f"step-{row['step']:06d}.scores.json", json.dumps(results, indent=1) + "\n")
+        self._record("dev", row)
+        tqdm.write(f"\n{title} ({len(rows)} dev samples, {row['seconds']:.0f} s)\n{format_table({self.run.name: results})}")
+        for warning in validation_warnings(self.history, rows, self.registry):
+            tqdm.write(f"monitor: {warning}")
+
+    def _gathered(self) -> dict[str, Tensor]:
+        """Trained weights by name on every process, gathered from shards where there are any."""
+        full = self.accelerator.get_state_dict(self.wrapped) if _sharded(self.accelerator) else None
+        if full is None:
+            return self.model.trained_state()
+        names = set(self.model.trained_state())
+        return {n: t.detach().cpu().contiguous() for n, t in full.items() if n in names}
+
+    def _save_model(self, name: str, folder: Path | None = None) -> None:
+        weights = self._gathered()
+        if self.accelerator.is_main_process:
+            new = folder or self.run / f"{name}.new"
+            self.model.save_pretrained(new, weights)
+            if folder is None:
+                state.swap_folder(new, self.run / name)
+        self.accelerator.wait_for_everyone()
+
+    def save(self) -> None:
+        """Write the resumable checkpoint `last`."""
+        new = self.run / f"{state.LAST}.new"
+        self._save_model(state.LAST, new)
+        rng = gather_object([state.rng_state()]) if self.accelerator.num_processes > 1 else [state.rng_state()]
+        if self.accelerator.is_main_process:
+            state.save_state(new, self.progress, self.optimizer.state_dict(), self.schedule.state_dict(), rng)
+            state.swap_folder(new, self.run / state.LAST)
+        self.accelerator.wait_for_everyone()
+
+    def _resume(self) -> None:
+        folder = self.run / state.LAST
+        self.model.load_trained(folder)
+        saved = state.load_state(folder)
+        self.optimizer.load_state_dict(saved["optimizer"])
+        self.schedule.load_state_dict(saved["schedule"])
+        self.progress = state.Progress(**saved["progress"])
+        if len(saved["rng"]) == self.accelerator.num_processes:
+            state.set_rng_state(saved["rng"][self.accelerator.process_index])
+
+
+def _micro_sums(losses: Tensor, loss: Tensor, batch: Batch) -> Tensor:
+    """Sums of one micro-batch that add up over micro-batches and processes; names in :meth:`Trainer._figures`."""
+    parts = batch.target_parts
+    cpu = losses.double().cpu()
+    task, asr = parts == TASK_PART, (parts != NO_PART) & (parts != TASK_PART)
+    w_asr, _ = sample_shares(parts)
+    tasked = task.any(-1)
+    return torch.stack([loss.double().cpu(), cpu[asr].sum(), cpu[task].sum(), asr.sum().double(), task.sum().double(),
+                        w_asr[tasked].sum(), tasked.sum().double(), batch.mel_lengths.sum().double(),
+                        torch.tensor(1.0 - batch.padding_share, dtype=torch.float64)])
+
+
+def _sharded(accelerator: Accelerator) -> bool:
+    return str(accelerator.distributed_type).rpartition(".")[2] in ("FSDP", "DEEPSPEED")
+
+
+def train(kind: str, config: Config, name: str) -> dict[str, Any]:
+    """Train one model as `config` says; returns the last score report. See :class:`Trainer`."""
+    return Trainer(kind, config, name).fit()
+
+
+__all__ = ["Sample", "Trainer", "train"]

@@ -1,0 +1,244 @@
+"""The unified format `transcript[T/L][task]outputs` (UniSLU, arXiv 2507.12951): encode and parse.
+
+Target text is made of pieces, each a marker (one token id) or plain text. Tokenizers see the pieces, never the joined
+string, so that no token straddles a marker; :func:`render` gives the string for people and files.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from unislu_llm.errors import UserError
+from unislu_llm.tasks import ASR, SEPARATOR, LabelTask, LabelValue, Span, SpanTask, Task, TaskRegistry
+from unislu_llm.utterance import Utterance
+
+Part = Literal["asr", "task"]
+Output = tuple[tuple[str, str], ...] | tuple[str, ...] | str
+"""Parsed outputs of one task: `(label, phrase)` pairs, labels of a multi-label task, or one label."""
+
+PROBLEMS: dict[str, str] = {
+    "missing_separator": "no [T/L]: the output is a bare transcript although a task was asked for",
+    "missing_task": "[T/L] is not followed by a task-control token",
+    "wrong_task": "another task was answered than the one asked for",
+    "marker_in_transcript": "a marker other than [T/L] stands in the transcript",
+    "repeated_separator": "[T/L] or a control token stands in the task part",
+    "foreign_marker": "a marker of another task stands in the task part",
+    "unclosed_tag": "an opening marker has no closing one",
+    "stray_close": "a closing marker has no opening one",
+    "mismatched_close": "a phrase is closed by the marker of another label",
+    "text_outside": "text stands between the markers of the task part",
+    "empty_phrase": "there is nothing between an opening and a closing marker",
+    "unknown_label": "the text between the markers is not a label of the task",
+    "missing_label": "a label task has no label",
+    "extra_label": "a single-label task has several labels",
+    "repeated_label": "a multi-label task has one label twice",
+    "no_end": "the token budget ran out before the end",
+    "loop": "the decoder repeated itself and was cut",
+}
+"""Every kind of malformed output and its meaning; reports count them by kind."""
+
+
+class Piece(NamedTuple):
+    """A stretch of the target: a marker, or plain text; `part` decides its loss weight."""
+
+    text: str
+    part: Part
+    marker: bool
+
+
+@dataclass(frozen=True)
+class Parsed:
+    """What a decoded string says.
+
+    Args:
+        transcript: text before `[T/L]`.
+        task: name of the task answered; None for a bare transcript.
+        outputs: its outputs; None where there is no task part or no usable label.
+        problems: kinds of :data:`PROBLEMS`, one entry an occurrence, in order.
+    """
+
+    transcript: str
+    task: str | None = None
+    outputs: Output | None = None
+    problems: tuple[str, ...] = ()
+
+
+def encode(utterance: Utterance, task: Task | None) -> list[Piece]:
+    """Pieces of the target of `utterance` for one of its annotated tasks, or (None) for its transcript alone.
+
+    `[T/L]` and the control token belong to the ASR part, as in the authors' loss; so does a bare transcript.
+
+    Raises:
+        UserError: the task is not annotated, a span does not fit the text, or a label is not in the label set.
+    """
+    pieces = [Piece(utterance.text, "asr", False)] if utterance.text else []
+    if task is None:
+        return pieces
+    pieces += [Piece(SEPARATOR, "asr", True), Piece(task.marker, "asr", True)]
+    if task.name not in utterance.labels:
+        raise UserError(f"{utterance.source or utterance.id}: '{task.name}' is not annotated")
+    value = utterance.labels[task.name]
+    for opening, text, closing in _groups(utterance, task, value):
+        pieces += [Piece(opening, "task", True), Piece(text, "task", False), Piece(closing, "task", True)]
+    return pieces
+
+
+def render(pieces: Sequence[Piece]) -> str:
+    """The unified string, without blanks around markers."""
+    return "".join(piece.text for piece in pieces)
+
+
+def expected(utterance: Utterance, task: Task | None) -> Parsed:
+    """What :func:`parse` returns for a perfect answer: the reference in the form of a hypothesis."""
+    if task is None:
+        return Parsed(utterance.text)
+    return Parsed(utterance.text, task.name, reference_output(utterance, task))
+
+
+def reference_output(utterance: Utterance, task: Task) -> Output:
+    """Reference annotation without offsets, in the order in which the target spells it."""
+    groups = list(_groups(utterance, task, utterance.labels[task.name]))
+    if isinstance(task, SpanTask):
+        return tuple((opening[1:-1], text) for opening, text, _ in groups)
+    labels = tuple(text for _, text, _ in groups)
+    return labels if task.multi else labels[0]
+
+
+def check_text(text: str, registry: TaskRegistry) -> str | None:
+    """The first marker that stands in a transcript, where it could not be told from a real one; None when clean."""
+    return next((m for m in registry.markers if m in text), None)
+
+
+def _groups(utterance: Utterance, task: Task, value: LabelValue) -> Iterator[tuple[str, str, str]]:
+    where = f"{utterance.source or utterance.id}: {task.name}"
+    if isinstance(task, SpanTask):
+        for label, start, end in sorted((Span(*span) for span in value), key=lambda s: (s.start, s.end)):
+            if label not in task.labels:
+                raise UserError(f"{where}: label '{label}' is not one of {', '.join(task.labels)}")
+            phrase = utterance.text[start:end] if 0 <= start < end <= len(utterance.text) else ""
+            if not phrase.strip():
+                raise UserError(f"{where}: span {start}..{end} does not fit the text of {len(utterance.text)} characters")
+            yield task.open_of(label), phrase.strip(), task.close_of(label)
+        return
+    labels = (value,) if isinstance(value, str) else tuple(str(v) for v in value)
+    unknown = [label for label in labels if label not in task.labels]
+    if unknown or (not task.multi and len(labels) != 1):
+        raise UserError(f"{where}: {list(labels)} must be {'labels' if task.multi else 'one label'} "
+                        f"of {', '.join(task.labels)}")
+    for label in sorted(labels, key=task.labels.index):
+        yield task.open, label, task.close
+
+
+def parse(text: str, registry: TaskRegistry, task: str | None = None) -> Parsed:
+    """Read a decoded string. Never raises: every malformation is named in `problems`, the rest is kept.
+
+    Args:
+        text: decoded string, end-of-text token removed.
+        registry: the tasks whose markers count.
+        task: name of the task that was asked for; None or `asr` accepts a bare transcript and any task.
+    """
+    asked = None if task in (None, ASR) else task
+    stream = _stream(text, registry)
+    problems: list[str] = []
+    transcript, found = _transcript(stream, problems)
+    if not found:
+        if asked:
+            problems.append("missing_separator")
+        return Parsed(transcript, problems=tuple(problems))
+    first = next(stream, None)
+    spec = registry.by_marker(first[0]) if first and first[1] else None
+    if spec is None:
+        return Parsed(transcript, problems=(*problems, "missing_task"))
+    if asked and spec.name != asked:
+        problems.append("wrong_task")
+    groups = list(_read_groups(stream, spec, registry, problems))
+    outputs = _outputs(spec, groups, problems)
+    return Parsed(transcript, spec.name, outputs, tuple(problems))
+
+
+def _stream(text: str, registry: TaskRegistry) -> Iterator[tuple[str, bool]]:
+    pattern = "|".join(re.escape(m) for m in sorted(registry.markers, key=len, reverse=True))
+    for i, chunk in enumerate(re.split(f"({pattern})", text)):
+        if i % 2:
+            yield chunk, True
+        elif chunk.strip():
+            yield chunk.strip(), False
+
+
+def _transcript(stream: Iterator[tuple[str, bool]], problems: list[str]) -> tuple[str, bool]:
+    words: list[str] = []
+    for chunk, is_marker in stream:
+        if chunk == SEPARATOR and is_marker:
+            return " ".join(words), True
+        if is_marker:
+            problems.append("marker_in_transcript")
+        else:
+            words.append(chunk)
+    return " ".join(words), False
+
+
+def _read_groups(stream: Iterator[tuple[str, bool]], task: Task, registry: TaskRegistry,
+                 problems: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield `(opening marker, text)` of every closed group; name what does not fit."""
+    pairs = _pairs(task)
+    controls = {SEPARATOR, *(t.marker for t in registry)}
+    opening: str | None = None
+    words: list[str] = []
+    for chunk, is_marker in stream:
+        if not is_marker:
+            if opening is None:
+                problems.append("text_outside")
+            else:
+                words.append(chunk)
+        elif chunk in pairs:
+            if opening is not None:
+                problems.append("unclosed_tag")
+            opening, words = chunk, []
+        elif chunk in pairs.values():
+            if opening is None:
+                problems.append("stray_close")
+            elif pairs[opening] != chunk:
+                problems.append("mismatched_close")
+            elif not words:
+                problems.append("empty_phrase")
+            else:
+                yield opening, " ".join(words)
+            opening = None
+        else:
+            problems.append("repeated_separator" if chunk in controls else "foreign_marker")
+    if opening is not None:
+        problems.append("unclosed_tag")
+
+
+def _pairs(task: Task) -> dict[str, str]:
+    if isinstance(task, SpanTask):
+        return {task.open_of(label): task.close_of(label) for label in task.labels}
+    return {task.open: task.close}
+
+
+def _outputs(task: Task, groups: list[tuple[str, str]], problems: list[str]) -> Output | None:
+    if isinstance(task, SpanTask):
+        return tuple((opening[1:-1], phrase) for opening, phrase in groups)
+    return _labels(task, [text for _, text in groups], problems)
+
+
+def _labels(task: LabelTask, texts: list[str], problems: list[str]) -> Output | None:
+    labels: list[str] = []
+    for text in texts:
+        if text not in task.labels:
+            problems.append("unknown_label")
+        elif text in labels:
+            problems.append("repeated_label")
+        else:
+            labels.append(text)
+    if task.multi:
+        return tuple(sorted(labels, key=task.labels.index))
+    if not labels:
+        problems.append("missing_label")
+        return None
+    if len(labels) > 1:
+        problems.append("extra_label")
+    return labels[0]
