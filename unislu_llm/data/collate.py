@@ -94,12 +94,10 @@ class Collator:
     def __call__(self, items: Sequence[tuple[Sample, Tensor]]) -> Batch:
         """Batch `(sample, audio (S,))` pairs; order is kept."""
         samples = [sample for sample, _ in items]
-        waves = [wave for _, wave in items]
-        n_samples = torch.tensor([len(wave) for wave in waves])
-        mel = audio.log_mel(pad_sequence(waves, batch_first=True), self.n_mels, lengths=n_samples, pad_to_30s=self.pad_to_30s)
+        mel, mel_lengths = audio.batch_log_mel([wave for _, wave in items], self.n_mels, pad_to_30s=self.pad_to_30s)
         targets = [self.codec.target(sample) for sample in samples]
         return Batch(
-            samples, mel, audio.mel_length(n_samples),
+            samples, mel, mel_lengths,
             pad_sequence([torch.tensor(t.ids) for t in targets], batch_first=True, padding_value=self.codec.pad_id),
             pad_sequence([torch.tensor(t.parts) for t in targets], batch_first=True, padding_value=NO_PART),
         )

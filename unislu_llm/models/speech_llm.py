@@ -90,6 +90,7 @@ class SpeechLLM(SLUModel):
         check_hash("encoder", config.encoder, config.encoder_hash, hashes[0])
         check_hash("LLM", config.llm, config.llm_hash, hashes[1])
         config.encoder_hash, config.llm_hash = hashes
+        config.encoder_revision, config.llm_revision = speech.revision, text.revision
         whisper = WhisperModel.from_pretrained(speech.path, dtype=torch.float32, attn_implementation="sdpa").encoder
         whisper = whisper.to(dtype if config.encoder_mode == "frozen" else torch.float32)
         llm = AutoModelForCausalLM.from_pretrained(text.path, dtype=dtype, attn_implementation="sdpa",

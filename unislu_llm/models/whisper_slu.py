@@ -81,7 +81,7 @@ class WhisperSLU(SLUModel):
         found = weights.resolve(config.encoder, revision=config.encoder_revision)
         digest = weights.weights_hash(found.path)
         check_hash("Whisper", config.encoder, config.encoder_hash, digest)
-        config.encoder_hash = digest
+        config.encoder_hash, config.encoder_revision = digest, found.revision
         whisper = WhisperForConditionalGeneration.from_pretrained(found.path, dtype=torch.float32, attn_implementation="sdpa")
         return cls(config, whisper, AutoTokenizer.from_pretrained(found.path))
 

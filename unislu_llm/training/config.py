@@ -134,6 +134,8 @@ class TrainConfig:
     """Steps between log lines."""
     save_every: int = 0
     """Steps between resumable checkpoints; 0 saves at each validation."""
+    threads: int = 0
+    """CPU threads a process computes with; 0 shares the cores out (accelerate's launcher would leave one)."""
     trackers: list[str] = field(default_factory=lambda: ["tensorboard"])
     """Accelerate trackers, e.g. tensorboard wandb; metrics.jsonl is always written."""
 

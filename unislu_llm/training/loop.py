@@ -33,7 +33,7 @@ from unislu_llm.training.build import build_model, build_registry, load_samples
 from unislu_llm.training.config import Config
 from unislu_llm.training.monitors import flat_scores, validation_warnings
 from unislu_llm.training.optim import build_optimizer, build_schedule, group_rates
-from unislu_llm.training.plan import accumulation, describe, peak_memory
+from unislu_llm.training.plan import accumulation, describe, peak_memory, use_threads
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +53,7 @@ class Trainer:
 
     def __init__(self, kind: str, config: Config, name: str = "run", model: SLUModel | None = None) -> None:
         self.config = config
+        use_threads(config.train.threads)
         self.registry = build_registry(config)
         self.train_samples = load_samples(config.data.train, self.registry)
         self.dev_samples = load_samples(config.data.dev, self.registry, config.data.dev_limit, "data.dev") if config.data.dev else []

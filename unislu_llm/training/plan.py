@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import torch
 import yaml
 from torch import nn
@@ -46,6 +48,15 @@ def expected_memory(model: nn.Module) -> int:
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     return weights + trained * 4 * 3
+
+
+def use_threads(threads: int) -> int:
+    """Set the CPU threads of this process; 0 shares the cores it may use among the processes of this machine."""
+    if not threads:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        threads = max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(threads)
+    return threads
 
 
 def _indent(text: str) -> str:

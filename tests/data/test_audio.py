@@ -1,0 +1,438 @@
+"""Audio: what is decoded, how it becomes log-mel, and how bad input is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+from transformers import WhisperFeatureExtractor
+
+from unislu_llm.data import audio
+from unislu_llm.data.audio import (
+    MAX_MEL_FRAMES,
+    MAX_SAMPLES,
+    MIN_SAMPLES,
+    SAMPLE_RATE,
+    batch_log_mel,
+    count_samples,
+    encoder_length,
+    load,
+    log_mel,
+    mel_length,
+    prepare,
+)
+from unislu_llm.errors import UserError
+
+TONE = 440.0  # Hz
+RATES = (8000, 22050, 44100, 48000)
+CHANNELS = (1, 2, 8)
+LOSSY = ("OGG-VORBIS", "OGG-OPUS", "MP3")
+# (FORMAT[-SUBTYPE], extension) and the rates and channels that the format itself cannot hold.
+MUST_WRITE = ("WAV", "WAV-FLOAT", "WAVEX", "FLAC", "AIFF", "AU", "CAF", "W64", "RF64", *LOSSY)
+OTHER = ("AVR", "HTK", "SVX", "MAT4", "MAT5", "PAF", "PVF", "IRCAM", "NIST", "VOC", "WVE", "MPC2K", "SDS")
+
+
+def speech_like(n: int, seed: int = 0) -> torch.Tensor:
+    """Noise whose loudness moves, with a silence: `(n,)`."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = 0.1 * torch.randn(n, generator=generator)
+    loudness = torch.sin(torch.arange(n) / 3000.0 + seed).clamp(min=0)
+    return noise * loudness
+
+
+def tone(rate: int, seconds: float = 1.0, channels: int = 1) -> np.ndarray:
+    """`(frames, channels)`, the same sine in every channel."""
+    wave = 0.4 * np.sin(2 * np.pi * TONE * np.arange(int(rate * seconds)) / rate)
+    return np.repeat(wave[:, None], channels, axis=1).astype(np.float32)
+
+
+def frequency(samples: torch.Tensor) -> float:
+    """Loudest frequency, Hz."""
+    spectrum = torch.fft.rfft(samples * torch.hann_window(len(samples))).abs()
+    return float(spectrum.argmax()) * SAMPLE_RATE / len(samples)
+
+
+def save(path: Path, kind: str, rate: int, channels: int, seconds: float = 1.0) -> Path | None:
+    """Write a tone; None when the format cannot hold this rate or number of channels."""
+    form, _, subtype = kind.partition("-")
+    try:
+        soundfile.write(path, tone(rate, seconds, channels), rate, format=form, subtype=subtype or None)
+        if soundfile.info(path).channels != channels:
+            return None
+    except (soundfile.SoundFileError, ValueError):
+        return None
+    return path
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seconds of WAV at 16 kHz, sample i being i / 65536."""
+    path = tmp_path_factory.mktemp("clip") / "ramp.wav"
+    soundfile.write(path, np.arange(32000, dtype=np.float32) / 65536, SAMPLE_RATE, subtype="FLOAT")
+    return path
+
+
+# Lengths
+
+
+@pytest.mark.parametrize(("samples", "frames"), [(0, 50), (1, 50), (8000, 50), (8001, 51), (16000, 100), (16001, 101),
+                                                 (MAX_SAMPLES - 1, 3000), (MAX_SAMPLES, 3000)])
+def test_mel_length_drops_nothing_and_pads_short_clips(samples: int, frames: int) -> None:
+    assert mel_length(samples) == frames
+
+
+def test_length_functions_agree_on_ints_and_tensors() -> None:
+    counts = torch.arange(0, 20000, 7)
+    frames = mel_length(counts)
+    assert frames.dtype == torch.int64
+    assert frames.tolist() == [mel_length(int(n)) for n in counts]
+    assert encoder_length(frames).tolist() == [encoder_length(int(n)) for n in frames]
+
+
+@pytest.mark.parametrize("n_mel", [50, 51, 99, 100, 3000])
+def test_encoder_length_is_that_of_whispers_convolutions(n_mel: int) -> None:
+    first = torch.nn.Conv1d(2, 2, 3, padding=1)
+    second = torch.nn.Conv1d(2, 2, 3, stride=2, padding=1)
+    assert second(first(torch.zeros(1, 2, n_mel))).shape[-1] == encoder_length(n_mel)
+
+
+def test_lengths_are_those_of_the_tensors() -> None:
+    for n in (1, 159, 8000, 8001, 16080, 23457):
+        assert log_mel(torch.randn(n)).shape == (80, mel_length(n))
+
+
+# Log-mel against transformers
+
+
+@pytest.fixture(scope="module", params=[80, 128])
+def extractor(request: pytest.FixtureRequest) -> WhisperFeatureExtractor:
+    return WhisperFeatureExtractor(feature_size=request.param)
+
+
+def reference(extractor: WhisperFeatureExtractor, samples: torch.Tensor) -> torch.Tensor:
+    """`(n_mels, 3000)` of transformers, padded to 30 s."""
+    features = extractor(samples.numpy(), sampling_rate=SAMPLE_RATE, return_tensors="np")
+    return torch.from_numpy(features.input_features[0])
+
+
+@pytest.mark.parametrize("n", [1600, 8000, 12345, 16000, 16039, 16041, 70001, MAX_SAMPLES - 250, MAX_SAMPLES - 100,
+                               MAX_SAMPLES - 1, MAX_SAMPLES])
+def test_log_mel_equals_transformers(extractor: WhisperFeatureExtractor, n: int) -> None:
+    samples = speech_like(n)
+    expected = reference(extractor, samples)
+    natural = log_mel(samples, extractor.feature_size)
+    torch.testing.assert_close(natural, expected[:, : mel_length(n)], atol=1e-5, rtol=0)
+    padded = log_mel(samples, extractor.feature_size, pad_to_30s=True)
+    torch.testing.assert_close(padded, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("n", [16000, 16001, 16030, 16159])
+def test_a_click_at_the_very_end_sets_the_floor_as_in_transformers(n: int) -> None:
+    """The loudest window may be centred past the last valid frame."""
+    samples = 1e-4 * speech_like(n)
+    samples[-1] = 1.0
+    expected = reference(WhisperFeatureExtractor(), samples)
+    torch.testing.assert_close(log_mel(samples), expected[:, : mel_length(n)], atol=1e-5, rtol=0)
+    torch.testing.assert_close(log_mel(samples, pad_to_30s=True), expected, atol=1e-5, rtol=0)
+
+
+def test_silence_is_finite_and_equals_transformers() -> None:
+    silence = torch.zeros(16000)
+    expected = reference(WhisperFeatureExtractor(), silence)
+    torch.testing.assert_close(log_mel(silence, pad_to_30s=True), expected, atol=1e-5, rtol=0)
+    assert torch.isfinite(log_mel(silence)).all()
+
+
+# Log-mel in batches
+
+
+LENGTHS = [3000, 8000, 8001, 16041, 47999, 160000]
+
+
+@pytest.mark.parametrize("pad_to_30s", [False, True])
+def test_batch_equals_one_by_one(pad_to_30s: bool) -> None:
+    waves = [10.0 ** -i * speech_like(n, seed=i) for i, n in enumerate(LENGTHS)]
+    mel, lengths = batch_log_mel(waves, pad_to_30s=pad_to_30s)
+    assert lengths.tolist() == [mel_length(n) for n in LENGTHS]
+    for row, length, wave in zip(mel, lengths.tolist(), waves, strict=True):
+        single = log_mel(wave, pad_to_30s=pad_to_30s)
+        torch.testing.assert_close(row[:, : single.shape[-1]], single, atol=1e-5, rtol=0)
+        if not pad_to_30s:
+            assert single.shape[-1] == length
+            assert (row[:, length:] == 0).all()
+
+
+@pytest.mark.parametrize("pad_to_30s", [False, True])
+def test_what_stands_in_the_padding_changes_nothing(pad_to_30s: bool) -> None:
+    lengths = torch.tensor([9000, 20000])
+    clean = torch.zeros(2, 30000)
+    for row, n in zip(clean, lengths.tolist(), strict=True):
+        row[:n] = speech_like(n)
+    dirty = clean.clone()
+    dirty[0, 9000:] = 1e3 * torch.randn(21000)
+    dirty[1, 20000:] = float("nan")
+    expected = log_mel(clean, lengths=lengths, pad_to_30s=pad_to_30s)
+    assert torch.equal(log_mel(dirty, lengths=lengths, pad_to_30s=pad_to_30s), expected)
+    assert expected.shape[-1] == (MAX_MEL_FRAMES if pad_to_30s else mel_length(20000))
+
+
+def test_short_clips_are_padded_with_zeros_to_the_minimum() -> None:
+    short = speech_like(2000)
+    assert torch.equal(log_mel(short), log_mel(torch.nn.functional.pad(short, (0, MIN_SAMPLES - 2000))))
+
+
+def test_autocast_does_not_lower_the_precision() -> None:
+    wave = speech_like(16000)
+    expected = log_mel(wave)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(log_mel(wave), expected)
+
+
+def test_log_mel_refuses_more_than_30_seconds() -> None:
+    with pytest.raises(UserError, match=r"30\.00 s; Whisper takes 30 s"):
+        log_mel(torch.zeros(MAX_SAMPLES + 1))
+
+
+@pytest.mark.parametrize(("samples", "lengths"), [
+    (torch.zeros(16000, dtype=torch.int16), None),
+    (torch.zeros(1, 1, 16000), None),
+    (torch.zeros(0), None),
+    (torch.zeros(2, 100), torch.tensor([100])),
+    (torch.zeros(2, 100), torch.tensor([100, 101])),
+])
+def test_log_mel_refuses_wrong_tensors(samples: torch.Tensor, lengths: torch.Tensor | None) -> None:
+    with pytest.raises(ValueError, match=r"expected float samples|do not fit"):
+        log_mel(samples, lengths=lengths)
+
+
+# Decoding
+
+
+def check_tone(samples: torch.Tensor, kind: str) -> None:
+    assert samples.dtype == torch.float32
+    assert samples.dim() == 1
+    lossy_ends = 0.06 if kind in LOSSY else 0.001  # encoder delay, seconds
+    assert len(samples) == pytest.approx(SAMPLE_RATE, abs=lossy_ends * SAMPLE_RATE)
+    assert frequency(samples) == pytest.approx(TONE, abs=2.5)
+    middle = samples[4000:12000]
+    assert float(middle.abs().max()) == pytest.approx(0.4, rel=0.1)  # the mean of channels, not their sum
+
+
+@pytest.mark.parametrize("kind", [*MUST_WRITE, *OTHER])
+def test_every_format_rate_and_number_of_channels(kind: str, tmp_path: Path) -> None:
+    written = set()
+    for rate in RATES:
+        for channels in CHANNELS:
+            # Extension unlike the format: content decides, not the name.
+            path = save(tmp_path / f"{rate}-{channels}.audio", kind, rate, channels)
+            if path is not None and soundfile.info(path).samplerate == rate:
+                samples = load(path)
+                check_tone(samples, kind)
+                assert count_samples(path) == len(samples)
+                written.add((rate, channels))
+    wanted = {(rate, channels) for rate in RATES for channels in CHANNELS} if kind in MUST_WRITE else set()
+    if kind == "MP3":
+        wanted = {(rate, channels) for rate, channels in wanted if channels <= 2}
+    if kind == "OGG-OPUS":
+        wanted = {(rate, channels) for rate, channels in wanted if rate in (8000, 48000)}
+    assert written >= (wanted or {(8000, 1)})
+
+
+def test_channels_are_averaged(tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.stack([np.full(8000, 0.5), np.full(8000, -0.25)], axis=1), SAMPLE_RATE, subtype="FLOAT")
+    assert torch.equal(load(path), torch.full((8000,), 0.125))
+
+
+@pytest.mark.parametrize(("start", "end"), [(0.0, None), (0.25, 1.5), (1.2345, None), (0.0, 0.50004), (1.99999, None)])
+def test_a_stretch_is_cut_as_slue_cuts(clip: Path, start: float, end: float | None) -> None:
+    whole = load(clip)
+    last = None if end is None else int(end * SAMPLE_RATE)
+    assert torch.equal(load(clip, start, end), whole[int(start * SAMPLE_RATE):last])
+    assert count_samples(clip, start, end) == len(load(clip, start, end))
+
+
+@pytest.mark.parametrize("kind", ["WAV", "FLAC", *LOSSY])
+def test_a_stretch_read_by_seeking_equals_a_cut_of_the_whole(kind: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    form, _, subtype = kind.partition("-")
+    path = tmp_path / "a.audio"
+    soundfile.write(path, 0.1 * rng.standard_normal(SAMPLE_RATE * 6), SAMPLE_RATE, format=form, subtype=subtype or None)
+    whole = load(path)
+    for start, end in ((0.5, 1.0), (2.345, 4.0), (5.0, None)):
+        last = len(whole) if end is None else int(end * SAMPLE_RATE)
+        stretch = load(path, start, end)
+        # Codec states settle after a seek, so the last bits may differ.
+        torch.testing.assert_close(stretch, whole[int(start * SAMPLE_RATE):last], atol=2e-3, rtol=0)
+
+
+def test_mp3_is_clean_right_after_a_seek(tmp_path: Path) -> None:
+    """The bits of an MP3 frame may stand in earlier frames: a stretch has to be decoded from before its start."""
+    path = tmp_path / "a.mp3"
+    soundfile.write(path, tone(44100, seconds=4.0), 44100)
+    whole, edge = load(path), 100  # samples where resampling sees the cut
+    for start in (0.5, 1.0, 2.5, 3.5):
+        stretch = load(path, start, start + 0.2)
+        expected = whole[int(start * SAMPLE_RATE):][: len(stretch)]
+        torch.testing.assert_close(stretch[edge:-edge], expected[edge:-edge], atol=1e-3, rtol=0)
+
+
+def test_end_may_pass_the_file_by_a_rounding(clip: Path) -> None:
+    assert len(load(clip, 1.0, 2.05)) == SAMPLE_RATE
+
+
+@pytest.mark.parametrize("rate", [*RATES, 11025, 96000])
+@pytest.mark.parametrize("n", [4000, 4001, 12347])
+def test_header_count_equals_decoded_count(rate: int, n: int, tmp_path: Path) -> None:
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros(n), rate)
+    assert count_samples(path) == len(load(path))
+
+
+@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.uint8, np.float32, np.float64])
+def test_arrays_of_any_type_give_the_same_samples(dtype: type) -> None:
+    wave = tone(SAMPLE_RATE)[:, 0]
+    if dtype is np.uint8:
+        array = np.round(wave * 128 + 128).astype(np.uint8)
+    else:
+        scale = -float(np.iinfo(dtype).min) if np.issubdtype(dtype, np.integer) else 1.0
+        array = (wave.astype(np.float64) * scale).astype(dtype)
+    torch.testing.assert_close(prepare(array, SAMPLE_RATE), torch.from_numpy(wave), atol=1 / 128, rtol=0)
+    check_tone(prepare(torch.from_numpy(array), SAMPLE_RATE), "WAV")
+
+
+def test_prepare_resamples_and_takes_channels() -> None:
+    check_tone(prepare(tone(44100, channels=2), 44100), "WAV")
+
+
+# Bad input: one clear message each
+
+
+@pytest.mark.parametrize(("start", "end", "message"), [
+    (2.0, None, "start 2 s is outside the file, which has 2.00 s"),
+    (0.0, 2.2, "end 2.2 s is outside the file"),
+    (1.0, 1.0, "from 1 s to 1 s is empty"),
+    (1.0, 0.5, "from 1 s to 0.5 s is empty"),
+    (-0.1, None, "start -0.1 is not a time"),
+    (float("nan"), None, "start nan is not a time"),
+    (0.0, float("inf"), "end inf is not a time"),
+])
+def test_bad_stretches_are_refused(clip: Path, start: float, end: float | None, message: str) -> None:
+    for function in (load, count_samples):
+        with pytest.raises(UserError) as caught:
+            function(clip, start, end)
+        assert str(clip) in str(caught.value)
+        assert message in str(caught.value)
+
+
+def test_max_seconds_counts_the_stretch(clip: Path) -> None:
+    assert len(load(clip, 0.0, 1.0, max_seconds=1.0)) == SAMPLE_RATE
+    with pytest.raises(UserError, match=r"ramp\.wav: 2\.00 s is longer than the limit of 1 s"):
+        load(clip, max_seconds=1.0)
+
+
+def test_a_long_file_is_read_without_a_limit(tmp_path: Path) -> None:
+    path = tmp_path / "long.wav"
+    soundfile.write(path, np.zeros(SAMPLE_RATE * 31), SAMPLE_RATE)
+    assert len(load(path)) == SAMPLE_RATE * 31
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        load(path)
+    assert str(path) in str(caught.value)
+    return str(caught.value)
+
+
+def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
+    assert "does not exist" in refused(tmp_path / "none.wav")
+    assert "not a file" in refused(tmp_path)
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.wav", b""), ("a.flac", b"no audio at all"), ("a.raw", b"\0" * 64),
+                                               ("a.mp3", b"\0" * 2000)])
+def test_what_is_no_audio_is_refused(name: str, content: bytes, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert "cannot be read as audio" in refused(tmp_path / name)
+
+
+@pytest.mark.parametrize("kind", ["WAV", "WAV-FLOAT", "WAVEX", "AIFF", "AU", "FLAC", *LOSSY])
+@pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
+def test_truncated_files_are_refused(kind: str, share: float, tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    form, _, subtype = kind.partition("-")
+    path = tmp_path / "cut.audio"
+    noise = 0.1 * rng.standard_normal(SAMPLE_RATE * 6)
+    soundfile.write(path, noise, SAMPLE_RATE, format=form, subtype=subtype or None)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(len(content) * share)])
+    message = refused(path)
+    assert "truncated" in message or "cannot be decoded" in message or "cannot be read" in message
+
+
+def test_wav_of_a_pipe_is_read_to_its_end(tmp_path: Path) -> None:
+    """Programs that write to a pipe cannot go back and fill in the size; that is no truncation."""
+    path = tmp_path / "pipe.wav"
+    soundfile.write(path, tone(SAMPLE_RATE), SAMPLE_RATE)
+    content = bytearray(path.read_bytes())
+    at = content.find(b"data") + 4
+    content[at:at + 4] = content[4:8] = b"\xff" * 4
+    path.write_bytes(content)
+    check_tone(load(path), "WAV")
+
+
+def test_flac_without_a_length_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pipe.flac"
+    soundfile.write(path, tone(SAMPLE_RATE), SAMPLE_RATE)
+    content = bytearray(path.read_bytes())
+    content[21] &= 0xF0
+    content[22:26] = bytes(4)
+    path.write_bytes(content)
+    assert "does not say how long" in refused(path)
+
+
+def test_files_without_samples_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "empty.wav"
+    soundfile.write(path, np.zeros(0), SAMPLE_RATE)
+    assert "holds no samples" in refused(path)
+    soundfile.write(path, np.zeros(1), 96000)
+    assert "none at 16000 Hz" in refused(path)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_samples_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
+    wave = tone(SAMPLE_RATE)
+    wave[777] = value
+    path = tmp_path / "nan.wav"
+    soundfile.write(path, wave, SAMPLE_RATE, subtype="FLOAT")
+    assert "NaN or infinite" in refused(path)
+
+
+@pytest.mark.parametrize(("samples", "rate", "message"), [
+    (np.zeros((2, 16000)), 16000, "transpose"),
+    (np.zeros((1, 1, 16000)), 16000, "transpose or squeeze"),
+    (np.zeros(()), 16000, "shape"),
+    (np.zeros(0), 16000, "holds no samples"),
+    (np.zeros((0, 2)), 16000, "holds no samples"),
+    (np.zeros(100), 0, "sampling rate 0"),
+    (np.zeros(100), float("nan"), "sampling rate nan"),
+    (np.zeros(100, dtype=bool), 16000, "samples are bool"),
+    (np.full(100, 20000.0), 16000, "divide 16-bit samples by 32768"),
+    (np.zeros(16000 * 3), 16000, "longer than the limit of 2 s"),
+])
+def test_bad_arrays_are_refused(samples: np.ndarray, rate: float, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        prepare(samples, rate, name="the clip", max_seconds=2.0)
+    assert str(caught.value).startswith("the clip: ")
+    assert message in str(caught.value)
+
+
+def test_importing_audio_does_not_import_transformers() -> None:
+    import subprocess
+    import sys
+
+    code = f"import sys, {audio.__name__}; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

@@ -1,0 +1,1 @@
+"""Comparison of runs; reads predictions, never models."""
