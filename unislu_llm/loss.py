@@ -69,7 +69,7 @@ def token_weights(parts: Tensor, mode: LossMode, total: Counts) -> Tensor:
         return (asr | task).double() / max(total.asr + total.task, 1.0)
     if mode == "fixed":
         share_asr, share_task = (0.5, 0.5) if total.asr and total.task else (1.0, 1.0)
-        return asr * (share_asr / max(total.asr, 1.0)) + task * (share_task / max(total.task, 1.0))
+        return asr.double() * (share_asr / max(total.asr, 1.0)) + task.double() * (share_task / max(total.task, 1.0))
     if mode != "dynamic":
         raise UserError(f"unknown loss '{mode}'; known: {', '.join(get_args(LossMode))}")
     n_asr, n_task = asr.sum(-1, keepdim=True).double(), task.sum(-1, keepdim=True).double()

@@ -7,6 +7,7 @@ labels the whole utterance (sentiment, dialogue acts). The built-in registry hol
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -66,10 +67,12 @@ class SpanTask:
 
     def meaning(self, marker: str) -> str:
         """Plain words that a marker stands for; its embedding row starts from their mean."""
-        plain = _plain(marker)
-        default = f"end {plain.lower()}" if marker.startswith("[/") else plain.lower()
-        words = dict(self.words or {})
-        return words.get(marker, f"end {words[plain]}" if marker.startswith("[/") and plain in words else words.get(plain, default))
+        plain, words = _plain(marker), dict(self.words or {})
+        if marker in words:
+            return words[marker]
+        # Never a single word: the row would equal that word's, and the marker would tie with it in transcripts.
+        meaning = words.get(plain, f"{plain.lower()} phrase")
+        return f"end {meaning}" if marker.startswith("[/") else meaning
 
 
 @dataclass(frozen=True)
@@ -100,7 +103,8 @@ class LabelTask:
 
     def meaning(self, marker: str) -> str:
         """Plain words that a marker stands for; its embedding row starts from their mean."""
-        default = {self.marker: self.name, self.open: f"{self.name} label", self.close: f"end {self.name} label"}
+        default = {self.marker: f"{self.name} task", self.open: f"{self.name} label",
+                   self.close: f"end {self.name} label"}
         return dict(self.words or {}).get(marker, default[marker])
 
 
@@ -114,10 +118,13 @@ NER = SpanTask(
     labels=("PLACE", "QUANT", "ORG", "WHEN", "NORP", "PERSON", "LAW"),
     words={
         "[NER]": "named entities",
-        "QUANT": "quantity number",
-        "ORG": "organization",
-        "WHEN": "date time",
-        "NORP": "nationality group",
+        "PLACE": "country city place",
+        "QUANT": "number amount quantity",
+        "ORG": "organization institution company",
+        "WHEN": "date time day",
+        "NORP": "nationality religion party",
+        "PERSON": "person name",
+        "LAW": "law treaty act",
     },
 )
 """SLUE-VoxPopuli named entities, the seven combined types (FACTS 1.1)."""
@@ -128,7 +135,7 @@ SA = LabelTask(
     labels=("Positive", "Neutral", "Negative"),
     open="[S]",
     close="[/S]",
-    words={"[SA]": "sentiment analysis", "[S]": "sentiment", "[/S]": "end sentiment"},
+    words={"[SA]": "sentiment analysis", "[S]": "sentiment label", "[/S]": "end sentiment"},
 )
 """SLUE-VoxCeleb sentiment, three classes (FACTS 1.1)."""
 
@@ -206,7 +213,10 @@ class TaskRegistry:
         path = Path(path)
         if not path.is_file():
             raise UserError(f"task file {path} does not exist; give a YAML list of tasks")
-        rows = yaml.safe_load(path.read_text(encoding="utf-8"))
+        try:
+            rows = yaml.safe_load(path.read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} is not YAML: {error}") from error
         if not isinstance(rows, list):
             raise UserError(f"{path}: expected a YAML list of tasks, found {type(rows).__name__}")
         return cls.from_dict(rows, where=str(path))
@@ -233,12 +243,17 @@ def _check(task: Task, taken: set[str], names: set[str]) -> None:
         for label in task.labels:
             if label != label.strip() or not label or _MARKER.search(label):
                 raise UserError(f"{where}: label '{label}' must be plain text without markers or outer blanks")
+    named = {*task.markers, *(task.labels if isinstance(task, SpanTask) else ())}
+    for key, words in (task.words or {}).items():
+        if key not in named or not words.strip():
+            raise UserError(f"{where}.words: '{key}' must be one of {', '.join(sorted(named))}, "
+                            "with the words that it stands for")
 
 
 _BUILTIN: dict[str, Task] = {"ner": NER, "sa": SA}
 _KEYS = {
-    "span": {"kind", "name", "marker", "labels", "words"},
-    "label": {"kind", "name", "marker", "labels", "open", "close", "multi", "words"},
+    "span": ("kind", "name", "marker", "labels", "words"),
+    "label": ("kind", "name", "marker", "labels", "open", "close", "multi", "words"),
 }
 
 
@@ -256,15 +271,47 @@ def _from_dict(row: Mapping[str, Any], where: str) -> Task:
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: expected a mapping, found {type(row).__name__}")
     if "builtin" in row:
-        if row["builtin"] not in _BUILTIN:
-            raise UserError(f"{where}.builtin: '{row['builtin']}' is not one of {', '.join(_BUILTIN)}")
-        return _BUILTIN[row["builtin"]]
+        return _builtin(row, where)
     kind = row.get("kind")
-    if kind not in _KEYS:
+    if kind not in ("span", "label"):
         raise UserError(f"{where}.kind: must be 'span' or 'label', found {kind!r}")
-    unknown = set(row) - _KEYS[kind]
-    missing = ({"name", "marker", "labels"} | ({"open", "close"} if kind == "label" else set())) - set(row)
-    if unknown or missing:
-        raise UserError(f"{where}: unknown keys {sorted(unknown)}, missing keys {sorted(missing)}")
-    fields = {k: v for k, v in row.items() if k != "kind"} | {"labels": tuple(row["labels"])}
-    return SpanTask(**fields) if kind == "span" else LabelTask(**fields)
+    for key in row:
+        if key not in _KEYS[kind]:
+            raise UserError(f"{where}: unknown key '{key}'{_hint(key, _KEYS[kind])}; known: {', '.join(_KEYS[kind])}")
+    needed = ("name", "marker", "labels", "open", "close") if kind == "label" else ("name", "marker", "labels")
+    missing = [f"'{key}'" for key in needed if key not in row]
+    if missing:
+        raise UserError(f"{where}: missing key{'s' * (len(missing) > 1)} {', '.join(missing)}")
+    fields: dict[str, Any] = {key: _string(row[key], f"{where}.{key}") for key in needed if key != "labels"}
+    if not isinstance(row["labels"], list | tuple):
+        raise UserError(f"{where}.labels: must be a list, found {row['labels']!r}")
+    fields["labels"] = tuple(_string(label, f"{where}.labels[{i}]") for i, label in enumerate(row["labels"]))
+    if row.get("words"):
+        if not isinstance(row["words"], Mapping):
+            raise UserError(f"{where}.words: must map markers or labels to words, found {row['words']!r}")
+        fields["words"] = {_string(key, f"{where}.words"): _string(value, f"{where}.words.{key}")
+                           for key, value in row["words"].items()}
+    if not isinstance(row.get("multi", False), bool):
+        raise UserError(f"{where}.multi: must be true or false, found {row['multi']!r}")
+    return SpanTask(**fields) if kind == "span" else LabelTask(**fields, multi=row.get("multi", False))
+
+
+def _builtin(row: Mapping[str, Any], where: str) -> Task:
+    name, others = str(row["builtin"]), [str(key) for key in row if key != "builtin"]
+    if name not in _BUILTIN:
+        raise UserError(f"{where}.builtin: '{name}' is not one of {', '.join(_BUILTIN)}{_hint(name, _BUILTIN)}")
+    if others:
+        raise UserError(f"{where}: a builtin task is taken as it is; remove {', '.join(others)}, "
+                        "or write out a task of your own")
+    return _BUILTIN[name]
+
+
+def _string(value: Any, where: str) -> str:
+    if not isinstance(value, str):  # YAML reads yes, no, on, 1 as booleans and numbers
+        raise UserError(f"{where}: must be a string, found {value!r}; put it in quotes")
+    return value
+
+
+def _hint(name: object, known: Iterable[str]) -> str:
+    near = difflib.get_close_matches(str(name), list(known), n=1)
+    return f"; did you mean '{near[0]}'?" if near else ""

@@ -120,7 +120,8 @@ def _groups(utterance: Utterance, task: Task, value: LabelValue) -> Iterator[tup
                 raise UserError(f"{where}: label '{label}' is not one of {', '.join(task.labels)}")
             phrase = utterance.text[start:end] if 0 <= start < end <= len(utterance.text) else ""
             if not phrase.strip():
-                raise UserError(f"{where}: span {start}..{end} does not fit the text of {len(utterance.text)} characters")
+                raise UserError(f"{where}: span {start}..{end} does not fit the text of {len(utterance.text)} "
+                                "characters")
             yield task.open_of(label), phrase.strip(), task.close_of(label)
         return
     labels = (value,) if isinstance(value, str) else tuple(str(v) for v in value)
@@ -128,6 +129,8 @@ def _groups(utterance: Utterance, task: Task, value: LabelValue) -> Iterator[tup
     if unknown or (not task.multi and len(labels) != 1):
         raise UserError(f"{where}: {list(labels)} must be {'labels' if task.multi else 'one label'} "
                         f"of {', '.join(task.labels)}")
+    if len(set(labels)) < len(labels):
+        raise UserError(f"{where}: {list(labels)} has a label twice; keep one")
     for label in sorted(labels, key=task.labels.index):
         yield task.open, label, task.close
 
@@ -230,7 +233,7 @@ def _labels(task: LabelTask, texts: list[str], problems: list[str]) -> Output | 
     for text in texts:
         if text not in task.labels:
             problems.append("unknown_label")
-        elif text in labels:
+        elif text in labels and task.multi:
             problems.append("repeated_label")
         else:
             labels.append(text)
@@ -239,6 +242,5 @@ def _labels(task: LabelTask, texts: list[str], problems: list[str]) -> Output | 
     if not labels:
         problems.append("missing_label")
         return None
-    if len(labels) > 1:
-        problems.append("extra_label")
+    problems += ["extra_label"] * (len(labels) - 1)
     return labels[0]

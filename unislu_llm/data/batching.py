@@ -1,7 +1,8 @@
 """Which samples form which batch: length buckets, the same on every rank, reproducible from a seed.
 
-A plan is a list of *global* batches. How many processes and micro-batches share one does not change what is in it, so that
-runs with other numbers of processes see the same steps. Equal step counts on every rank follow from the plan being global.
+A plan is a list of *global* batches. How many processes and micro-batches share one does not change what is in it, so
+that runs with other numbers of processes see the same steps. Equal step counts on every rank follow from the plan being
+global.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ def seconds(utterance: Utterance) -> float:
     try:
         return float(soundfile.info(str(utterance.audio)).duration) - utterance.start
     except (OSError, RuntimeError) as error:
-        raise UserError(f"{utterance.source or utterance.id}: field 'audio': cannot read {utterance.audio}: {error}") from error
+        where = utterance.source or utterance.id
+        raise UserError(f"{where}: field 'audio': cannot read {utterance.audio}: {error}") from error
 
 
 class BatchPlan:
@@ -44,11 +46,13 @@ class BatchPlan:
         UserError: fewer samples than parts, or a batch size below the number of parts.
     """
 
-    def __init__(self, lengths: Sequence[float], batch_size: int, parts: int = 1, seed: int = 0, bucket: int = 16) -> None:
+    def __init__(self, lengths: Sequence[float], batch_size: int, parts: int = 1, seed: int = 0,
+                 bucket: int = 16) -> None:
         if batch_size < parts:
             raise UserError(f"batch_size={batch_size} is smaller than processes x accumulation = {parts}; raise it")
         if len(lengths) < parts:
-            raise UserError(f"{len(lengths)} training samples cannot feed {parts} micro-batches a step; use fewer processes")
+            raise UserError(f"{len(lengths)} training samples cannot feed {parts} micro-batches a step; "
+                            "use fewer processes")
         self.lengths = np.asarray(lengths, dtype=np.float64)
         self.batch_size, self.parts, self.seed, self.bucket = batch_size, parts, seed, bucket
 
@@ -76,7 +80,13 @@ class BatchPlan:
         return [[int(i) for i in batch[np.argsort(self.lengths[batch], kind="stable")]] for batch in batches]
 
     def micro_batches(self, epoch: int, rank: int = 0, world: int = 1) -> list[list[list[int]]]:
-        """For one rank: for each step, its micro-batches of sample indices. All ranks have the same number of both."""
+        """For one rank: for each step, its micro-batches of sample indices. All ranks have the same number of both.
+
+        Raises:
+            UserError: `world` processes cannot share the micro-batches of a step evenly, or there is no such rank.
+        """
+        if self.parts % world or not 0 <= rank < world:
+            raise UserError(f"{self.parts} micro-batches a step cannot be dealt evenly to rank {rank} of {world}")
         per_rank = self.parts // world
         steps = []
         for batch in self.epoch(epoch):

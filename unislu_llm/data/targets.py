@@ -1,9 +1,9 @@
 """Text to token ids and back: one codec for training targets and for decoding, over any tokenizer.
 
 Pieces are tokenised one by one and their ids concatenated, never strings, so that what training supervises is what
-decoding can produce. Plain text is tokenised as it stands inside a sentence (with a leading blank): a phrase inside tags then has
-the very tokens that it has in the transcript, also as the first word. The blank is a matter of tokens only; the
-decoded string has none around markers.
+decoding can produce. Plain text is tokenised as it stands inside a sentence (with a leading blank): a phrase inside
+tags then has the very tokens that it has in the transcript, also as the first word. The blank is a matter of tokens
+only; the decoded string has none around markers.
 """
 
 from __future__ import annotations
@@ -102,8 +102,9 @@ class TextCodec:
         self._lead = "" if first.startswith("▁") else " "
 
     def text_ids(self, text: str) -> list[int]:
-        """Ids of plain text as it stands inside a sentence, no special tokens."""
-        return list(self.tokenizer(self._lead + text, add_special_tokens=False)["input_ids"])
+        """Ids of plain text as it stands inside a sentence; a special token written in it (`</s>`) is text as well."""
+        encoded = self.tokenizer(self._lead + text, add_special_tokens=False, split_special_tokens=True)
+        return list(encoded["input_ids"])
 
     def prompt_ids(self, text: str) -> list[int]:
         """Ids of a prompt string, in which special tokens may be written out; nothing is added."""

@@ -1,8 +1,8 @@
 """Whisper's encoder at natural length: no 30-second padding, and none of the batch's padding in the result.
 
 Whisper pads every clip to 30 s. Here a clip keeps its own length: sinusoidal positions are sliced, invalid frames are
-zeroed before both convolutions (they look one frame ahead) and masked in attention, so that a clip's frames do not depend
-on what it is batched with. `pad_to_30s` gives transformers' encoder back.
+zeroed before both convolutions (they look one frame ahead) and masked in attention, so that a clip's frames do not
+depend on what it is batched with. `pad_to_30s` gives transformers' encoder back.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from unislu_llm.data.audio import encoder_length
+from unislu_llm.data.audio import ENCODER_RATE, MEL_RATE, encoder_length
 from unislu_llm.errors import UserError
 from unislu_llm.models.lora import LoraOptions, inject_lora
 
@@ -94,13 +94,17 @@ class SpeechEncoder(nn.Module):
             mel_lengths: `(batch,)` valid mel frames.
 
         Returns:
-            frames `(batch, T_enc, dim)` at 50 Hz, zero beyond their lengths unless `pad_to_30s`, and lengths `(batch,)`.
+            frames `(batch, T_enc, dim)` at 50 Hz, zero beyond their lengths unless `pad_to_30s`, and lengths
+            `(batch,)`.
 
         Raises:
-            UserError: more than 30 s of audio.
+            UserError: more than 30 s of audio; with `pad_to_30s`, also less.
         """
+        seconds, limit = mel.shape[-1] / MEL_RATE, self.max_frames / ENCODER_RATE
         if encoder_length(mel.shape[-1]) > self.max_frames:
-            raise UserError(f"{mel.shape[-1] / 100:.2f} s of audio in one clip; the encoder takes {self.max_frames / 50:.0f} s")
+            raise UserError(f"{seconds:.2f} s of audio in one clip; the encoder takes {limit:g} s")
+        if self.pad_to_30s and encoder_length(mel.shape[-1]) < self.max_frames:
+            raise UserError(f"pad_to_30s needs the mel of {limit:g} s, found {seconds:.2f} s; collate with pad_to_30s as well")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode != "frozen"):
             if self.pad_to_30s:
                 full = torch.full_like(mel_lengths, mel.shape[-1])

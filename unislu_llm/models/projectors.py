@@ -1,7 +1,7 @@
 """Projectors: encoder frames to speech embeddings in the LLM's space, `(batch, T_enc, D) -> (batch, T_sp, H)`.
 
-All stand behind one registry (:func:`build_projector`), say how long their output is (:meth:`Projector.output_length`), give
-every clip the same result whatever it is batched with, and end in a norm whose scale starts at the RMS of the LLM's
+All stand behind one registry (:func:`build_projector`), say how long their output is (:meth:`Projector.output_length`),
+give every clip the same result whatever it is batched with, and end in a norm whose scale starts at the RMS of the LLM's
 embeddings: a projector that starts ten times too loud or too quiet costs thousands of steps.
 """
 
@@ -70,7 +70,8 @@ class Projector(nn.Module):
         Returns:
             `(batch, T_sp, H)`, zero beyond the lengths, and lengths `(batch,)`.
         """
-        frames = frames.masked_fill(~valid_mask(lengths, frames.shape[1])[:, :, None], 0.0)
+        # A frozen encoder may compute in bf16; the projector's own weights stay fp32.
+        frames = frames.to(self.norm.gain.dtype).masked_fill(~valid_mask(lengths, frames.shape[1])[:, :, None], 0.0)
         speech = self.norm(self.project(frames, lengths))
         out = self.output_length(lengths)
         return speech.masked_fill(~valid_mask(out, speech.shape[1])[:, :, None], 0.0), out
@@ -137,7 +138,8 @@ class ConvProjector(Projector):
         hidden: channels; 0 means the LLM's size.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, scale: float, strides: tuple[int, ...] = (5,), hidden: int = 0) -> None:
+    def __init__(self, in_dim: int, out_dim: int, scale: float, strides: tuple[int, ...] = (5,),
+                 hidden: int = 0) -> None:
         super().__init__(in_dim, out_dim, scale)
         hidden = hidden or out_dim
         dims = [in_dim] + [hidden] * len(strides)
@@ -224,11 +226,26 @@ def build_projector(name: str, in_dim: int, out_dim: int, scale: float,
     if name not in PROJECTORS:
         raise UserError(f"unknown projector '{name}'; known: {', '.join(PROJECTORS)}{_hint(name, list(PROJECTORS))}")
     build = PROJECTORS[name]
-    known = [p for p in inspect.signature(build).parameters if p not in ("in_dim", "out_dim", "scale")]
-    for key in options or {}:
+    known = {key: p.default for key, p in inspect.signature(build).parameters.items()
+             if key not in ("in_dim", "out_dim", "scale")}
+    for key, value in (options or {}).items():
         if key not in known:
-            raise UserError(f"projector '{name}' has no option '{key}'; known: {', '.join(known)}{_hint(key, known)}")
+            raise UserError(f"projector '{name}' has no option '{key}'; known: {', '.join(known)}"
+                            f"{_hint(key, list(known))}")
+        if problem := _misfit(value, known[key]):
+            raise UserError(f"projector '{name}': option {key}={value!r} must be {problem}")
     return build(in_dim, out_dim, scale, **(options or {}))
+
+
+def _misfit(value: Any, default: Any) -> str | None:
+    """What a value must be to stand for `default`, where it is not; other kinds than these pass."""
+    if isinstance(default, tuple):
+        good = isinstance(value, list | tuple) and len(value) > 0 and all(type(v) is int and v > 0 for v in value)
+        return None if good else "a list of whole numbers from 1 up"
+    if type(default) is int:
+        least = min(default, 1)
+        return None if type(value) is int and value >= least else f"a whole number from {least} up"
+    return None
 
 
 def _hint(name: str, known: list[str]) -> str:

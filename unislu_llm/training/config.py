@@ -24,6 +24,7 @@ from unislu_llm.errors import UserError
 from unislu_llm.loss import LossMode
 from unislu_llm.models.lora import LoraOptions
 
+Precision = Literal["fp32", "bf16", "fp16"]
 Options = Annotated[dict[str, Any], tyro.conf.arg(constructor=json.loads, metavar="JSON")]
 
 
@@ -63,6 +64,14 @@ class ModelConfig:
     """Whisper decoder only: language code of its prompt."""
     decoder_mode: Literal["full", "lora", "frozen"] = "full"
     """Whisper decoder only: what trains in it."""
+
+
+@dataclass
+class Preset(ModelConfig):
+    """An adapter preset, `adapters/*.yaml`: the model section's keys for one LLM, and the precision to train it in."""
+
+    precision: Precision = "fp32"
+    """Default of train.precision."""
 
 
 @dataclass
@@ -118,7 +127,7 @@ class TrainConfig:
     """AdamW weight decay, not on norms and biases."""
     max_grad_norm: float = 1.0
     """Gradient clipping; 0 switches it off."""
-    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    precision: Precision = "fp32"
     """fp16 is refused: Whisper and LLM activations overflow it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
@@ -181,6 +190,8 @@ def apply(target: Any, values: Mapping[str, Any], where: str) -> None:
         UserError: unknown key (the nearest known one is named) or a value of the wrong type; `where` names the file.
     """
     hints = typing.get_type_hints(type(target), include_extras=False)
+    if isinstance(target, ModelConfig) and "projector" in values:
+        _choose_projector(target, values["projector"])
     for key, value in values.items():
         if key not in hints:
             near = difflib.get_close_matches(key, hints, n=1, cutoff=0.5)
@@ -190,8 +201,16 @@ def apply(target: Any, values: Mapping[str, Any], where: str) -> None:
             if not isinstance(value, Mapping):
                 raise UserError(f"{where}.{key}: expected a mapping, found {value!r}")
             apply(getattr(target, key), value, f"{where}.{key}")
+        elif key == "projector_options":
+            setattr(target, key, getattr(target, key) | _checked(value, hints[key], f"{where}.{key}"))
         else:
             setattr(target, key, _checked(value, hints[key], f"{where}.{key}"))
+
+
+def _choose_projector(model: ModelConfig, name: str) -> None:
+    """Options belong to a projector: what an earlier source said of another one no longer holds."""
+    if name != model.projector:
+        model.projector, model.projector_options = name, {}
 
 
 def _checked(value: Any, hint: Any, where: str) -> Any:
@@ -246,6 +265,22 @@ def apply_file(config: Config, path: Path) -> None:
     apply(config, values, str(path))
 
 
+def apply_preset(config: Config, path: Path) -> None:
+    """Lay an adapter preset over `config`: its `precision` over `train.precision`, the rest over the model section.
+
+    The precision holds with and without a GPU (bf16 computes on a CPU too, if slowly); a config file or
+    `--train.precision` wins over it.
+
+    Raises:
+        UserError: as :func:`apply`.
+    """
+    values = read_yaml(path)
+    apply(Preset(), values, str(path))  # checks names and types, `precision` among them
+    if "precision" in values:
+        config.train.precision = values.pop("precision")
+    apply(config.model, values, str(path))
+
+
 def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | None, description: str) -> Config:
     """Build the configuration of a run from a config file, an adapter preset and flags.
 
@@ -263,24 +298,21 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
     first.add_argument("--config", type=Path, default=default_file)
     first.add_argument("--adapter", type=Path)
     known, rest = first.parse_known_args(argv)
+    peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    peek.add_argument("--llm", "--model.llm", dest="llm")
+    peek.add_argument("--projector", "--model.projector", dest="projector")
+    flags = peek.parse_known_args(rest)[0]
     config = Config()
     apply_file(config, known.config)
     if presets is not None:
-        peek = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-        peek.add_argument("--llm", "--model.llm", dest="llm")
-        flag = peek.parse_known_args(rest)[0].llm
-        preset = known.adapter
-        if preset is None:
-            preset = find_preset(flag or config.model.llm, presets)
+        preset = known.adapter or find_preset(flags.llm or config.model.llm, presets)
         config = Config()
         if preset is not None:
-            apply(config.model, _model_part(read_yaml(preset)), str(preset))
+            apply_preset(config, preset)
         apply_file(config, known.config)
-        if known.adapter is not None and flag is None:  # an explicit preset names its LLM
-            config.model.llm = read_yaml(preset).get("llm", config.model.llm)
+        if known.adapter is not None and flags.llm is None:  # an explicit preset names its LLM
+            config.model.llm = read_yaml(known.adapter).get("llm", config.model.llm)
+    if flags.projector is not None:
+        _choose_projector(config.model, flags.projector)
     description += f"\n\n--config FILE (default {default_file.name}) and --adapter FILE (a preset) set the defaults shown here."
     return tyro.cli(Config, args=rest, default=config, description=description)
-
-
-def _model_part(preset: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in preset.items() if k not in ("precision", "notes")}

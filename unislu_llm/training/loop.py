@@ -25,13 +25,14 @@ from unislu_llm.data.collate import Batch, SpeechDataset
 from unislu_llm.data.targets import Sample
 from unislu_llm.decoding.generate import DecodeOptions, predict
 from unislu_llm.errors import UserError
-from unislu_llm.loss import NO_PART, TASK_PART, Counts, sample_shares, weighted_loss
+from unislu_llm.loss import ASR_PART, TASK_PART, Counts, sample_shares, weighted_loss
 from unislu_llm.models.base import SLUModel
 from unislu_llm.scoring.slue import format_table, score_rows
+from unislu_llm.tasks import TaskRegistry
 from unislu_llm.training import state
 from unislu_llm.training.build import build_model, build_registry, load_samples
 from unislu_llm.training.config import Config
-from unislu_llm.training.monitors import flat_scores, validation_warnings
+from unislu_llm.training.monitors import flat_scores, loss_summary, validation_warnings
 from unislu_llm.training.optim import build_optimizer, build_schedule, group_rates
 from unislu_llm.training.plan import accumulation, describe, peak_memory, use_threads
 
@@ -99,13 +100,15 @@ class Trainer:
 
     # ---- batches ---------------------------------------------------------------------------------------------------
 
-    def _loader(self, epoch: int, skip: int) -> Iterator[list[Batch]]:
+    def batches(self, epoch: int, skip: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches, a list a step, from step `skip` of the epoch on."""
         steps = self.plan.micro_batches(epoch, self.accelerator.process_index, self.accelerator.num_processes)[skip:]
         flat = [indices for step in steps for indices in step]
         workers = self.config.data.num_workers
+        # A generator of its own: the loader must not draw from the one that dropout uses, or a resumed run would differ.
+        own = torch.Generator().manual_seed(self.config.train.seed + epoch)
         loader = DataLoader(SpeechDataset(self.train_samples, self.config.data.max_seconds), batch_sampler=flat,  # type: ignore[arg-type]
-                            collate_fn=self.model.collator(), num_workers=workers,
+                            collate_fn=self.model.collator(), num_workers=workers, generator=own,
                             pin_memory=self.accelerator.device.type == "cuda", prefetch_factor=4 if workers else None)
         batches = iter(loader)
         for step in steps:
@@ -120,7 +123,7 @@ class Trainer:
             UserError: the loss is not finite.
         """
         self.wrapped.train()
-        totals = self._totals(micro)
+        totals = self.totals(micro)
         figures = self.backward(micro, Counts(float(totals[0]), float(totals[1])))
         norm = float("nan")
         if self.config.train.max_grad_norm:
@@ -129,9 +132,9 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.schedule.step()
-        return self._figures(figures, norm)
+        return self.figures(figures, norm)
 
-    def _totals(self, micro: list[Batch]) -> Tensor:
+    def totals(self, micro: list[Batch]) -> Tensor:
         counts = sum((Counts.of(b.target_parts) for b in micro), Counts(0, 0))
         return self._sum(torch.tensor([counts.asr, counts.task], dtype=torch.float64))
 
@@ -144,8 +147,8 @@ class Trainer:
         return self.accelerator.reduce(values.to(device, kind), "sum").cpu().double()  # type: ignore[union-attr]
 
     def backward(self, micro: list[Batch], total: Counts) -> Tensor:
-        """Accumulate gradients of the global loss; returns this rank's sums for the log (see :meth:`_figures`)."""
-        sums = torch.zeros(9, dtype=torch.float64)
+        """Accumulate gradients of the global loss; returns this rank's sums for the log (see :meth:`figures`)."""
+        sums = torch.zeros(len(_sum_names(self.registry)), dtype=torch.float64)
         for i, cpu_batch in enumerate(micro):
             last = i == len(micro) - 1
             batch = cpu_batch.to(self.accelerator.device)
@@ -156,19 +159,22 @@ class Trainer:
                 loss = weighted_loss(losses, batch.target_parts, self.config.train.loss, total)
                 # Processes' gradients are averaged; the normalizer is global already.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
-            sums += _micro_sums(losses.detach(), loss.detach(), cpu_batch)
+            sums += _micro_sums(losses.detach(), loss.detach(), cpu_batch, self.registry)
         return sums
 
-    def _figures(self, sums: Tensor, norm: float) -> dict[str, float]:
-        loss, asr, task, n_asr, n_task, w_asr, n_tasked, n_mel, n_all = self._sum(sums).tolist()
-        if not math.isfinite(loss):
-            raise UserError(f"loss is {loss} at step {self.progress.step}; lower train.lr or max_grad_norm, "
+    def figures(self, sums: Tensor, norm: float) -> dict[str, float]:
+        values = dict(zip(_sum_names(self.registry), self._sum(sums).tolist(), strict=True))
+        if not math.isfinite(values["loss"]):
+            raise UserError(f"loss is {values['loss']} at step {self.progress.step}; lower train.lr or max_grad_norm; "
                             f"the last good weights are in {self.run}")
-        figures = {"loss": loss, "loss_asr": asr / max(n_asr, 1), "grad_norm": norm, "tokens": n_asr + n_task,
-                   "audio_seconds": n_mel / 100, "padding": 1.0 - n_all}
-        if n_task:
-            figures |= {"loss_task": task / n_task, "w_asr": w_asr / n_tasked, "w_task": 1.0 - w_asr / n_tasked}
-        figures["padding"] = 1.0 - n_all / (self.accelerator.num_processes * self.per_rank)
+        tokens, micro = values["n_asr"] + values["n_task"], self.accelerator.num_processes * self.per_rank
+        figures = {"loss": values["loss"], "loss_asr": values["asr"] / max(values["n_asr"], 1), "grad_norm": norm,
+                   "tokens": tokens, "audio_seconds": values["n_mel"] / 100, "padding": 1.0 - values["filled"] / micro}
+        if values["n_task"]:
+            w_asr = values["w_asr"] / values["tasked"]
+            figures |= {"loss_task": values["task"] / values["n_task"], "w_asr": w_asr, "w_task": 1.0 - w_asr}
+        figures |= {f"loss_{t.name}": values[f"sum_{t.name}"] / values[f"n_{t.name}"] for t in self.registry
+                    if values[f"n_{t.name}"]}
         return figures
 
     # ---- the run ---------------------------------------------------------------------------------------------------
@@ -186,7 +192,7 @@ class Trainer:
                    disable=not self.accelerator.is_local_main_process)
         while self.progress.step < self.total_steps:
             p = self.progress
-            for micro in self._loader(p.epoch, p.step_in_epoch):
+            for micro in self.batches(p.epoch, p.step_in_epoch):
                 started = time.perf_counter()
                 figures = self.step(micro)
                 p.step, p.step_in_epoch = p.step + 1, p.step_in_epoch + 1
@@ -201,6 +207,8 @@ class Trainer:
             if p.step < self.total_steps:
                 p.epoch, p.step_in_epoch = p.epoch + 1, 0
         bar.close()
+        if self.accelerator.is_main_process:
+            print(loss_summary(self.run / "metrics.jsonl"))
         results = self.validate("after training")
         self.save()
         self.accelerator.end_training()
@@ -212,8 +220,8 @@ class Trainer:
             print(describe(self.config, self.model, dict(tasks), self.total_steps, self.accelerator.num_processes))
             print(f"run folder: {self.run}", flush=True)
         if self.config.train.trackers:
-            self.accelerator.project_configuration.set_directories(str(self.run))
-            self.accelerator.init_trackers("tracking")
+            self.accelerator.project_configuration.logging_dir = str(self.run)
+            self.accelerator.init_trackers("tensorboard")
 
     def _log_step(self, figures: dict[str, float], took: float, bar: Any) -> None:
         step = self.progress.step
@@ -310,16 +318,22 @@ class Trainer:
             state.set_rng_state(saved["rng"][self.accelerator.process_index])
 
 
-def _micro_sums(losses: Tensor, loss: Tensor, batch: Batch) -> Tensor:
-    """Sums of one micro-batch that add up over micro-batches and processes; names in :meth:`Trainer._figures`."""
-    parts = batch.target_parts
-    cpu = losses.double().cpu()
-    task, asr = parts == TASK_PART, (parts != NO_PART) & (parts != TASK_PART)
-    w_asr, _ = sample_shares(parts)
-    tasked = task.any(-1)
-    return torch.stack([loss.double().cpu(), cpu[asr].sum(), cpu[task].sum(), asr.sum().double(), task.sum().double(),
-                        w_asr[tasked].sum(), tasked.sum().double(), batch.mel_lengths.sum().double(),
-                        torch.tensor(1.0 - batch.padding_share, dtype=torch.float64)])
+def _sum_names(registry: TaskRegistry) -> list[str]:
+    return ["loss", "asr", "task", "n_asr", "n_task", "w_asr", "tasked", "n_mel", "filled",
+            *(f"{kind}_{t.name}" for t in registry for kind in ("sum", "n"))]
+
+
+def _micro_sums(losses: Tensor, loss: Tensor, batch: Batch, registry: TaskRegistry) -> Tensor:
+    """Figures of one micro-batch that add up over micro-batches and processes, in the order of :func:`_sum_names`."""
+    parts, cpu = batch.target_parts, losses.double().cpu()
+    is_task, is_asr = parts == TASK_PART, parts == ASR_PART
+    shares, tasked = sample_shares(parts)[0], is_task.any(-1)
+    sums = [float(loss), cpu[is_asr].sum(), cpu[is_task].sum(), is_asr.sum(), is_task.sum(), shares[tasked].sum(),
+            tasked.sum(), batch.mel_lengths.sum(), 1.0 - batch.padding_share]
+    for task in registry:
+        mine = is_task & torch.tensor([s.task == task.name for s in batch.samples])[:, None]
+        sums += [cpu[mine].sum(), mine.sum()]
+    return torch.tensor([float(v) for v in sums], dtype=torch.float64)
 
 
 def _sharded(accelerator: Accelerator) -> bool:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from unislu_llm.tasks import LabelTask, SpanTask, TaskRegistry
@@ -68,3 +70,17 @@ def flat_scores(results: Mapping[str, Any], registry: TaskRegistry, protocol: st
         flat["slue"] = slue
     flat["score"] = mean if slue is None else slue
     return flat
+
+
+def loss_summary(metrics: Path) -> str:
+    """Mean loss of each part (nats a token) over the first and the last tenth of the logged training steps, as one line."""
+    rows = [r for r in map(json.loads, metrics.read_text(encoding="utf-8").splitlines()) if r["part"] == "train"]
+    names = sorted({k for r in rows for k in r if k == "loss" or k.startswith("loss_")})
+    tenth = max(1, len(rows) // 10)
+
+    def mean(part: list[dict[str, float]], name: str) -> float:
+        values = [r[name] for r in part if name in r]
+        return sum(values) / len(values) if values else float("nan")
+
+    return "losses, first and last tenth of the steps: " + ", ".join(
+        f"{name} {mean(rows[:tenth], name):.3f} -> {mean(rows[-tenth:], name):.3f}" for name in names)

@@ -1,0 +1,215 @@
+"""The losses against hand-computed values and against the paper's formula written out independently."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from typing import get_args
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.nn import functional as F
+
+from unislu_llm.errors import UserError
+from unislu_llm.loss import (
+    ASR_PART,
+    NO_PART,
+    TASK_PART,
+    Counts,
+    LossMode,
+    sample_shares,
+    token_weights,
+    weighted_loss,
+)
+
+A, T, N = ASR_PART, TASK_PART, NO_PART
+MODES: tuple[LossMode, ...] = get_args(LossMode)
+
+
+def parts_of(sizes: list[tuple[int, int]]) -> Tensor:
+    """`(batch, length)` parts of samples with so many transcript and task tokens, padded on the right."""
+    width = max(a + t for a, t in sizes)
+    return torch.tensor([[A] * a + [T] * t + [N] * (width - a - t) for a, t in sizes])
+
+
+SIZES = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)).filter(any), min_size=1, max_size=6)
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
+    """Cross-entropies in double precision and parts, both `(batch, length)`."""
+    parts = parts_of(draw(SIZES))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 2**31)))
+    return torch.rand(parts.shape, generator=generator, dtype=torch.float64) * 10, parts
+
+
+def rows(losses: Tensor, parts: Tensor) -> list[tuple[list[float], list[float]]]:
+    """Transcript and task cross-entropies of every sample, as lists."""
+    return [([x for x, p in zip(xs, ps, strict=True) if p == A], [x for x, p in zip(xs, ps, strict=True) if p == T])
+            for xs, ps in zip(losses.tolist(), parts.tolist(), strict=True)]
+
+
+def mean(values: list[float]) -> float:
+    return sum(values) / len(values)
+
+
+def paper(losses: Tensor, parts: Tensor) -> float:
+    """`sum_i (n_asr_i meanCE_task_i + n_task_i meanCE_asr_i) / sum_i T_i`; a sample of one part alone is plain CE."""
+    total = 0.0
+    for asr, task in rows(losses, parts):
+        total += len(asr) * mean(task) + len(task) * mean(asr) if asr and task else sum(asr) + sum(task)
+    return total / sum(len(asr) + len(task) for asr, task in rows(losses, parts))
+
+
+# By hand
+
+
+def test_dynamic_by_hand() -> None:
+    # 4 transcript and 2 task tokens: a transcript token weighs 2/4, a task token 4/2, over the 6 + 3 of the batch.
+    losses = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [1.0, 1.0, 9.0, 0.0, 0.0, 0.0]])
+    parts = torch.tensor([[A, A, A, A, T, T], [A, A, T, N, N, N]])
+    expected = (0.5 * (1 + 2 + 3 + 4) + 2 * (5 + 6) + 0.5 * (1 + 1) + 2 * 9) / 9
+    assert float(weighted_loss(losses, parts, "dynamic")) == pytest.approx(expected)
+    weights = token_weights(parts, "dynamic", Counts.of(parts))
+    assert weights.dtype == torch.float64
+    assert (weights * 9).flatten().tolist() == pytest.approx([.5, .5, .5, .5, 2, 2, .5, .5, 2, 0, 0, 0])
+
+
+def test_fixed_by_hand() -> None:
+    # Means over the batch, not over samples: 5 transcript tokens and 3 task tokens.
+    losses = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 7.0, 8.0]])
+    parts = torch.tensor([[A, A, A, T], [A, A, T, T]])
+    expected = 0.5 * (1 + 2 + 3 + 5 + 6) / 5 + 0.5 * (4 + 7 + 8) / 3
+    assert float(weighted_loss(losses, parts, "fixed")) == pytest.approx(expected)
+
+
+def test_uniform_by_hand() -> None:
+    losses = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 100.0, 100.0]])
+    parts = torch.tensor([[A, A, A, T], [A, T, N, N]])
+    assert float(weighted_loss(losses, parts, "uniform")) == pytest.approx((1 + 2 + 3 + 4 + 5 + 6) / 6)
+
+
+def test_the_share_of_a_short_task_part() -> None:
+    """The figures of the paper's consequence: empty NER leaves the transcript about 0.02, four task tokens 0.09."""
+    w_asr, w_task = sample_shares(parts_of([(40, 1), (40, 4), (40, 0)]))
+    assert w_asr.tolist() == pytest.approx([1 / 41, 4 / 44, 1.0])
+    assert w_task.tolist() == pytest.approx([40 / 41, 40 / 44, 0.0])
+
+
+# Against the formula
+
+
+@settings(deadline=None)
+@given(batches())
+def test_dynamic_is_the_formula_of_the_paper(batch: tuple[Tensor, Tensor]) -> None:
+    losses, parts = batch
+    assert float(weighted_loss(losses, parts, "dynamic")) == pytest.approx(paper(losses, parts), rel=1e-9)
+
+
+@settings(deadline=None)
+@given(batches())
+def test_dynamic_is_the_shares_times_the_means_weighted_by_length(batch: tuple[Tensor, Tensor]) -> None:
+    losses, parts = batch
+    w_asr, w_task = sample_shares(parts)
+    assert torch.equal(w_asr + w_task, torch.ones(len(parts), dtype=torch.float64))
+    total, length = 0.0, 0
+    for (asr, task), wa, wt in zip(rows(losses, parts), w_asr.tolist(), w_task.tolist(), strict=True):
+        size = len(asr) + len(task)
+        total += size * (wa * mean(asr) + (wt * mean(task) if task else 0.0)) if asr else sum(task)
+        length += size
+    assert float(weighted_loss(losses, parts, "dynamic")) == pytest.approx(total / length, rel=1e-9)
+
+
+@settings(deadline=None)
+@given(batches())
+def test_fixed_and_uniform_are_their_formulas(batch: tuple[Tensor, Tensor]) -> None:
+    losses, parts = batch
+    asr, task = losses[parts == A].tolist(), losses[parts == T].tolist()
+    assert float(weighted_loss(losses, parts, "uniform")) == pytest.approx(mean(asr + task), rel=1e-9)
+    fixed = 0.5 * mean(asr) + 0.5 * mean(task) if asr and task else mean(asr + task)
+    assert float(weighted_loss(losses, parts, "fixed")) == pytest.approx(fixed, rel=1e-9)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_batch_without_task_parts_is_plain_cross_entropy(mode: LossMode) -> None:
+    torch.manual_seed(0)
+    parts = parts_of([(5, 0), (3, 0), (1, 0)])
+    logits, targets = torch.randn(3, 5, 11, dtype=torch.float64), torch.randint(11, (3, 5))
+    losses = F.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+    plain = F.cross_entropy(logits.transpose(1, 2), targets.masked_fill(parts == N, -100))
+    assert float(weighted_loss(losses, parts, mode)) == pytest.approx(float(plain), rel=1e-12)
+
+
+@settings(deadline=None)
+@given(batches(), st.sampled_from(MODES))
+def test_equal_losses_give_that_loss(batch: tuple[Tensor, Tensor], mode: LossMode) -> None:
+    """Weights sum to one in every mode: the loss keeps the unit of a cross-entropy."""
+    _, parts = batch
+    assert float(token_weights(parts, mode, Counts.of(parts)).sum()) == pytest.approx(1.0, rel=1e-9)
+
+
+# Accumulation and distribution
+
+
+@settings(deadline=None)
+@given(batches(), st.sampled_from(MODES), st.data())
+def test_micro_batches_add_up_to_the_whole(batch: tuple[Tensor, Tensor], mode: LossMode, data: st.DataObject) -> None:
+    losses, parts = batch
+    cuts = sorted(data.draw(st.sets(st.integers(1, len(parts)), max_size=3)) | {0, len(parts)})
+    bounds = list(pairwise(cuts))
+    total = Counts(0, 0)
+    for a, b in bounds:
+        total = total + Counts.of(parts[a:b])
+    assert total == Counts.of(parts) == Counts(int((parts == A).sum()), int((parts == T).sum()))
+
+    whole = losses.clone().requires_grad_()
+    value = weighted_loss(whole, parts, mode)
+    value.backward()
+    micro = losses.clone().requires_grad_()
+    summed = 0.0
+    for a, b in bounds:
+        width = int((parts[a:b] != N).sum(-1).max())  # a micro-batch is padded to its own longest
+        part = weighted_loss(micro[a:b, :width], parts[a:b, :width], mode, total)
+        part.backward()
+        summed += float(part.detach())
+    assert summed == pytest.approx(float(value.detach()), rel=1e-9)
+    assert whole.grad is not None
+    assert micro.grad is not None
+    torch.testing.assert_close(micro.grad, whole.grad, rtol=1e-9, atol=1e-12)
+
+
+@settings(deadline=None)
+@given(batches(), st.sampled_from(MODES), st.sampled_from([math.nan, math.inf, -math.inf, 1e30]))
+def test_garbage_at_padding_does_not_enter(batch: tuple[Tensor, Tensor], mode: LossMode, garbage: float) -> None:
+    losses, parts = batch
+    clean = losses.clone().requires_grad_()
+    weighted_loss(clean, parts, mode).backward()
+    dirty = losses.masked_fill(parts == N, garbage).requires_grad_()
+    loss = weighted_loss(dirty, parts, mode)
+    loss.backward()
+    assert float(loss.detach()) == float(weighted_loss(losses, parts, mode))
+    assert clean.grad is not None
+    assert dirty.grad is not None
+    assert torch.equal(dirty.grad, clean.grad)
+    assert not dirty.grad[parts == N].any()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_empty_micro_batch_is_zero(mode: LossMode) -> None:
+    """A rank whose micro-batch holds nothing but padding adds nothing, and no NaN."""
+    parts = torch.full((2, 3), N)
+    assert float(weighted_loss(torch.rand(2, 3), parts, mode)) == 0.0
+    assert float(weighted_loss(torch.rand(2, 3), parts, mode, Counts(7, 3))) == 0.0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_loss_has_the_type_of_the_cross_entropies(dtype: torch.dtype) -> None:
+    assert weighted_loss(torch.ones(1, 3, dtype=dtype), parts_of([(2, 1)]), "dynamic").dtype == dtype
+
+
+def test_an_unknown_loss_is_named_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"'dynamc'; known: dynamic, fixed, uniform"):
+        weighted_loss(torch.ones(1, 1), parts_of([(1, 0)]), "dynamc")  # type: ignore[arg-type]

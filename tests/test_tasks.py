@@ -1,0 +1,151 @@
+"""The task registry: what is refused, and that a new task needs data and no code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from unislu_llm.errors import UserError
+from unislu_llm.tasks import ASR, NER, SA, SEPARATOR, LabelTask, SpanTask, TaskRegistry
+from unislu_llm.unified import encode, parse, render
+from unislu_llm.utterance import Utterance
+
+SLOTS = {"kind": "span", "name": "slots", "marker": "[SLOTS]", "labels": ["CITY", "TIME"], "words": {"CITY": "town"}}
+ACTS = {"kind": "label", "name": "acts", "marker": "[DA]", "labels": ["question", "greeting", "thanks a lot"],
+        "open": "[A]", "close": "[/A]", "multi": True, "words": {"[A]": "greeting thanks"}}
+
+
+def write(path: Path, rows: Any) -> Path:
+    path.write_text(yaml.safe_dump(rows, sort_keys=False), encoding="utf-8")
+    return path
+
+
+def test_the_nineteen_markers_of_the_paper() -> None:
+    kinds = ("PLACE", "QUANT", "ORG", "WHEN", "NORP", "PERSON", "LAW")
+    tags = [tag for kind in kinds for tag in (f"[{kind}]", f"[/{kind}]")]
+    markers = TaskRegistry().markers
+    assert len(markers) == 19
+    assert markers == ("[T/L]", "[NER]", *tags, "[SA]", "[S]", "[/S]")
+    assert SA.labels == ("Positive", "Neutral", "Negative")
+    assert not SA.multi
+
+
+def test_unknown_task_is_named_with_the_known_ones() -> None:
+    with pytest.raises(UserError, match=r"'nerr'.*asr, ner, sa"):
+        TaskRegistry()["nerr"]
+    assert "nerr" not in TaskRegistry()
+
+
+def test_a_registry_is_a_collection_in_order_of_registration() -> None:
+    registry = TaskRegistry([SA, NER])
+    assert list(registry) == [SA, NER]
+    assert registry.names == ("sa", "ner")
+    assert len(registry) == 2
+    assert "sa" in registry
+    assert ASR not in registry
+    assert registry["ner"] is NER
+    assert registry.by_marker("[SA]") is SA
+    assert registry.by_marker("[S]") is None
+    assert registry.markers[0] == SEPARATOR
+
+
+def test_every_marker_has_a_meaning_in_plain_words() -> None:
+    registry = TaskRegistry.from_dict([SLOTS, ACTS, {"builtin": "ner"}, {"builtin": "sa"}])
+    meanings = {m: registry.meaning(m) for m in registry.markers}
+    assert all(words.strip() and "[" not in words for words in meanings.values())
+    assert len(set(meanings.values())) == len(meanings), "two markers would start as one"
+    # The mean of one word's row is that row: the marker's logit would tie with the word's.
+    assert all(len(words.split()) > 1 for marker, words in meanings.items() if marker != "[CITY]"), meanings
+    assert meanings["[CITY]"] == "town"
+    assert "town" in meanings["[/CITY]"]
+    assert "time" in meanings["[TIME]"]
+    assert "thanks" in meanings["[A]"]
+    with pytest.raises(UserError, match=r"unknown marker '\[X\]'"):
+        registry.meaning("[X]")
+
+
+@pytest.mark.parametrize(("task", "message"), [
+    (SpanTask("ner", "[N2]", ("A",)), "'ner' is registered twice"),
+    (SpanTask("asr", "[N2]", ("A",)), "not 'asr'"),
+    (SpanTask("My Task", "[N2]", ("A",)), "lower-case"),
+    (SpanTask("n2", "[NER]", ("A",)), r"\[NER\]' is already in use"),
+    (SpanTask("n2", SEPARATOR, ("A",)), r"\[T/L\]' is already in use"),
+    (SpanTask("n2", "[N2]", ("ORG",)), r"\[ORG\]' is already in use"),
+    (SpanTask("n2", "[N2]", ("S",)), r"\[S\]' is already in use"),
+    (SpanTask("n2", "[N2]", ("N2",)), r"\[N2\]' is already in use"),
+    (SpanTask("n2", "[N2]", ("A", "/A")), r"\[/A\]' is already in use"),
+    (SpanTask("n2", "[N2]", ("A", "A")), "differ from each other"),
+    (SpanTask("n2", "[N2]", ()), "labels must be given"),
+    (SpanTask("n2", "N2", ("A",)), r"must look like \[NAME\]"),
+    (SpanTask("n2", "[N2]", ("two words",)), r"must look like \[NAME\]"),
+    (SpanTask("n2", "[N2]", ("A",), words={"B": "bee"}), r"words: 'B'"),
+    (SpanTask("n2", "[N2]", ("A",), words={"A": " "}), r"words: 'A'"),
+    (LabelTask("n2", "[N2]", ("a",), "[X]", "[X]"), r"\[X\]' is already in use"),
+    (LabelTask("n2", "[N2]", ("a",), "[S]", "[/X]"), r"\[S\]' is already in use"),
+    (LabelTask("n2", "[N2]", ("a", " b"), "[X]", "[/X]"), "outer blanks"),
+    (LabelTask("n2", "[N2]", ("a", ""), "[X]", "[/X]"), "plain text"),
+    (LabelTask("n2", "[N2]", ("a[NER]",), "[X]", "[/X]"), "without markers"),
+])
+def test_a_task_that_cannot_be_told_apart_is_refused(task: SpanTask | LabelTask, message: str) -> None:
+    registry = TaskRegistry()
+    with pytest.raises(UserError, match=message):
+        registry.add(task)
+    assert registry.names == ("ner", "sa"), "a refused task must not stay"
+
+
+def test_yaml_round_trip(tmp_path: Path) -> None:
+    registry = TaskRegistry.from_dict([{"builtin": "sa"}, SLOTS, ACTS, {"builtin": "ner"}])
+    again = TaskRegistry.from_yaml(write(tmp_path / "tasks.yaml", registry.to_dict()))
+    assert list(again) == list(registry)
+    assert again.markers == registry.markers
+    assert [again.meaning(m) for m in again.markers] == [registry.meaning(m) for m in registry.markers]
+
+
+def test_a_new_task_comes_from_yaml_alone(tmp_path: Path) -> None:
+    registry = TaskRegistry.from_yaml(write(tmp_path / "tasks.yaml", [{"builtin": "ner"}, ACTS]))
+    utterance = Utterance("1", None, "hello how are you", {"acts": ("greeting", "question"), "ner": ()})
+    text = render(encode(utterance, registry["acts"]))
+    assert text == "hello how are you[T/L][DA][A]question[/A][A]greeting[/A]"
+    parsed = parse(text, registry, "acts")
+    assert parsed.outputs == ("question", "greeting")
+    assert not parsed.problems
+    none = parse("hello[T/L][DA]", registry, "acts")
+    assert (none.outputs, none.problems) == ((), ())
+
+
+@pytest.mark.parametrize(("rows", "message"), [
+    ({"name": "x"}, "expected a YAML list"),
+    (None, "expected a YAML list"),
+    (["ner"], r"\[0\]: expected a mapping, found str"),
+    ([{"builtin": "nerr"}], r"\[0\].builtin: 'nerr' is not one of ner, sa; did you mean 'ner'"),
+    ([{"builtin": "ner", "labels": ["A"]}], r"\[0\]: .*builtin.*labels"),
+    ([{"builtin": "ner"}, {"builtin": "ner"}], "registered twice"),
+    ([SLOTS, SLOTS | {"kind": "spans"}], r"\[1\].kind: must be 'span' or 'label', found 'spans'"),
+    ([SLOTS | {"label": ["A"]}], r"\[0\]: unknown key 'label'.*did you mean 'labels'"),
+    ([SLOTS | {"multi": True}], r"\[0\]: unknown key 'multi'"),
+    ([{"kind": "label", "name": "x", "marker": "[X]", "labels": ["a"]}], r"\[0\]: missing keys? 'open', 'close'"),
+    ([SLOTS | {"labels": "CITY"}], r"\[0\].labels: .*list"),
+    ([SLOTS | {"labels": {"CITY": 1}}], r"\[0\].labels: .*list"),
+    ([ACTS | {"labels": [True, False]}], r"\[0\].labels\[0\]: .*quotes"),
+    ([SLOTS | {"labels": [1, 2]}], r"\[0\].labels\[0\]: .*quotes"),
+    ([SLOTS | {"name": 3}], r"\[0\].name: .*quotes"),
+    ([ACTS | {"multi": "yes please"}], r"\[0\].multi: .*true or false"),
+    ([SLOTS | {"words": ["town"]}], r"\[0\].words: "),
+    ([SLOTS | {"words": {"CITY": 5}}], r"\[0\].words.CITY: .*quotes"),
+])
+def test_a_bad_task_file_is_named(tmp_path: Path, rows: Any, message: str) -> None:
+    path = write(tmp_path / "tasks.yaml", rows)
+    with pytest.raises(UserError, match=message):
+        TaskRegistry.from_yaml(path)
+
+
+def test_a_file_that_is_not_yaml_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "tasks.yaml"
+    path.write_text("- name: [", encoding="utf-8")
+    with pytest.raises(UserError, match=r"(?s)tasks\.yaml.*line 1"):
+        TaskRegistry.from_yaml(path)
+    with pytest.raises(UserError, match=r"gone\.yaml does not exist"):
+        TaskRegistry.from_yaml(tmp_path / "gone.yaml")
