@@ -21,7 +21,8 @@ HERE = Path(__file__).resolve().parent
 
 def main() -> None:
     """Parse the command line and train."""
-    run_recipe("speech_llm", lambda: load_config(None, HERE / "configs" / "quickstart_llm.yaml", HERE.parent / "adapters", str(__doc__)))
+    config = HERE / "configs" / "quickstart_llm.yaml"
+    run_recipe("speech_llm", lambda: load_config(None, config, HERE.parent / "adapters", str(__doc__)))
 
 
 if __name__ == "__main__":

@@ -19,7 +19,8 @@ HERE = Path(__file__).resolve().parent
 
 def main() -> None:
     """Parse the command line and train."""
-    run_recipe("whisper_slu", lambda: load_config(None, HERE / "configs" / "quickstart_whisper.yaml", None, str(__doc__)))
+    config = HERE / "configs" / "quickstart_whisper.yaml"
+    run_recipe("whisper_slu", lambda: load_config(None, config, None, str(__doc__)))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ from unislu_llm.training.config import Config, apply
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny_whisper: Any, tiny_llm: Any, tiny_tokenizer: Any) -> dict[str, str]:
+def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny_whisper: Any, tiny_llm: Any,
+                     tiny_tokenizer: Any) -> dict[str, str]:
     """Folders of a tiny Whisper and a tiny LLM, as `from_pretrained` reads them."""
     root = tmp_path_factory.mktemp("checkpoints")
     whisper, whisper_tokenizer = tiny_whisper()

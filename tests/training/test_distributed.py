@@ -32,7 +32,8 @@ def first_step(kind: str, config: Config, folder: Path, name: str, processes: in
 
 
 @pytest.mark.parametrize(("kind", "loss"), [("speech_llm", "dynamic"), ("speech_llm", "fixed"), ("whisper_slu", "dynamic")])
-def test_processes_and_accumulation_change_nothing(kind: str, loss: str, tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+def test_processes_and_accumulation_change_nothing(kind: str, loss: str, tiny_config: Callable[..., Config],
+                                                   tmp_path: Path) -> None:
     """1 process x 8, 4 micro-batches of 2, and 2 processes x 2 micro-batches of 2 agree on loss and gradients."""
     layouts = {"whole": (8, 1), "accumulated": (2, 1), "two": (2, 2)}
     found = {name: first_step(kind, tiny_config(train={"micro_batch_size": size, "loss": loss}), tmp_path, name, processes)

@@ -21,7 +21,7 @@ def test_warm_up_then_cosine_to_zero() -> None:
     assert values[9] == values[10] == 1.0
     assert values[60] == pytest.approx(0.5)
     assert values[110] == pytest.approx(0.0)
-    assert all(a >= b for a, b in zip(values[10:], values[11:], strict=False))
+    assert values[10:] == sorted(values[10:], reverse=True)
 
 
 @pytest.mark.parametrize(("kind", "end"), [("linear", 0.0), ("constant", 1.0)])
@@ -32,7 +32,8 @@ def test_other_schedules(kind: str, end: float) -> None:
 def test_groups_have_their_rates_and_vectors_no_decay() -> None:
     net = nn.Linear(3, 2)
     config = TrainConfig(weight_decay=0.1)
-    optimizer = build_optimizer({"projector": list(net.named_parameters()), "lora": [("x", nn.Parameter(torch.ones(2, 2)))]}, config)
+    adapter = nn.Parameter(torch.ones(2, 2))
+    optimizer = build_optimizer({"projector": list(net.named_parameters()), "lora": [("x", adapter)]}, config)
     assert {(g["name"], g["lr"], g["weight_decay"]) for g in optimizer.param_groups} == {
         ("projector", config.lr.projector, 0.1), ("projector", config.lr.projector, 0.0), ("lora", config.lr.lora, 0.1)}
     build_schedule(optimizer, config, total_steps=100)

@@ -67,7 +67,8 @@ def add_markers(tokenizer: PreTrainedTokenizerBase, registry: TaskRegistry) -> l
         raise UserError(f"the tokenizer already has a token '{known[0]}'; rename this marker in the task registry")
     if not known:
         tokenizer.add_tokens([AddedToken(m, normalized=False, special=False) for m in registry.markers])
-    ids = [int(tokenizer.convert_tokens_to_ids(m)) for m in registry.markers]
+    vocabulary = tokenizer.get_vocab()
+    ids = [vocabulary[m] for m in registry.markers]
     if ids != list(range(ids[0], ids[0] + len(ids))):
         raise UserError("the tokenizer holds the markers in another order than the task registry; "
                         "use the tokenizer and the tasks of one run together")

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from tqdm import tqdm
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
 from unislu_llm.data.batching import seconds, sorted_batches
 from unislu_llm.data.collate import Collator, SpeechDataset
@@ -207,4 +207,4 @@ def understand(model: SLUModel, files: Sequence[str | Path], tasks: Sequence[str
     return results
 
 
-__all__ = ["DecodeOptions", "predict", "understand", "decode_batch", "prediction_row", "seconds"]
+__all__ = ["DecodeOptions", "decode_batch", "predict", "prediction_row", "seconds", "understand"]

@@ -1,8 +1,8 @@
 """What both decoders share: configuration, saving and loading, parameter groups.
 
-`SpeechLLM` and `WhisperSLU` answer one protocol (:class:`SLUModel`), so that training, decoding, scoring and comparison have
-no branch on the kind of decoder. A saved model is a folder with what was trained, the tokenizer and the configuration;
-frozen weights are named (with revision and hash), not copied.
+`SpeechLLM` and `WhisperSLU` answer one protocol (:class:`SLUModel`), so that training, decoding, scoring and comparison
+have no branch on the kind of decoder. A saved model is a folder with what was trained, the tokenizer and the
+configuration; frozen weights are named (with revision and hash), not copied.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from unislu_llm.data.audio import encoder_length
 from unislu_llm.data.collate import Batch, Collator
@@ -75,11 +75,12 @@ class SLUModel(PreTrainedModel):
     """
 
     config: Any
-    config_class = SLUConfig
+    config_class: Any = SLUConfig
     main_input_name = "mel"
     kind: ClassVar[str]
     codec: TextCodec
     n_mels: int
+    _persistent: frozenset[str] = frozenset()
 
     # ---- the protocol ----------------------------------------------------------------------------------------------
 
@@ -127,17 +128,21 @@ class SLUModel(PreTrainedModel):
                 groups.setdefault(self.parameter_group(name), []).append((name, parameter))
         return groups
 
-    def _persistent_names(self) -> set[str]:
-        """Names of what a saved model holds: parameters that can train, whether or not a stage has frozen them."""
-        return {name for name, p in self.named_parameters() if p.requires_grad or self._always_saved(name)}
+    def _finish(self, decoder: Any) -> None:
+        """Last step of a constructor: note what can train, and take decoding into our own hands.
 
-    def _always_saved(self, name: str) -> bool:
-        return self.parameter_group(name) in ("projector", "lora", "markers")
+        Args:
+            decoder: what `generate` runs on. A checkpoint's own wishes (Qwen's repetition penalty, Whisper's
+                suppressed symbols) would forbid tokens that training supervises.
+        """
+        self._persistent = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
+        decoder.generation_config = GenerationConfig(
+            do_sample=False, eos_token_id=self.codec.eos_id, pad_token_id=self.codec.pad_id,
+            decoder_start_token_id=getattr(decoder.config, "decoder_start_token_id", None))
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What was trained, by parameter name, on the CPU."""
-        names = self._persistent_names()
-        return {n: p.detach().cpu().contiguous() for n, p in self.named_parameters() if n in names}
+        """What was trained, whether or not a stage has frozen it since, by parameter name, on the CPU."""
+        return {n: p.detach().cpu().contiguous() for n, p in self.named_parameters() if n in self._persistent}
 
     def save_pretrained(self, save_directory: str | os.PathLike[str], state: dict[str, Tensor] | None = None,  # type: ignore[override]
                         **_: Any) -> None:
@@ -164,7 +169,7 @@ class SLUModel(PreTrainedModel):
             raise UserError(f"{path} does not exist; give the folder of a saved model (its `best` or `last` folder)")
         state = load_file(path)
         own = dict(self.named_parameters())
-        missing, extra = self._persistent_names() - set(state), set(state) - set(own)
+        missing, extra = self._persistent - set(state), set(state) - set(own)
         shapes = [n for n in state if n in own and own[n].shape != state[n].shape]
         if missing or extra or shapes:
             raise UserError(f"{path} does not fit its config.json: missing {sorted(missing)[:3]}, "
@@ -193,6 +198,8 @@ class SLUModel(PreTrainedModel):
         path = Path(folder) / "config.json"
         if not path.is_file():
             raise UserError(f"{path} does not exist; give a folder written by save_pretrained")
+        from unislu_llm.models import speech_llm, whisper_slu  # noqa: F401  (they import this module; loading needs both known)
+
         kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
         found = next((c for c in _leaves(SLUModel) if c.kind == kind), None)
         if found is None or not issubclass(found, cls):
@@ -205,6 +212,11 @@ class SLUModel(PreTrainedModel):
 
 def _leaves(cls: type[SLUModel]) -> list[type[SLUModel]]:
     return [c for c in cls.__subclasses__() if "kind" in vars(c)]
+
+
+def is_checkpointed(module: nn.Module) -> bool:
+    """Whether activations of `module` are computed again in the backward pass; the name for it varies by release."""
+    return any(getattr(m, "gradient_checkpointing", False) for m in module.modules())
 
 
 def speech_lengths(mel_lengths: Tensor) -> Tensor:

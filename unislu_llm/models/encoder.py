@@ -104,7 +104,7 @@ class SpeechEncoder(nn.Module):
         if encoder_length(mel.shape[-1]) > self.max_frames:
             raise UserError(f"{seconds:.2f} s of audio in one clip; the encoder takes {limit:g} s")
         if self.pad_to_30s and encoder_length(mel.shape[-1]) < self.max_frames:
-            raise UserError(f"pad_to_30s needs the mel of {limit:g} s, found {seconds:.2f} s; collate with pad_to_30s as well")
+            raise UserError(f"pad_to_30s: found mel of {seconds:.2f} s; make the batch with pad_to_30s as well")
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode != "frozen"):
             if self.pad_to_30s:
                 full = torch.full_like(mel_lengths, mel.shape[-1])

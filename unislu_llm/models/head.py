@@ -14,7 +14,7 @@ CHUNK = 256
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
-    """Logits of hidden states `(..., dim)` as the model's own forward gives them (scaling and soft-capping included)."""
+    """Logits of hidden states `(..., dim)` as the model's own forward gives them, scaling and soft-capping included."""
     config = model.config
     logits: Tensor = model.get_output_embeddings()(hidden)
     if getattr(config, "logits_scaling", None):  # Granite

@@ -38,7 +38,7 @@ def linear_suffixes(module: nn.Module) -> list[str]:
 
 
 def inject_lora(module: nn.Module, options: LoraOptions, what: str) -> None:
-    """Add trainable adapters to `module` in place; everything else in it keeps its `requires_grad`... frozen.
+    """Add trainable adapters to `module` in place; everything else in it is frozen.
 
     Args:
         module: Whisper encoder or causal LLM.

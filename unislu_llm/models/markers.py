@@ -1,9 +1,9 @@
 """Marker tokens beside a vocabulary that stays as it is.
 
-The markers of the unified format are a handful of rows; the base embedding may have a quarter of a million, frozen and tied
-to the output layer. Growing and training that matrix for 19 rows costs its full gradient. Here the rows are one small
-parameter that the input embedding and the output layer consult for marker ids, so that they can train alone
-while the base is frozen, tied bases stay tied (the same rows at both ends), and gradients have the size of the rows.
+The markers of the unified format are a handful of rows; the base embedding may have a quarter of a million, frozen and
+tied to the output layer. Growing and training that matrix for 19 rows costs its full gradient. Here the rows are one
+small parameter that the input embedding and the output layer consult for marker ids, so that they can train alone while
+the base is frozen, tied bases stay tied (the same rows at both ends), and gradients have the size of the rows.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ class MarkerEmbedding(nn.Module):
         self.first = first
         weight: Any = base.weight
         with torch.no_grad():
-            probe = torch.tensor([min(7, weight.shape[0] - 1)], device=weight.device)
+            # Over many rows: some are zero, such as that of a padding token.
+            probe = torch.arange(0, weight.shape[0], max(1, weight.shape[0] // 256), device=weight.device)
             self.scale = float(base(probe).float().norm() / weight[probe].float().norm().clamp(min=1e-12))
 
     @property

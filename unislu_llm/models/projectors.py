@@ -1,8 +1,8 @@
 """Projectors: encoder frames to speech embeddings in the LLM's space, `(batch, T_enc, D) -> (batch, T_sp, H)`.
 
 All stand behind one registry (:func:`build_projector`), say how long their output is (:meth:`Projector.output_length`),
-give every clip the same result whatever it is batched with, and end in a norm whose scale starts at the RMS of the LLM's
-embeddings: a projector that starts ten times too loud or too quiet costs thousands of steps.
+give every clip the same result whatever it is batched with, and end in a norm whose scale starts at the RMS of the
+LLM's embeddings: a projector that starts ten times too loud or too quiet costs thousands of steps.
 """
 
 from __future__ import annotations

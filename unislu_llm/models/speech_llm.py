@@ -15,7 +15,7 @@ from unislu_llm.data.targets import TextCodec
 from unislu_llm.errors import UserError
 from unislu_llm.loss import NO_PART
 from unislu_llm.models import weights
-from unislu_llm.models.base import SLUConfig, SLUModel, check_hash
+from unislu_llm.models.base import SLUConfig, SLUModel, check_hash, is_checkpointed
 from unislu_llm.models.encoder import SpeechEncoder, valid_mask
 from unislu_llm.models.head import token_losses
 from unislu_llm.models.lora import inject_lora
@@ -30,7 +30,8 @@ class SpeechLLMConfig(SLUConfig):
         llm: causal LM checkpoint. llm_revision, llm_hash: what it was at training time.
         projector: registered name. projector_options: its keyword arguments.
         lora: options of the LLM's adapters; None trains no LLM weight.
-        prompt_prefix, prompt_suffix: text around the speech, special tokens written out; the same at training and inference.
+        prompt_prefix, prompt_suffix: text around the speech, special tokens written out; the same at training and
+            inference.
         quantization: none, 8bit or 4bit (bitsandbytes).
     """
 
@@ -65,7 +66,8 @@ class SpeechLLM(SLUModel):
     config_class = SpeechLLMConfig
     kind = "speech_llm"
 
-    def __init__(self, config: SpeechLLMConfig, whisper: WhisperEncoder, llm: Any, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, config: SpeechLLMConfig, whisper: WhisperEncoder, llm: Any,
+                 tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(config)
         self.codec = TextCodec(tokenizer, config.registry)
         self.n_mels = int(whisper.config.num_mel_bins)
@@ -81,6 +83,7 @@ class SpeechLLM(SLUModel):
         install_markers(llm, self.codec)
         self.prefix = self._prompt(config.prompt_prefix, first=True)
         self.suffix = self._prompt(config.prompt_suffix)
+        self._finish(llm)
 
     @classmethod
     def build(cls, config: SpeechLLMConfig, dtype: torch.dtype = torch.float32) -> Self:
@@ -91,7 +94,7 @@ class SpeechLLM(SLUModel):
         check_hash("LLM", config.llm, config.llm_hash, hashes[1])
         config.encoder_hash, config.llm_hash = hashes
         config.encoder_revision, config.llm_revision = speech.revision, text.revision
-        whisper = WhisperModel.from_pretrained(speech.path, dtype=torch.float32, attn_implementation="sdpa").encoder
+        whisper: Any = WhisperModel.from_pretrained(speech.path, dtype=torch.float32, attn_implementation="sdpa").encoder
         whisper = whisper.to(dtype if config.encoder_mode == "frozen" else torch.float32)
         llm = AutoModelForCausalLM.from_pretrained(text.path, dtype=dtype, attn_implementation="sdpa",
                                                    **_quantization(config.quantization))
@@ -103,6 +106,13 @@ class SpeechLLM(SLUModel):
         bos = self.codec.tokenizer.bos_token_id
         wants = bos is not None and self.codec.tokenizer("a")["input_ids"][0] == bos
         return [bos, *ids] if first and wants and ids[:1] != [bos] else ids
+
+    def train(self, mode: bool = True) -> SpeechLLM:
+        """A frozen LLM stays in eval mode, unless it is checkpointed, which transformers does in train mode alone."""
+        super().train(mode)
+        if not self.config.lora and not is_checkpointed(self.llm):
+            self.llm.eval()
+        return self
 
     def parameter_group(self, name: str) -> str:
         if name.startswith("projector."):
@@ -125,16 +135,17 @@ class SpeechLLM(SLUModel):
 
     def forward(self, mel: Tensor, mel_lengths: Tensor, target_ids: Tensor, target_parts: Tensor) -> Tensor:
         speech, lengths = self.speech(mel, mel_lengths)
-        target = self._embed(target_ids)
+        supervised = target_parts != NO_PART
+        target = self._embed(target_ids.masked_fill(~supervised, self.codec.eos_id))
         prefix, suffix = self._embed(self.prefix), self._embed(self.suffix)
-        n_target = (target_parts != NO_PART).sum(-1)
+        n_target = supervised.sum(-1)
         speech = speech.to(target.dtype)
         rows = [torch.cat([prefix, speech[i, : int(lengths[i])], suffix, target[i, : int(n_target[i]) - 1]])
                 for i in range(len(target))]
         # Right padding under a causal mask: no valid position sees a padded one, so no mask is needed.
-        hidden = self.llm.base_model(inputs_embeds=pad_sequence(rows, batch_first=True), use_cache=False).last_hidden_state
+        embeds = pad_sequence(rows, batch_first=True)
+        hidden = self.llm.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         before = len(self.prefix) + lengths + len(self.suffix) - 1
-        supervised = target_parts != NO_PART
         index = (before[:, None] + torch.arange(target_ids.shape[1], device=before.device)).masked_fill(~supervised, 0)
         picked = hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1]))[supervised]
         losses = token_losses(self.llm, picked, target_ids[supervised])
@@ -150,8 +161,7 @@ class SpeechLLM(SLUModel):
         longest = int(total.max())
         embeds = pad_sequence(rows, batch_first=True, padding_side="left")
         mask = valid_mask(total, longest).flip(-1).long()
-        settings = {"do_sample": False, "pad_token_id": self.codec.pad_id, "eos_token_id": self.codec.eos_id} | options
-        return self.llm.generate(inputs_embeds=embeds, attention_mask=mask, **settings)
+        return self.llm.generate(inputs_embeds=embeds, attention_mask=mask, **{"max_new_tokens": 256} | options)
 
 
 def _embedding_dim(embeddings: Any) -> int:

@@ -14,7 +14,7 @@ from unislu_llm.data.targets import TextCodec
 from unislu_llm.errors import UserError
 from unislu_llm.loss import NO_PART
 from unislu_llm.models import weights
-from unislu_llm.models.base import SLUConfig, SLUModel, check_hash
+from unislu_llm.models.base import SLUConfig, SLUModel, check_hash, is_checkpointed
 from unislu_llm.models.encoder import SpeechEncoder, attention_bias
 from unislu_llm.models.head import token_losses
 from unislu_llm.models.lora import inject_lora
@@ -69,12 +69,13 @@ class WhisperSLU(SLUModel):
         elif config.decoder_mode not in ("full", "frozen"):
             raise UserError(f"unknown decoder_mode '{config.decoder_mode}'; known: full, lora, frozen")
         install_markers(whisper, self.codec)
-        # The encoder lives inside `whisper`; the wrapper adds behaviour, no weights, so it is kept out of the module tree.
+        # The encoder lives inside `whisper`; the wrapper adds no weights and is kept out of the module tree.
         self._encoder = [encoder]
         self._cross_bias: Tensor | None = None
         for layer in whisper.model.decoder.layers:
             layer.encoder_attn.register_forward_pre_hook(self._mask_cross_attention, with_kwargs=True)
         self.prompt = _prompt(whisper, tokenizer, config.language)
+        self._finish(whisper)
 
     @classmethod
     def build(cls, config: WhisperSLUConfig, dtype: torch.dtype = torch.float32) -> Self:
@@ -82,7 +83,8 @@ class WhisperSLU(SLUModel):
         digest = weights.weights_hash(found.path)
         check_hash("Whisper", config.encoder, config.encoder_hash, digest)
         config.encoder_hash, config.encoder_revision = digest, found.revision
-        whisper = WhisperForConditionalGeneration.from_pretrained(found.path, dtype=torch.float32, attn_implementation="sdpa")
+        whisper = WhisperForConditionalGeneration.from_pretrained(found.path, dtype=torch.float32,
+                                                                  attn_implementation="sdpa")
         return cls(config, whisper, AutoTokenizer.from_pretrained(found.path))
 
     @property
@@ -90,8 +92,11 @@ class WhisperSLU(SLUModel):
         return self._encoder[0]
 
     def train(self, mode: bool = True) -> WhisperSLU:
+        """What is frozen stays in eval mode; a decoder that is checkpointed must be in train mode for it."""
         super().train(mode)
         self.encoder.train(mode)
+        if self.config.decoder_mode == "frozen" and not is_checkpointed(self.whisper):
+            self.whisper.model.decoder.eval()
         return self
 
     def parameter_group(self, name: str) -> str:
@@ -121,12 +126,14 @@ class WhisperSLU(SLUModel):
         frames = self._encode(mel, mel_lengths)
         n = len(self.prompt)
         prompt = torch.tensor(self.prompt, device=target_ids.device).expand(len(target_ids), -1)
-        inputs = torch.cat([prompt, target_ids[:, :-1]], dim=1)
+        supervised = target_parts != NO_PART
+        inputs = torch.cat([prompt, target_ids.masked_fill(~supervised, self.codec.eos_id)[:, :-1]], dim=1)
         limit = int(self.whisper.config.max_target_positions)
         if inputs.shape[1] > limit:
-            raise UserError(f"a target of {target_ids.shape[1]} tokens does not fit Whisper's {limit} positions; shorten the utterance")
-        hidden = self.whisper.model.decoder(input_ids=inputs, encoder_hidden_states=frames, use_cache=False).last_hidden_state
-        supervised = target_parts != NO_PART
+            raise UserError(f"a target of {target_ids.shape[1]} tokens does not fit Whisper's {limit} positions; "
+                            "shorten the utterance")
+        hidden = self.whisper.model.decoder(input_ids=inputs, encoder_hidden_states=frames,
+                                            use_cache=False).last_hidden_state
         losses = token_losses(self.whisper, hidden[:, n - 1:][supervised], target_ids[supervised])
         return losses.new_zeros(target_ids.shape).masked_scatter(supervised, losses)
 
@@ -135,17 +142,16 @@ class WhisperSLU(SLUModel):
         frames = self._encode(mel, mel_lengths)
         start = torch.tensor([*self.prompt, *(forced or [])], device=frames.device).expand(len(frames), -1)
         room = int(self.whisper.config.max_target_positions) - start.shape[1]
-        settings = {"do_sample": False, "pad_token_id": self.codec.pad_id, "eos_token_id": self.codec.eos_id,
-                    "max_new_tokens": room} | options
-        settings["max_new_tokens"] = min(int(settings["max_new_tokens"]), room)
+        settings = options | {"max_new_tokens": min(int(options.get("max_new_tokens", 256)), room)}
         # Whisper's own generate adds 30-s windows, timestamps and language detection; the generic one is what is meant.
-        out = GenerationMixin.generate(self.whisper, encoder_outputs=BaseModelOutput(last_hidden_state=frames),
+        whisper: Any = self.whisper
+        out = GenerationMixin.generate(whisper, encoder_outputs=BaseModelOutput(last_hidden_state=frames),
                                        decoder_input_ids=start, **settings)
         return out[:, start.shape[1]:]
 
 
 def _prompt(whisper: Any, tokenizer: PreTrainedTokenizerBase, language: str) -> list[int]:
-    """Start-of-transcript ids: `<|startoftranscript|><|en|><|transcribe|><|notimestamps|>` where the vocabulary has them."""
+    """Start-of-transcript ids, `<|startoftranscript|><|en|><|transcribe|><|notimestamps|>` where they exist."""
     start = [int(whisper.config.decoder_start_token_id)]
     vocabulary = tokenizer.get_vocab()
     if "<|notimestamps|>" not in vocabulary:

@@ -57,7 +57,9 @@ class Trainer:
         use_threads(config.train.threads)
         self.registry = build_registry(config)
         self.train_samples = load_samples(config.data.train, self.registry)
-        self.dev_samples = load_samples(config.data.dev, self.registry, config.data.dev_limit, "data.dev") if config.data.dev else []
+        self.dev_samples = []
+        if config.data.dev:
+            self.dev_samples = load_samples(config.data.dev, self.registry, config.data.dev_limit, "data.dev")
         self.model = model or build_model(kind, config, self.registry)
         self.accelerator = Accelerator(mixed_precision="bf16" if config.train.precision == "bf16" else "no",
                                        log_with=config.train.trackers or None, project_dir=".")
@@ -273,8 +275,9 @@ class Trainer:
     def _report(self, title: str, rows: list[dict[str, Any]], results: dict[str, Any], row: dict[str, Any]) -> None:
         folder = self.run / "predictions"
         folder.mkdir(exist_ok=True)
-        state.write_text(folder / f"step-{row['step']:06d}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
-        state.write_text(folder / f"step-{row['step']:06d}.scores.json", json.dumps(results, indent=1) + "\n")
+        stem = f"step-{row['step']:06d}"
+        state.write_text(folder / f"{stem}.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
+        state.write_text(folder / f"{stem}.scores.json", json.dumps(results, indent=1) + "\n")
         self._record("dev", row)
         tqdm.write(f"\n{title} ({len(rows)} dev samples, {row['seconds']:.0f} s)\n{format_table({self.run.name: results})}")
         for warning in validation_warnings(self.history, rows, self.registry):
