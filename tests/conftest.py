@@ -6,7 +6,9 @@ embeddings are wrapped): call it once for each independent object.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -226,3 +228,63 @@ def tiny_whisper_slu() -> Callable[..., WhisperSLU]:
 def make_utterances(tmp_path: Path) -> Callable[..., list[Utterance]]:
     """Factory: :func:`write_utterances` into a folder of this test."""
     return lambda **options: write_utterances(tmp_path / "audio", **options)
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """Folders of a tiny Whisper and a tiny LLM, as `from_pretrained` reads them."""
+    root = tmp_path_factory.mktemp("checkpoints")
+    whisper, whisper_tokenizer = make_whisper()
+    tokenizer = make_tokenizer()
+    llm = make_llm("llama", tokenizer)
+    for name, model, text in (("whisper", whisper, whisper_tokenizer), ("llm", llm, tokenizer)):
+        model.save_pretrained(root / name)
+        text.save_pretrained(root / name)
+    return {"whisper": str(root / "whisper"), "llm": str(root / "llm")}
+
+
+def train_tiny_run(kind: str, folder: Path, checkpoints: dict[str, str]) -> None:
+    """Two steps of training in `folder`: `corpus/dev.jsonl` (8 utterances) and `runs/tiny`."""
+    from accelerate.state import AcceleratorState, GradientState, PartialState
+
+    from unislu_llm.data.manifest import write_manifest
+    from unislu_llm.training.config import Config, apply
+    from unislu_llm.training.loop import Trainer
+
+    write_manifest(folder / "corpus" / "dev.jsonl",
+                   write_utterances(folder / "corpus" / "audio", seconds=(0.9, 1.6, 0.6, 1.2, 0.7, 0.8, 1.0, 0.5)))
+    config = Config(output="runs/tiny")
+    apply(config, {
+        "model": {"encoder": checkpoints["whisper"], "llm": checkpoints["llm"],
+                  "projector_options": {"stack": 5, "hidden": 32}, "lora": {"rank": 4, "target_modules": ["q_proj"]}},
+        "data": {"train": ["corpus/dev.jsonl"], "dev": ["corpus/dev.jsonl"]},
+        "train": {"max_steps": 2, "batch_size": 8, "micro_batch_size": 8, "trackers": [], "threads": 1},
+        "decode": {"max_new_tokens": 12, "batch_size": 3}}, "tiny")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        Trainer(kind, config).fit()
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+
+
+@pytest.fixture(scope="session")
+def _trained(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoints: dict[str, str]) -> Callable[[str], Path]:
+    @cache
+    def train(kind: str) -> Path:
+        folder = tmp_path_factory.mktemp(kind)
+        train_tiny_run(kind, folder, tiny_checkpoints)
+        return folder
+
+    return train
+
+
+@pytest.fixture
+def tiny_run(_trained: Callable[[str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Path]:
+    """Factory: the run folder of a finished :func:`train_tiny_run`, a copy, seen from the current folder."""
+
+    def make(kind: str = "speech_llm") -> Path:
+        shutil.copytree(_trained(kind), tmp_path / kind)
+        monkeypatch.chdir(tmp_path / kind)
+        return Path("runs/tiny")
+
+    return make

@@ -11,12 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AddedToken, PreTrainedTokenizerFast
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from unislu_llm.data.collate import Collator
 from unislu_llm.data.targets import Sample, TextCodec, add_markers, make_samples
 from unislu_llm.errors import UserError
 from unislu_llm.loss import ASR_PART, NO_PART, TASK_PART
+from unislu_llm.models import weights
 from unislu_llm.tasks import NER, SA, LabelTask, Span, SpanTask, TaskRegistry
 from unislu_llm.unified import check_text, encode, parse, render
 from unislu_llm.utterance import Utterance
@@ -243,3 +244,20 @@ def test_a_span_task_of_ones_own_round_trips(tiny_tokenizer: Callable[..., Any])
     u = Utterance("u", None, "oslo to rome", {"slots": (Span("to_city", 8, 12), Span("from-city", 0, 4))})
     text = codec.decode(codec.target(Sample(u, "slots")).ids)
     assert text == "oslo to rome[T/L][SL][from-city]oslo[/from-city][to_city]rome[/to_city]"
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("name", ["openai/whisper-base", "HuggingFaceTB/SmolLM2-135M-Instruct", "google/gemma-3-270m"])
+def test_real_tokenizers_spell_targets_back(name: str) -> None:
+    codec = TextCodec(AutoTokenizer.from_pretrained(weights.resolve(name).path), REGISTRY)
+    for text in ("europe's 27 members , don 't they ?", "Zürich, naïve 東京: 5 o'clock.", "he typed <eos> <|endoftext|>"):
+        end = text.index(" ")
+        for start, stop in ((0, end), (end + 1, len(text))):
+            u = Utterance("u", None, text, {"ner": (Span("ORG", start, stop),), "acts": ACTS.labels})
+            for task in (NER, ACTS):
+                ids = codec.target(Sample(u, task.name)).ids
+                assert codec.decode(ids) == render(encode(u, task))
+                assert ids.count(codec.eos_id) == 1
+            entity = codec.target(Sample(u, "ner"))
+            split = entity.parts.index(TASK_PART)
+            assert contains(entity.ids[:split], entity.ids[split + 1:-2])

@@ -17,6 +17,8 @@ from unislu_llm.errors import UserError
 from unislu_llm.loss import NO_PART, weighted_loss
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.encoder import valid_mask
+from unislu_llm.models.speech_llm import SpeechLLM, SpeechLLMConfig
+from unislu_llm.models.whisper_slu import WhisperSLU, WhisperSLUConfig
 from unislu_llm.tasks import Span
 from unislu_llm.utterance import Utterance
 
@@ -258,6 +260,25 @@ def test_gradient_checkpointing_changes_no_gradient(build: Build, variant: str) 
         torch.testing.assert_close(recomputed[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
 
 
+@BOTH
+def test_bf16_is_close_to_fp32(build: Build, variant: str) -> None:
+    """Frozen weights in bf16, what trains in fp32 under autocast, as a run does; decoding needs no autocast."""
+    model = build(variant, lora=LORA, **{"decoder_mode": "lora", "encoder_mode": "frozen"} if variant == "whisper" else {})
+    batch = model.collator()(items())
+    expected, _ = losses_and_gradients(model, batch)
+    if variant != "whisper":
+        for parameter in model.parameters():
+            if not parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        losses, gradients = losses_and_gradients(model, batch)
+    assert losses.dtype == torch.float32
+    supervised = batch.target_parts != NO_PART
+    assert float(losses[supervised].mean()) == pytest.approx(float(expected[supervised].mean()), rel=0.05)
+    assert all(g.isfinite().all() and g.dtype == torch.float32 for g in gradients.values())
+    assert model.generate(batch.mel, batch.mel_lengths, max_new_tokens=3).shape == (len(batch), 3)
+
+
 @pytest.mark.parametrize(("variant", "options", "message"), [
     ("llama", {"lora": LORA | {"target_modules": ["q_proj", "qkv"]}}, r"\['qkv'\] match no .* of the LLM.*gate_proj"),
     ("llama", {"lora": LORA | {"target_modules": []}}, r"match no linear layer of the LLM"),
@@ -328,15 +349,25 @@ def test_generation_picks_what_teacher_forcing_finds_likeliest(build: Build, var
 
 
 @BOTH
-def test_a_checkpoints_own_decoding_settings_do_not_count(build: Build, variant: str) -> None:
+def test_a_checkpoints_own_decoding_settings_do_not_count(
+        build: Build, variant: str, tiny_llm: Callable[..., Any], tiny_whisper: Callable[..., Any],
+        tiny_tokenizer: Callable[..., Any]) -> None:
     """Qwen ships a repetition penalty and sampling, Whisper a list of suppressed symbols that transcripts need."""
-    model: Any = build(variant)
-    config = (model.llm if variant.startswith("llama") else model.whisper).generation_config
-    for key in ("repetition_penalty", "temperature", "top_k", "suppress_tokens", "begin_suppress_tokens", "max_length",
-                "forced_decoder_ids", "no_repeat_ngram_size"):
-        assert getattr(config, key, None) is None, key
-    assert not config.do_sample
-    assert config.eos_token_id == model.codec.eos_id
+    llm, (whisper, whisper_tokenizer), tokenizer = tiny_llm(), tiny_whisper(**SPREAD), tiny_tokenizer()
+    plain = build("llama", lora=None) if variant.startswith("llama") else build("whisper")
+    batch = plain.collator()(items())
+    expected = plain.generate(batch.mel, batch.mel_lengths, max_new_tokens=12)
+    for config in (llm.generation_config, whisper.generation_config):
+        config.update(repetition_penalty=5.0, no_repeat_ngram_size=1, do_sample=True, temperature=2.0, max_length=5,
+                      suppress_tokens=sorted(set(expected.flatten().tolist())), begin_suppress_tokens=[40, 41])
+    model: Any
+    if variant.startswith("llama"):
+        settings = {name: getattr(plain.config, name) for name in ("projector", "projector_options")}
+        model = SpeechLLM(SpeechLLMConfig(**settings), whisper.model.encoder, llm, tokenizer)
+        model.load_state_dict(plain.state_dict())
+    else:
+        model = WhisperSLU(WhisperSLUConfig(), whisper, whisper_tokenizer)
+    assert torch.equal(model.eval().generate(batch.mel, batch.mel_lengths, max_new_tokens=12), expected)
 
 
 def test_whisper_never_writes_beyond_its_positions(tiny_whisper_slu: Build) -> None:

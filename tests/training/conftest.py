@@ -1,4 +1,4 @@
-"""Tiny checkpoints on disk and a configuration that trains on them, for tests of the loop through its real entry points."""
+"""A configuration that trains on tiny checkpoints, for tests of the loop through its real entry points."""
 
 from __future__ import annotations
 
@@ -11,19 +11,6 @@ import torch
 
 from unislu_llm.data.manifest import write_manifest
 from unislu_llm.training.config import Config, apply
-
-
-@pytest.fixture(scope="session")
-def tiny_checkpoints(tmp_path_factory: pytest.TempPathFactory, tiny_whisper: Any, tiny_llm: Any,
-                     tiny_tokenizer: Any) -> dict[str, str]:
-    """Folders of a tiny Whisper and a tiny LLM, as `from_pretrained` reads them."""
-    root = tmp_path_factory.mktemp("checkpoints")
-    whisper, whisper_tokenizer = tiny_whisper()
-    tokenizer = tiny_tokenizer()
-    for name, model, text in (("whisper", whisper, whisper_tokenizer), ("llm", tiny_llm("llama", tokenizer), tokenizer)):
-        model.save_pretrained(root / name)
-        text.save_pretrained(root / name)
-    return {"whisper": str(root / "whisper"), "llm": str(root / "llm")}
 
 
 @pytest.fixture

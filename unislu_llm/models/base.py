@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -162,12 +163,15 @@ class SLUModel(PreTrainedModel):
         """Load what :meth:`save_pretrained` wrote into this model.
 
         Raises:
-            UserError: the file is missing, or its parameters are not those of this configuration.
+            UserError: the file is missing or damaged, or its parameters are not those of this configuration.
         """
         path = Path(folder) / WEIGHTS_FILE
         if not path.is_file():
             raise UserError(f"{path} does not exist; give the folder of a saved model (its `best` or `last` folder)")
-        state = load_file(path)
+        try:
+            state = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise UserError(f"{path} cannot be read ({error}); copy or train it again") from error
         own = dict(self.named_parameters())
         missing, extra = self._persistent - set(state), set(state) - set(own)
         shapes = [n for n in state if n in own and own[n].shape != state[n].shape]
@@ -200,7 +204,10 @@ class SLUModel(PreTrainedModel):
             raise UserError(f"{path} does not exist; give a folder written by save_pretrained")
         from unislu_llm.models import speech_llm, whisper_slu  # noqa: F401  (they import this module; loading needs both known)
 
-        kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        try:
+            kind = json.loads(path.read_text(encoding="utf-8")).get("model_type")
+        except (ValueError, AttributeError) as error:
+            raise UserError(f"{path} is not the configuration of a model: {error}") from error
         found = next((c for c in _leaves(SLUModel) if c.kind == kind), None)
         if found is None or not issubclass(found, cls):
             raise UserError(f"{path}: model_type '{kind}' is not {getattr(cls, 'kind', 'a model of unislu_llm')}")

@@ -91,6 +91,11 @@ class WhisperSLU(SLUModel):
     def encoder(self) -> SpeechEncoder:
         return self._encoder[0]
 
+    @property
+    def room(self) -> int:
+        """New tokens that fit after the prompt: Whisper has learnt so many positions."""
+        return int(self.whisper.config.max_target_positions) - len(self.prompt)
+
     def train(self, mode: bool = True) -> WhisperSLU:
         """What is frozen stays in eval mode; a decoder that is checkpointed must be in train mode for it."""
         super().train(mode)

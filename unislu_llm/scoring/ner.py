@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from unislu_llm.data.slue import RAW_TO_COMBINED
 from unislu_llm.errors import UserError
 from unislu_llm.scoring.text import Protocol, normalise_phrase
 
@@ -23,15 +24,6 @@ Entity = tuple[str, str]
 
 Utterances = Sequence[Iterable[Sequence[Any]]]
 """Entities of each utterance, `(label, phrase, ...)` as they were annotated or decoded."""
-
-RAW_TO_COMBINED: dict[str, str | None] = {
-    **dict.fromkeys(("DATE", "TIME"), "WHEN"),
-    **dict.fromkeys(("CARDINAL", "ORDINAL", "QUANTITY", "MONEY", "PERCENT"), "QUANT"),
-    **dict.fromkeys(("GPE", "LOC"), "PLACE"),
-    **{label: label for label in ("NORP", "ORG", "LAW", "PERSON")},
-    **dict.fromkeys(("FAC", "EVENT", "WORK_OF_ART", "PRODUCT", "LANGUAGE")),
-}
-"""The 18 OntoNotes tags of the raw annotation to the seven combined labels; None is dropped (toolkit)."""
 
 
 @dataclass(frozen=True)

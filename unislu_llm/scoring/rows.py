@@ -16,8 +16,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unislu_llm.data.slue import RAW_TO_COMBINED
 from unislu_llm.errors import UserError
-from unislu_llm.scoring.ner import RAW_TO_COMBINED
 from unislu_llm.scoring.sentiment import UNKNOWN, Label
 from unislu_llm.tasks import ASR, NER, SpanTask, Task, TaskRegistry
 
@@ -91,7 +91,7 @@ def combine_labels(rows: Iterable[Row]) -> list[Row]:
     """Rows whose entity labels, in reference and hypothesis, are the seven combined ones of SLUE.
 
     Raw OntoNotes labels of the task `ner` are mapped or dropped
-    (:data:`~unislu_llm.scoring.ner.RAW_TO_COMBINED`); combined ones stay, and so do the rows of other tasks.
+    (:data:`~unislu_llm.data.slue.RAW_TO_COMBINED`); combined ones stay, and so do the rows of other tasks.
     """
     mapped: list[Row] = []
     for row in rows:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from typing import Any
 
 import torch
 
+from unislu_llm.data.long_audio import LongAudio, handle_long
 from unislu_llm.data.manifest import read_manifest
+from unislu_llm.data.mixture import Mixture, group_samples, target_shares
 from unislu_llm.data.targets import Sample, make_samples
 from unislu_llm.errors import UserError
 from unislu_llm.models.base import SLUModel
@@ -24,24 +27,46 @@ def build_registry(config: Config) -> TaskRegistry:
     return TaskRegistry.from_yaml(config.data.tasks) if config.data.tasks else TaskRegistry()
 
 
-def load_samples(manifests: list[str], registry: TaskRegistry, limit: int = 0, flag: str = "data.train") -> list[Sample]:
+def load_samples(manifests: list[str], registry: TaskRegistry, limit: int = 0, flag: str = "data.train",
+                 max_seconds: float | None = None, long_audio: LongAudio = "refuse") -> list[Sample]:
     """Samples of some manifests.
 
     Args:
         manifests: paths. registry: tasks. limit: at most this many samples of each manifest, evenly spread; 0 takes all.
         flag: config key they come from, for messages.
+        max_seconds: length of a row at most; None leaves that to whoever reads the audio.
+        long_audio: what becomes of longer rows.
 
     Raises:
-        UserError: no manifest is named, or one has problems.
+        UserError: no manifest is named, or one has problems or rows that are too long.
     """
     if not manifests:
         raise UserError(f"{flag} names no manifest; list JSON-lines files in the config or give --{flag} FILE...")
     samples: list[Sample] = []
     for path in manifests:
-        found = make_samples(read_manifest(path, registry, check_audio=True), registry)
+        utterances = read_manifest(path, registry, check_audio=True)
+        if max_seconds is not None:
+            utterances = handle_long(utterances, registry, max_seconds, long_audio)
+        found = make_samples(utterances, registry)
         step = len(found) / limit if limit and len(found) > limit else 1.0
         samples += [found[int(i * step)] for i in range(int(len(found) / step))]
     return samples
+
+
+def build_mixture(config: Config, samples: list[Sample]) -> Mixture:
+    """How the corpora of a run are mixed: by `data.weights`, else by `data.temperature`.
+
+    Raises:
+        UserError: a weight for a corpus that is not there, or a value out of range.
+    """
+    data = config.data
+    groups = group_samples(samples, data.weights)
+    return Mixture(groups, target_shares(Counter(groups), data.weights, data.temperature), data.epoch_samples, config.train.seed)
+
+
+def is_mixed(config: Config) -> bool:
+    """Whether corpora are drawn by asked shares; otherwise an epoch has every sample once."""
+    return bool(config.data.weights or config.data.temperature != 1 or config.data.epoch_samples)
 
 
 def model_config(kind: str, m: ModelConfig, registry: TaskRegistry) -> SpeechLLMConfig | WhisperSLUConfig:

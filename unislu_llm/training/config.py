@@ -20,12 +20,15 @@ from typing import Annotated, Any, Literal
 import tyro
 import yaml
 
+from unislu_llm.data.augment import AugmentConfig
+from unislu_llm.data.long_audio import LongAudio
 from unislu_llm.errors import UserError
 from unislu_llm.loss import LossMode
 from unislu_llm.models.lora import LoraOptions
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Options = Annotated[dict[str, Any], tyro.conf.arg(constructor=json.loads, metavar="JSON")]
+Weights = Annotated[dict[str, float], tyro.conf.arg(constructor=json.loads, metavar="JSON")]
 
 
 def _encoder_lora() -> LoraOptions:
@@ -84,8 +87,16 @@ class DataConfig:
     """Manifests scored before, during and after training."""
     tasks: str | None = None
     """YAML list of tasks; default: named entities and sentiment."""
+    weights: Weights = field(default_factory=dict)
+    """Relative share of each corpus (or manifest, by its stem) in training; overrides the temperature."""
+    temperature: float = 1.0
+    """Draw a corpus of n samples in proportion to n ** (1 / temperature); 1 is natural mixing."""
+    epoch_samples: int = 0
+    """Samples drawn an epoch; 0: as many as there are."""
     max_seconds: float = 30.0
-    """Longer clips are refused."""
+    """Longer clips are refused, or cut."""
+    long_audio: LongAudio = "refuse"
+    """What to do with longer clips: refuse, or cut them at the `segments` of their manifest row."""
     dev_limit: int = 0
     """Score at most this many samples of each dev manifest during training; 0 means all."""
     num_workers: int = 0
@@ -175,6 +186,7 @@ class Config:
     """Go on with the run in `output` from its last checkpoint."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
+    augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
 
@@ -253,8 +265,11 @@ def find_preset(llm: str, folder: Path) -> Path | None:
 
 
 def apply_file(config: Config, path: Path) -> None:
-    """Lay a config file over `config`; manifests and task files in it are relative to it."""
+    """Lay a config file over `config`; manifests, task files and the noise folder in it are relative to it."""
     values = read_yaml(path)
+    augment = values.get("augment")
+    if isinstance(augment, dict) and augment.get("noise") and isinstance(augment["noise"], str):
+        augment["noise"] = str((path.parent / augment["noise"]).resolve())
     data = values.get("data")
     if isinstance(data, dict):
         for key in ("train", "dev"):

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import asdict
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from tqdm import tqdm
 
+from unislu_llm.data.audio import MAX_SECONDS
+from unislu_llm.data.augment import AugmentedCollator, AugmentedSpeech, Augmenter
 from unislu_llm.data.batching import BatchPlan, seconds
 from unislu_llm.data.collate import Batch, SpeechDataset
+from unislu_llm.data.mixture import Tally, describe_mixture
 from unislu_llm.data.targets import Sample
 from unislu_llm.decoding.generate import DecodeOptions, predict
 from unislu_llm.errors import UserError
@@ -30,7 +34,7 @@ from unislu_llm.models.base import SLUModel
 from unislu_llm.scoring.slue import format_table, score_rows
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.training import state
-from unislu_llm.training.build import build_model, build_registry, load_samples
+from unislu_llm.training.build import build_mixture, build_model, build_registry, is_mixed, load_samples
 from unislu_llm.training.config import Config
 from unislu_llm.training.monitors import flat_scores, loss_summary, validation_warnings
 from unislu_llm.training.optim import build_optimizer, build_schedule, group_rates
@@ -56,17 +60,22 @@ class Trainer:
         self.config = config
         use_threads(config.train.threads)
         self.registry = build_registry(config)
-        self.train_samples = load_samples(config.data.train, self.registry)
+        self.train_samples = load_samples(config.data.train, self.registry, max_seconds=config.data.max_seconds,
+                                          long_audio=config.data.long_audio)
+        self.mixture = build_mixture(config, self.train_samples)
+        self.augmenter = Augmenter(config.augment, config.data.max_seconds) if config.augment.active else None
         self.dev_samples = []
         if config.data.dev:
-            self.dev_samples = load_samples(config.data.dev, self.registry, config.data.dev_limit, "data.dev")
+            self.dev_samples = load_samples(config.data.dev, self.registry, config.data.dev_limit, "data.dev", MAX_SECONDS,
+                                            config.data.long_audio)
         self.model = model or build_model(kind, config, self.registry)
         self.accelerator = Accelerator(mixed_precision="bf16" if config.train.precision == "bf16" else "no",
                                        log_with=config.train.trackers or None, project_dir=".")
         world = self.accelerator.num_processes
         self.per_rank = accumulation(config, world)
         self.plan = BatchPlan([seconds(s.utterance) for s in self.train_samples], config.train.batch_size,
-                              world * self.per_rank, config.train.seed, config.train.bucket)
+                              world * self.per_rank, config.train.seed, config.train.bucket,
+                              self.mixture if is_mixed(config) else None)
         self.total_steps = config.train.epochs * len(self.plan)
         if config.train.max_steps:
             self.total_steps = min(self.total_steps, config.train.max_steps)
@@ -74,6 +83,7 @@ class Trainer:
         set_seed(config.train.seed, device_specific=True)
         self._prepare()
         self.progress = state.Progress()
+        self.tally = Tally(self.mixture, self.train_samples)
         self.history: list[dict[str, float]] = []
         if config.resume:
             self._resume()
@@ -104,13 +114,19 @@ class Trainer:
 
     def batches(self, epoch: int, skip: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches, a list a step, from step `skip` of the epoch on."""
-        steps = self.plan.micro_batches(epoch, self.accelerator.process_index, self.accelerator.num_processes)[skip:]
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        dataset: Any = SpeechDataset(self.train_samples, self.config.data.max_seconds)
+        collate: Any = self.model.collator()
+        steps: list[list[list[Any]]] = self.plan.micro_batches(epoch, rank, world)[skip:]
+        if self.augmenter is not None:
+            dataset = AugmentedSpeech(dataset, self.augmenter, self.config.train.seed, epoch)
+            collate = AugmentedCollator(collate, self.augmenter)
+            steps = self.plan.draws(epoch, rank, world)[skip:]
         flat = [indices for step in steps for indices in step]
         workers = self.config.data.num_workers
         # A generator of its own: the loader must not draw from the one that dropout uses, or a resumed run would differ.
         own = torch.Generator().manual_seed(self.config.train.seed + epoch)
-        loader = DataLoader(SpeechDataset(self.train_samples, self.config.data.max_seconds), batch_sampler=flat,  # type: ignore[arg-type]
-                            collate_fn=self.model.collator(), num_workers=workers, generator=own,
+        loader = DataLoader(dataset, batch_sampler=flat, collate_fn=collate, num_workers=workers, generator=own,
                             pin_memory=self.accelerator.device.type == "cuda", prefetch_factor=4 if workers else None)
         batches = iter(loader)
         for step in steps:
@@ -194,9 +210,11 @@ class Trainer:
                    disable=not self.accelerator.is_local_main_process)
         while self.progress.step < self.total_steps:
             p = self.progress
+            drawn = self.plan.epoch(p.epoch)
             for micro in self.batches(p.epoch, p.step_in_epoch):
                 started = time.perf_counter()
                 figures = self.step(micro)
+                self.tally.add(drawn[p.step_in_epoch])
                 p.step, p.step_in_epoch = p.step + 1, p.step_in_epoch + 1
                 self._log_step(figures, time.perf_counter() - started, bar)
                 if p.step >= self.total_steps:
@@ -206,6 +224,9 @@ class Trainer:
                     self.save()
                 elif self.config.train.save_every and p.step % self.config.train.save_every == 0:
                     self.save()
+            if self.accelerator.is_main_process:
+                done = chain.from_iterable(drawn[:p.step_in_epoch])
+                self._record("epoch", {"step": p.step, "epoch": p.epoch, **self.tally.shares(done)})
             if p.step < self.total_steps:
                 p.epoch, p.step_in_epoch = p.epoch + 1, 0
         bar.close()
@@ -219,7 +240,8 @@ class Trainer:
     def _announce(self) -> None:
         tasks = Counter(s.task or "asr" for s in self.train_samples)
         if self.accelerator.is_main_process:
-            print(describe(self.config, self.model, dict(tasks), self.total_steps, self.accelerator.num_processes))
+            print(describe(self.config, self.model, dict(tasks), self.total_steps, self.accelerator.num_processes,
+                           describe_mixture(self.mixture, self.train_samples)))
             print(f"run folder: {self.run}", flush=True)
         if self.config.train.trackers:
             self.accelerator.project_configuration.logging_dir = str(self.run)
@@ -234,7 +256,7 @@ class Trainer:
             return
         row = {"step": step, "epoch": self.progress.epoch, **figures, "seconds": took, "tokens_per_s": figures["tokens"] / took,
                "memory_gib": peak_memory(), **{f"lr_{k}": v for k, v in group_rates(self.optimizer).items()},
-               **self._norm_ratio(step)}
+               **self._norm_ratio(step), **self.tally.shares()}
         self._record("train", row)
 
     def _norm_ratio(self, step: int) -> dict[str, float]:
@@ -316,7 +338,10 @@ class Trainer:
         saved = state.load_state(folder)
         self.optimizer.load_state_dict(saved["optimizer"])
         self.schedule.load_state_dict(saved["schedule"])
-        self.progress = state.Progress(**saved["progress"])
+        self.progress = p = state.Progress(**saved["progress"])
+        for epoch in range(p.epoch):
+            self.tally.add(self.plan.indices(epoch))
+        self.tally.add(chain.from_iterable(self.plan.epoch(p.epoch)[:p.step_in_epoch]))
         if len(saved["rng"]) == self.accelerator.num_processes:
             state.set_rng_state(saved["rng"][self.accelerator.process_index])
 

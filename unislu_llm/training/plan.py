@@ -12,11 +12,12 @@ from unislu_llm.models.base import SLUModel
 from unislu_llm.training.config import Config
 
 
-def describe(config: Config, model: SLUModel, n_samples: dict[str, int], steps: int, world: int) -> str:
-    """Resolved config, parameters by group, batch arithmetic and expected memory as text.
+def describe(config: Config, model: SLUModel, n_samples: dict[str, int], steps: int, world: int, mixture: str = "") -> str:
+    """Resolved config, parameters by group, corpora, batch arithmetic and expected memory as text.
 
     Args:
         n_samples: training samples by task. steps: optimizer steps in all. world: processes.
+        mixture: shares by corpus and task, as text.
     """
     groups = {name: sum(p.numel() for _, p in named) for name, named in model.trainable_groups().items()}
     total = sum(p.numel() for p in model.parameters())
@@ -29,6 +30,7 @@ def describe(config: Config, model: SLUModel, n_samples: dict[str, int], steps: 
     by_task = ", ".join(f"{count} {task}" for task, count in n_samples.items())
     lines += [
         f"samples: {sum(n_samples.values())} ({by_task})",
+        *([mixture] if mixture else []),
         f"batch: {config.train.batch_size} samples = {world} process(es) x {parts} micro-batch(es) of at most "
         f"{config.train.micro_batch_size}; {steps} steps",
         f"expected memory: {expected_memory(model) / 2**30:.2f} GiB for weights, gradients and optimizer a process, "
