@@ -27,10 +27,15 @@ def _many(name: str) -> Any:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a subcommand; returns the exit status: 2 for bad input (an `error:` on stderr), else the subcommand's."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    commands: dict[str, Any] = {"predict": predict, "validate": validate}
+    args = list(sys.argv[1:] if argv is None else argv)
+    if args[:1] == ["prepare"]:  # has subcommands of its own
+        from unislu_llm.cli_prepare import main_prepare
+
+        return main_prepare(args[1:])
+    commands: dict[str, Any] = {"predict": predict, "validate": validate, "prepare": prepare}
     try:
         status: int = tyro.extras.subcommand_cli_from_dict(
-            commands, args=None if argv is None else list(argv), prog="unislu", config=(tyro.conf.FlagCreatePairsOff,),
+            commands, args=args, prog="unislu", config=(tyro.conf.FlagCreatePairsOff,),
             description="Unified spoken language understanding: transcript, entities and labels from speech.")
     except UserError as error:
         return _fail(error)
@@ -118,6 +123,13 @@ def validate(manifests: Annotated[list[Path], _many("MANIFEST")], /, tasks_file:
         summary.bad_rows += len(bad)
     print(f"{problems or 'no'} problem{'s' * (problems != 1)} in {', '.join(str(p) for p in manifests)}\n\n{summary}")
     return 2 if unreadable else int(problems > 0)
+
+
+def prepare() -> int:
+    """Write the manifest of a corpus: slue-voxpopuli, slue-voxceleb, slue-hub, conll, csv."""
+    from unislu_llm.cli_prepare import main_prepare
+
+    return main_prepare(["--help"])
 
 
 def _checked(path: Path, registry: TaskRegistry,

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -22,7 +22,7 @@ class Options:
     Args:
         out: The manifest to write, e.g. train.jsonl; audio paths in it are relative to it.
         tasks_file: YAML list of tasks; default: named entities and sentiment.
-        corpus: Name of the corpus in every row; default: the source's.
+        corpus_name: Name of the corpus in every row; default: the source's.
         max_seconds: Longer utterances are dropped and counted; 0 keeps all.
         voice: Voice the rows without audio (synthetic speech); a stopped run goes on where it was.
         voices: Names of voice variants; default: all of them.
@@ -33,11 +33,11 @@ class Options:
 
     out: Path
     tasks_file: Path | None = None
-    corpus: str | None = None
+    corpus_name: str | None = None
     max_seconds: float = 30.0
     voice: bool = False
     voices: tuple[str, ...] = ()
-    voice_mix: str = "mild"
+    voice_mix: Literal["mild", "multi", "clean"] = "mild"
     voice_seed: int = 0
     voice_workers: int = 1
 
@@ -46,8 +46,8 @@ def _command(source: type[Any]) -> Any:
     def run(source: Any, options: Options) -> int:
         return _prepare(source, options)
 
-    run.__annotations__ = {"source": Annotated[source, tyro.conf.arg(name="")], "options": Annotated[Options, tyro.conf.arg(name="")],
-                           "return": int}
+    unnamed = tyro.conf.arg(name="")
+    run.__annotations__ = {"source": Annotated[source, unnamed], "options": Annotated[Options, unnamed], "return": int}
     run.__doc__ = (source.__doc__ or "").split(":")[0] + "."
     return run
 
@@ -73,11 +73,12 @@ def main_prepare(argv: Sequence[str] | None = None) -> int:
 
 
 def _prepare(source: Source, options: Options) -> int:
-    if options.voice_mix not in ("mild", "multi", "clean"):
-        raise UserError(f"--voice-mix: '{options.voice_mix}' is not mild, multi or clean")
     registry = TaskRegistry.from_yaml(options.tasks_file) if options.tasks_file else TaskRegistry()
-    voice = Voice(options.voices, options.voice_mix, options.voice_seed, options.voice_workers) if options.voice else None  # type: ignore[arg-type]
-    print(prepare(source, options.out, registry=registry, voice=voice, corpus=options.corpus, max_seconds=options.max_seconds))
+    if options.voices and not options.voice:
+        raise UserError("--voices has no effect without --voice; add it")
+    voice = Voice(options.voices, options.voice_mix, options.voice_seed, options.voice_workers) if options.voice else None
+    print(prepare(source, options.out, registry=registry, voice=voice, corpus=options.corpus_name,
+                  max_seconds=options.max_seconds))
     return 0
 
 

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Sequence
+from copy import deepcopy
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from tokenizers import decoders, normalizers
 from torch import Tensor
 from transformers import LogitsProcessorList
 
@@ -33,6 +36,21 @@ ACTS = LabelTask("acts", "[ACT]", ("question", "answer", "question mark", "thank
 TASKS = TaskRegistry([NER, SA, EMOTION, ACTS])
 OPTIONS = DecodeOptions(force_task=True, grammar=True, tokens_per_second=20.0, extra_tokens=16)
 BOTH = pytest.mark.parametrize("kind", ["llm", "whisper"])
+
+
+@pytest.fixture(scope="module")
+def tokenizer_of(tiny_tokenizer: Callable[..., Any]) -> Callable[[str | None], Any]:
+    """A tokenizer of each kind, trained once; those that start texts with a blank decode as Llama 2 does."""
+
+    @lru_cache
+    def trained(metaspace: str | None) -> Any:
+        tokenizer = tiny_tokenizer(metaspace=metaspace)
+        if metaspace in ("always", "first"):
+            tokenizer.backend_tokenizer.decoder = decoders.Sequence(
+                [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+        return tokenizer
+
+    return lambda metaspace: deepcopy(trained(metaspace))
 
 
 @pytest.fixture
@@ -174,7 +192,7 @@ def test_what_is_well_formed_anyway_stays_as_it_is(build: Build) -> None:
     """Scores of allowed tokens are not touched, and every token of a training target is allowed."""
     codec = build("llm").codec
     text = "anna voted against the law, of [2004]."
-    rows = [("ner", {"ner": (("PERSON", 0, 4), ("LAW", 23, 26), ("WHEN", 31, 37))}), ("ner", {"ner": ()}),
+    rows = [("ner", {"ner": (("PERSON", 0, 4), ("LAW", 19, 26))}), ("ner", {"ner": ()}),
             ("sa", {"sa": "Neutral"}), ("emotion", {"emotion": "sad face"}), ("acts", {"acts": ("thanks", "question")}),
             ("acts", {"acts": ()}), (None, {})]
     width = len(codec.tokenizer) + 5
@@ -248,9 +266,9 @@ def test_reordered_rows_keep_their_own_state(build: Build, grounded: bool) -> No
 
 
 @pytest.mark.parametrize("metaspace", [None, "always", "first", "never"])
-def test_text_never_spells_a_marker(tiny_tokenizer: Callable[..., Any], metaspace: str | None) -> None:
+def test_text_never_spells_a_marker(tokenizer_of: Callable[..., Any], metaspace: str | None) -> None:
     """`[`, `T`, `/`, `L`, `]` are plain tokens; together they would be read as a marker. Other brackets are text."""
-    codec = TextCodec(tiny_tokenizer(metaspace=metaspace), TASKS)
+    codec = TextCodec(tokenizer_of(metaspace), TASKS)
     single = {text: i for i, text in enumerate(vocabulary_of(codec).texts) if len(text) == 1}
     grammar, width = grammar_of(codec), len(codec.tokenizer)
 
@@ -279,7 +297,7 @@ def test_text_never_spells_a_marker(tiny_tokenizer: Callable[..., Any], metaspac
 # Any registry
 
 
-labels = st.lists(st.sampled_from(["a", "b", "sad", "sad face", "sad face mask", "sadness", "s", "face", "x-y", "Ünder", "12"]),
+labels = st.lists(st.sampled_from(["a", "b", "sad", "sad face", "sad face mask", "sadness", "s", "face", "x-y", "zest", "12"]),
                   min_size=1, max_size=6, unique=True)
 tasks = st.one_of(
     labels.map(lambda names: LabelTask("t", "[TT]", tuple(names), "[O]", "[/O]")),
@@ -289,24 +307,24 @@ tasks = st.one_of(
 
 @given(tasks=st.lists(tasks, min_size=1, max_size=3), metaspace=st.sampled_from([None, "always", "first", "never"]),
        seed=st.integers(0, 1000), spare=st.integers(0, 25), data=st.data())
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-def test_any_registry_gives_well_formed_answers(tiny_tokenizer: Callable[..., Any], tasks: list[Any], metaspace: str | None,
+@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
+def test_any_registry_gives_well_formed_answers(tokenizer_of: Callable[..., Any], tasks: list[Any], metaspace: str | None,
                                                 seed: int, spare: int, data: Any) -> None:
     named = [replace(t, name=f"t{i}", marker=f"[T{i}]", **(
         {"labels": tuple(f"{name}-{i}" for name in t.labels)} if isinstance(t, SpanTask)
         else {"open": f"[O{i}]", "close": f"[/O{i}]"})) for i, t in enumerate(tasks)]
     registry = TaskRegistry(named)
-    codec = TextCodec(tiny_tokenizer(metaspace=metaspace), registry)
+    codec = TextCodec(tokenizer_of(metaspace), registry)
     grammar, width = Grammar(codec), len(codec.tokenizer)
     task = data.draw(st.sampled_from([*registry.names, None]))
     force = data.draw(st.booleans())
     request = task, force
     budget = grammar.need(request) + spare
     generator = torch.Generator().manual_seed(seed)
-    processor = grammar.processor([request] * 6, [budget] * 6, grounded=data.draw(st.booleans()))
-    ids = torch.zeros(6, 0, dtype=torch.long)
+    processor = grammar.processor([request] * 3, [budget] * 3, grounded=data.draw(st.booleans()))
+    ids = torch.zeros(3, 0, dtype=torch.long)
     for _ in range(budget):
-        scores = torch.randn(6, width, generator=generator)
+        scores = torch.randn(3, width, generator=generator)
         scores[:, list(codec.marker_ids.values())] += 3.0
         ids = torch.cat([ids, torch.multinomial(processor(ids, scores).softmax(-1), 1, generator=generator)], dim=1)
     for row in ids.tolist():
@@ -349,18 +367,19 @@ def test_every_label_can_be_said_and_nothing_else(tiny_tokenizer: Callable[..., 
 
 def test_a_label_that_the_tokenizer_cannot_spell_is_named(tiny_tokenizer: Callable[..., Any]) -> None:
     registry = TaskRegistry([LabelTask("t", "[TT]", ("fine", "odd</s>"), "[O]", "[/O]")])
-    with pytest.raises(UserError, match=r"task 't': the tokenizer gives label 'odd</s>' back as .*; rename it"):
-        tokenizer = tiny_tokenizer()
-        tokenizer.backend_tokenizer.normalizer = __import__("tokenizers").normalizers.Replace("</s>", "")
-        Automaton(TextCodec(tokenizer, registry))
+    tokenizer = tiny_tokenizer()
+    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("</s>", "")
+    codec = TextCodec(tokenizer, registry)
+    with pytest.raises(UserError, match=r"task 't': the tokenizer gives label 'odd</s>' back as 'odd'; rename it"):
+        Automaton(codec)
 
 
 # Grounding
 
 
 @pytest.mark.parametrize("metaspace", [None, "always", "never"])
-def test_phrases_are_whole_words(tiny_tokenizer: Callable[..., Any], metaspace: str | None) -> None:
-    codec = TextCodec(tiny_tokenizer(metaspace=metaspace), TASKS)
+def test_phrases_are_whole_words(tokenizer_of: Callable[..., Any], metaspace: str | None) -> None:
+    codec = TextCodec(tokenizer_of(metaspace), TASKS)
     text = "the council's law (paris), on the monday"
     ids = codec.text_ids(text)
 

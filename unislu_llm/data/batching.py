@@ -76,8 +76,10 @@ class BatchPlan:
         order = rng.permutation(len(self.lengths)) if self.mixture is None else self.mixture.epoch(epoch)
         pool = self.batch_size * self.bucket or 1
         if self.bucket:
-            order = np.concatenate([chunk[np.argsort(self.lengths[chunk], kind="stable")]
-                                    for chunk in np.array_split(order, max(1, round(len(order) / pool)))])
+            # A mixture arranges whole pools, so theirs end where a batch ends.
+            chunks = (np.array_split(order, max(1, round(len(order) / pool))) if self.mixture is None
+                      else np.split(order, range(pool, len(order), pool)))
+            order = np.concatenate([chunk[np.argsort(self.lengths[chunk], kind="stable")] for chunk in chunks])
         batches = [order[i:i + self.batch_size] for i in range(0, len(order), self.batch_size)]
         if len(batches) > 1 and len(batches[-1]) < self.parts:
             last = batches.pop()

@@ -65,7 +65,8 @@ def read_conll(path: str | Path, registry: TaskRegistry, tally: Tally, *, audio:
         text, spans = _joined(sentence, tally, where)
         name = sentence.meta.get("id", f"{path.stem}-{number}")
         row: dict[str, Any] = {"id": name, "text": text, task: [list(span) for span in spans]}
-        row |= {key: _cell(value, key, registry, where) for key, value in sentence.meta.items() if key in ("speaker", *registry.names)}
+        row |= {key: _cell(value, key, registry, where) for key, value in sentence.meta.items()
+                if key == "speaker" or (key in registry and key != task)}
         if "audio" in sentence.meta:
             row["audio"] = str(resolve(Path(audio or path.parent), sentence.meta["audio"]))
         elif name in names:
@@ -134,8 +135,9 @@ class _Checker:
 
     def finish(self) -> None:
         if self._count:
+            listed = "\n".join(self._shown)
             more = f"\n... and {self._count - len(self._shown)} more" if self._count > len(self._shown) else ""
-            raise UserError(f"{self._count} problem{'s' * (self._count > 1)}; correct the source:\n" + "\n".join(self._shown) + more)
+            raise UserError(f"{self._count} problem{'s' * (self._count > 1)}; correct the source:\n{listed}{more}")
 
 
 def _sentences(path: Path, token_column: int, tag_column: int) -> Iterator[_Sentence]:

@@ -6,7 +6,7 @@ A source is a dataclass with `read`; :func:`prepare` does the rest and is the sa
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, Protocol
@@ -96,7 +96,8 @@ class SlueHub:
     def read(self, registry: TaskRegistry, tally: Tally, clips: Path) -> Iterator[Utterance]:
         """See :class:`Source`."""
         rows = slue.load_hub(self.corpus, self.split)
-        for u in slue.read_hub(rows, self.corpus, tally, clips=clips if self.with_audio else None, text=self.text, labels=self.labels):
+        folder = clips if self.with_audio else None
+        for u in slue.read_hub(rows, self.corpus, tally, clips=folder, text=self.text, labels=self.labels):
             if self.with_audio and u.audio is None:
                 tally.drop("no audio in the row", u.source)
             else:
@@ -233,16 +234,10 @@ def prepare(source: Source, out: str | Path, *, registry: TaskRegistry | None = 
     clips = out.parent / f"{out.stem}_audio"
     chosen = _speakers(voice, speakers) if voice else ()
     found = list(_sound(source.read(registry, tally, clips), registry, tally))
-    if found and not (kept := [u for u in found if u.audio is None or u.audio.is_file()]):
-        first = found[0]
-        raise UserError(f"{first.source}: audio file {first.audio} does not exist, and neither does any other; correct the "
-                        "folder of the audio, or leave it out for text alone")
-    for u in found:
-        if u.audio is not None and not u.audio.is_file():
-            tally.drop("missing audio file", f"{u.source}: {u.audio}")
-    if found and voice:
+    kept = _present(found, tally)
+    if voice:
         kept = _voiced(kept, clips, voice, chosen)
-    rows = [u if corpus is None else replace(u, corpus=corpus) for u in _measured(kept if found else [], max_seconds, tally)]
+    rows = [u if corpus is None else replace(u, corpus=corpus) for u in _measured(kept, max_seconds, tally)]
     if not rows:
         reasons = "; ".join(f"{reason}: {n}, e.g. {tally.named[reason][0]}" for reason, n in tally.dropped.items())
         raise UserError(f"no row of {tally.read} is left ({reasons or 'the source is empty'}); nothing is written")
@@ -271,6 +266,18 @@ def _sound(utterances: Iterable[Utterance], registry: TaskRegistry, tally: Tally
         else:
             ids.add(u.id)
             yield u
+
+
+def _present(utterances: list[Utterance], tally: Tally) -> list[Utterance]:
+    """Without rows whose audio file is missing; rows of text stay."""
+    missing = [u for u in utterances if u.audio is not None and not u.audio.is_file()]
+    if missing and len(missing) == sum(u.audio is not None for u in utterances):
+        raise UserError(f"{missing[0].source}: audio file {missing[0].audio} does not exist, and neither does any other "
+                        f"({len(missing)} are missing); correct the folder of the audio, or leave it out for text alone")
+    for u in missing:
+        tally.drop("missing audio file", f"{u.source}: {u.audio}")
+    gone = {u.id for u in missing}
+    return [u for u in utterances if u.id not in gone]
 
 
 def _measured(utterances: Iterable[Utterance], max_seconds: float, tally: Tally) -> Iterator[Utterance]:
@@ -302,6 +309,5 @@ def _voiced(utterances: list[Utterance], clips: Path, voice: Voice, speakers: tu
     lines = [Line(u.id, u.text) for u in utterances if u.audio is None]
     made = voice_utterances(lines, clips, voices=speakers, mix=MIXES[voice.mix], seed=voice.seed, workers=voice.workers)
     by_id = {clip.id: clip for clip in made}
-    attach: Callable[[Utterance], Utterance] = lambda u: replace(  # noqa: E731
-        u, audio=by_id[u.id].audio, speaker=by_id[u.id].speaker, start=0.0, end=None)
-    return [attach(u) if u.id in by_id else u for u in utterances]
+    return [replace(u, audio=by_id[u.id].audio, speaker=by_id[u.id].speaker, start=0.0, end=None) if u.id in by_id else u
+            for u in utterances]

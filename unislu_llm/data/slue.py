@@ -132,7 +132,8 @@ def load_hub(corpus: str, split: str) -> Iterable[Row]:
                         "original TSV files") from error
     name, config = HUB[corpus]
     try:
-        loaded: Iterable[Row] = datasets.load_dataset(name, config, split=split).cast_column("audio", datasets.Audio(decode=False))
+        encoded = datasets.load_dataset(name, config, split=split)
+        loaded: Iterable[Row] = encoded.cast_column("audio", datasets.Audio(decode=False))
     except Exception as error:  # the package has no common class for no network, no agreement, no such split
         raise UserError(f"{name}/{config}, split '{split}': {error}; accept the agreement on the hub and log in "
                         "(`hf auth login`)") from error

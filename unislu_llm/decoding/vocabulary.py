@@ -58,16 +58,20 @@ def _unspaced(char: str) -> bool:
 
 
 def _texts(codec: TextCodec, size: int) -> list[str]:
-    """Each token's characters after a letter: at the start of a text, tokenizers hide the blank of a word's first token."""
+    """Each token's characters after a letter, as the codec decodes them (tokens that it drops have none).
+
+    At the start of a text, tokenizers hide the blank of a word's first token.
+    """
     anchor = codec.text_ids("a")[-1]
     pairs = [[anchor, i] for i in range(size)]
     backend = getattr(codec.tokenizer, "backend_tokenizer", None)
     if backend is not None:
-        decoded: Sequence[str] = backend.decode_batch(pairs, skip_special_tokens=False)
-        alone: str = backend.decode([anchor, anchor], skip_special_tokens=False)
+        decoded: Sequence[str] = backend.decode_batch(pairs, skip_special_tokens=True)
+        alone: str = backend.decode([anchor, anchor], skip_special_tokens=True)
     else:
-        decoded = [str(codec.tokenizer.decode(pair, clean_up_tokenization_spaces=False)) for pair in pairs]
-        alone = str(codec.tokenizer.decode([anchor, anchor], clean_up_tokenization_spaces=False))
+        options = {"skip_special_tokens": True, "clean_up_tokenization_spaces": False}
+        decoded = [str(codec.tokenizer.decode(pair, **options)) for pair in pairs]
+        alone = str(codec.tokenizer.decode([anchor, anchor], **options))
     lead = alone.index("a") + 1
     return [text[lead:] for text in decoded]
 

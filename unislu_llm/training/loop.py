@@ -356,7 +356,7 @@ def _micro_sums(losses: Tensor, loss: Tensor, batch: Batch, registry: TaskRegist
     parts, cpu = batch.target_parts, losses.double().cpu()
     is_task, is_asr = parts == TASK_PART, parts == ASR_PART
     shares, tasked = sample_shares(parts)[0], is_task.any(-1)
-    sums = [float(loss), cpu[is_asr].sum(), cpu[is_task].sum(), is_asr.sum(), is_task.sum(), shares[tasked].sum(),
+    sums: list[Any] = [float(loss), cpu[is_asr].sum(), cpu[is_task].sum(), is_asr.sum(), is_task.sum(), shares[tasked].sum(),
             tasked.sum(), batch.mel_lengths.sum(), 1.0 - batch.padding_share]
     for task in registry:
         mine = is_task & torch.tensor([s.task == task.name for s in batch.samples])[:, None]
