@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, normalizers
 from torch import Tensor
-from transformers import LogitsProcessorList
+from transformers import LogitsProcessor, LogitsProcessorList
 
 from unislu_llm.data.targets import Sample, TextCodec
 from unislu_llm.decoding.automaton import END, Automaton
@@ -99,7 +99,7 @@ def test_every_output_parses_without_problem(build: Build, kind: str, way: str, 
         samples = asked(names * 2)
         options = replace(OPTIONS, extra_tokens=extra, num_beams=4 if "beam" in way else 1, grounded="grounded" in way)
         for force in (True, False):
-            answers = decode(model, samples, replace(options, force_task=force), sampling=way == "sampling", seed=seed)
+            answers = decode(model, samples, replace(options, force_task=force), way=way, seed=seed)
             kinds = problems(model, samples, answers)
             assert [k for k in kinds if force or k != "wrong_task"] == []
             for ids in answers:
@@ -108,7 +108,7 @@ def test_every_output_parses_without_problem(build: Build, kind: str, way: str, 
                 if "grounded" in way and parsed.task == "ner":
                     assert all(f" {p} " in f" {parsed.transcript} " for _, p in parsed.outputs or ()) or check_whole(model, ids)
                     spoken["phrases"] += len(parsed.outputs or ())
-        off = decode(model, samples, replace(options, grammar=None, grounded=False), sampling=way == "sampling", seed=seed)
+        off = decode(model, samples, replace(options, grammar=None, grounded=False), way=way, seed=seed)
         free.update(problems(model, samples, off))
     assert sum(free.values()) > 10, "without the grammar a random model does nearly everything wrong"
     assert all(spoken[name or "asr"] for name in names)
@@ -117,18 +117,38 @@ def test_every_output_parses_without_problem(build: Build, kind: str, way: str, 
     print(kind, way, "without grammar:", dict(free), "with:", dict(spoken))
 
 
-def decode(model: SLUModel, samples: Sequence[Sample], options: DecodeOptions, *, sampling: bool = False,
+def decode(model: SLUModel, samples: Sequence[Sample], options: DecodeOptions, *, way: str = "sampling",
            seed: int = 0) -> list[list[int]]:
-    audio = waves(len(samples), seed)
-    if not sampling:
-        return decode_batch(model, samples, audio, options)
+    """Decode noise; with beams, grounded answers are steered to phrases: those of a random model have no room for them."""
+    audio, codec, generate = waves(len(samples), seed), model.codec, model.generate
     torch.manual_seed(seed)
-    generate = model.generate
-    model.generate = lambda *a, **k: generate(*a, **k, do_sample=True, temperature=1.5, top_k=0)  # type: ignore[method-assign]
+
+    def changed(*args: Any, **kwargs: Any) -> Tensor:
+        if way == "sampling":
+            return generate(*args, **kwargs, do_sample=True, temperature=1.5, top_k=0)
+        if way == "grounded beam":
+            more = {codec.marker_ids[m]: score for m, score in ((SEPARATOR, 5.0), ("[ORG]", 20.0), ("[LAW]", 20.0))}
+            kwargs["logits_processor"].insert(0, Steer(more | {codec.eos_id: -20.0}))
+        return generate(*args, **kwargs)
+
+    model.generate = changed  # type: ignore[method-assign, assignment]
     try:
         return decode_batch(model, samples, audio, options)
     finally:
         model.generate = generate  # type: ignore[method-assign]
+
+
+class Steer(LogitsProcessor):
+    """Add to the scores of some tokens."""
+
+    def __init__(self, more: dict[int, float]) -> None:
+        self.more = more
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        scores = scores.clone()
+        for token, more in self.more.items():
+            scores[:, token] += more
+        return scores
 
 
 def check_whole(model: SLUModel, ids: Sequence[int]) -> bool:
@@ -214,7 +234,7 @@ def test_sampled_markers_and_bounds_hold_for_many_decodes(build: Build, kind: st
     model = build(kind, seed=5, louder=2.0)
     samples = asked([*TASKS.names, None] * 8)
     for extra in (0, 3, 10, 30):
-        answers = decode(model, samples, replace(OPTIONS, extra_tokens=extra, tokens_per_second=0), sampling=True, seed=extra)
+        answers = decode(model, samples, replace(OPTIONS, extra_tokens=extra, tokens_per_second=0), seed=extra)
         assert problems(model, samples, answers) == []
         for s, ids in zip(samples, answers, strict=True):
             assert len(ids) <= max(extra, grammar_of(model.codec).need((s.task, True)))

@@ -20,7 +20,8 @@ from unislu_llm.utterance import Utterance
 Build = Callable[..., SLUModel]
 EMOTION = LabelTask("emotion", "[EMO]", ("sad", "sad face", "happy"), "[E]", "[/E]")
 ACTS = LabelTask("acts", "[ACT]", ("question", "answer"), "[A]", "[/A]", multi=True)
-TASKS = TaskRegistry([SA, EMOTION, ACTS])
+TOPIC = LabelTask("topic", "[TOPIC]", ("council", "paris", "wonderful"), "[O]", "[/O]")  # no two begin alike
+TASKS = TaskRegistry([SA, EMOTION, ACTS, TOPIC])
 TEXTS = ["the council met", "", "it was a bad and sad evening for us all", "yes"]
 BOTH = pytest.mark.parametrize("kind", ["llm", "whisper"])
 
@@ -70,23 +71,24 @@ def test_greedy_says_the_likeliest_unless_a_later_token_turns_it(build: Build, k
     for seed in range(3):
         model = build(kind, seed)
         codec = model.codec
-        samples = [Sample(Utterance(str(i), None, "", {}), "sa") for i in range(len(TEXTS))]
+        assert len({codec.text_ids(label)[0] for label in TOPIC.labels}) == len(TOPIC.labels)
+        samples = [Sample(Utterance(str(i), None, "", {}), "topic") for i in range(len(TEXTS))]
         answers = decode_batch(model, samples, waves(), DecodeOptions(grammar=True, force_task=True, max_new_tokens=24))
         for ids, wave in zip(answers, waves(), strict=True):
-            cut, opening, closing = (ids.index(codec.marker_ids[m]) for m in (SEPARATOR, "[S]", "[/S]"))
+            cut, opening, closing = (ids.index(codec.marker_ids[m]) for m in (SEPARATOR, "[O]", "[/O]"))
             said = codec.decode(ids[opening + 1:closing])
-            row = label_probabilities(model, [wave], [ids[:cut]], "sa")[0]
+            row = label_probabilities(model, [wave], [ids[:cut]], "topic")[0]
             firsts = first_token_scores(model, wave, ids[:opening + 1])
-            assert said == max(SA.labels, key=firsts.__getitem__)
-            wholes = {label: log_score(model, wave, ids[:opening + 1], label) for label in SA.labels}
-            assert SA.labels[int(row.argmax())] == max(SA.labels, key=wholes.__getitem__)
-            assert all(wholes[label] <= firsts[label] + 1e-4 for label in SA.labels)
+            assert said == max(TOPIC.labels, key=firsts.__getitem__)
+            wholes = {label: log_score(model, wave, ids[:opening + 1], label) for label in TOPIC.labels}
+            assert TOPIC.labels[int(row.argmax())] == max(TOPIC.labels, key=wholes.__getitem__)
+            assert all(wholes[label] <= firsts[label] + 1e-4 for label in TOPIC.labels)
 
 
 @torch.no_grad()
 def token_scores(model: SLUModel, wave: Tensor, head: list[int], label: str) -> Tensor:
     """Log-probabilities of a label's tokens and its closing marker after `head`."""
-    tail = [*model.codec.text_ids(label), model.codec.marker_ids["[/S]"]]
+    tail = [*model.codec.text_ids(label), model.codec.marker_ids["[/O]"]]
     batch = model.collator()([(Sample(Utterance("u", None, "", {}), None), wave)])
     ids = torch.tensor([[*head, *tail]])
     return -model(batch.mel, batch.mel_lengths, ids, torch.zeros_like(ids))[0, len(head):]
@@ -97,7 +99,7 @@ def log_score(model: SLUModel, wave: Tensor, head: list[int], label: str) -> flo
 
 
 def first_token_scores(model: SLUModel, wave: Tensor, head: list[int]) -> dict[str, float]:
-    return {label: float(token_scores(model, wave, head, label)[0]) for label in SA.labels}
+    return {label: float(token_scores(model, wave, head, label)[0]) for label in TOPIC.labels}
 
 
 def test_what_has_no_such_distribution_is_refused(build: Build) -> None:
