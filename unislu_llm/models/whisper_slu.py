@@ -150,7 +150,9 @@ class WhisperSLU(SLUModel):
         settings = options | {"max_new_tokens": min(int(options.get("max_new_tokens", 256)), room)}
         # Whisper's own generate adds 30-s windows, timestamps and language detection; the generic one is what is meant.
         whisper: Any = self.whisper
+        # The mask is of the encoder's input, which is encoded already: it only tells `generate` not to guess one.
         out = GenerationMixin.generate(whisper, encoder_outputs=BaseModelOutput(last_hidden_state=frames),
+                                       attention_mask=torch.ones(frames.shape[:2], dtype=torch.long, device=frames.device),
                                        decoder_input_ids=start, **settings)
         return out[:, start.shape[1]:]
 
