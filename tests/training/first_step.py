@@ -28,8 +28,7 @@ def main(kind: str, config_file: str, out: str) -> None:
     if trainer.accelerator.is_main_process:
         gradients = {name: p.grad for name, p in trainer.model.named_parameters() if p.requires_grad}
         torch.save({"figures": figures, "gradients": gradients, "steps": len(trainer.plan)}, out)
-    trainer.accelerator.wait_for_everyone()
-    trainer.accelerator.end_training()
+    trainer.close()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import logging
 import math
@@ -234,8 +235,17 @@ class Trainer:
             print(loss_summary(self.run / "metrics.jsonl"))
         results = self.validate("after training")
         self.save()
-        self.accelerator.end_training()
+        self.close()
         return results
+
+    def close(self) -> None:
+        """End trackers and the process group; the model stays usable."""
+        self.accelerator.wait_for_everyone()
+        # DDP's reducer goes first: freed after the group, it can hold the GIL while gloo's thread waits for it (seen at exit).
+        self.wrapped = self.model
+        self.accelerator.free_memory()
+        gc.collect()
+        self.accelerator.end_training()
 
     def _announce(self) -> None:
         tasks = Counter(s.task or "asr" for s in self.train_samples)
