@@ -7,7 +7,6 @@ labels the whole utterance (sentiment, dialogue acts). The built-in registry hol
 
 from __future__ import annotations
 
-import difflib
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from unislu_llm.errors import UserError
+from unislu_llm.errors import UserError, hint
 
 SEPARATOR = "[T/L]"
 """Marker between the transcript and the task part."""
@@ -277,7 +276,7 @@ def _from_dict(row: Mapping[str, Any], where: str) -> Task:
         raise UserError(f"{where}.kind: must be 'span' or 'label', found {kind!r}")
     for key in row:
         if key not in _KEYS[kind]:
-            raise UserError(f"{where}: unknown key '{key}'{_hint(key, _KEYS[kind])}; known: {', '.join(_KEYS[kind])}")
+            raise UserError(f"{where}: unknown key '{key}'{hint(key, _KEYS[kind])}; known: {', '.join(_KEYS[kind])}")
     needed = ("name", "marker", "labels", "open", "close") if kind == "label" else ("name", "marker", "labels")
     missing = [f"'{key}'" for key in needed if key not in row]
     if missing:
@@ -299,7 +298,7 @@ def _from_dict(row: Mapping[str, Any], where: str) -> Task:
 def _builtin(row: Mapping[str, Any], where: str) -> Task:
     name, others = str(row["builtin"]), [str(key) for key in row if key != "builtin"]
     if name not in _BUILTIN:
-        raise UserError(f"{where}.builtin: '{name}' is not one of {', '.join(_BUILTIN)}{_hint(name, _BUILTIN)}")
+        raise UserError(f"{where}.builtin: '{name}' is not one of {', '.join(_BUILTIN)}{hint(name, _BUILTIN)}")
     if others:
         raise UserError(f"{where}: a builtin task is taken as it is; remove {', '.join(others)}, "
                         "or write out a task of your own")
@@ -310,8 +309,3 @@ def _string(value: Any, where: str) -> str:
     if not isinstance(value, str):  # YAML reads yes, no, on, 1 as booleans and numbers
         raise UserError(f"{where}: must be a string, found {value!r}; put it in quotes")
     return value
-
-
-def _hint(name: object, known: Iterable[str]) -> str:
-    near = difflib.get_close_matches(str(name), list(known), n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""

@@ -17,9 +17,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedConfig, PreTrainedModel
 
-from unislu_llm.data.audio import encoder_length
 from unislu_llm.data.collate import Batch, Collator
 from unislu_llm.data.targets import TextCodec
 from unislu_llm.errors import UserError
@@ -226,24 +225,8 @@ def is_checkpointed(module: nn.Module) -> bool:
     return any(getattr(m, "gradient_checkpointing", False) for m in module.modules())
 
 
-def speech_lengths(mel_lengths: Tensor) -> Tensor:
-    """Encoder frames of each clip, `(batch,)`."""
-    return encoder_length(mel_lengths)
-
-
 def check_hash(what: str, name: str, stored: str | None, found: str) -> None:
     """Warn when base weights are not those that a model was trained on: scores will differ."""
     if stored and stored != found:
         warnings.warn(f"{what} '{name}' has other weights (SHA-256 {found[:12]}) than this model was trained on "
                       f"({stored[:12]}); scores will differ from its model card", stacklevel=3)
-
-
-def tokenizer_eos(tokenizer: PreTrainedTokenizerBase) -> int:
-    """End-of-text id of a tokenizer.
-
-    Raises:
-        UserError: it has none.
-    """
-    if tokenizer.eos_token_id is None:
-        raise UserError("the tokenizer has no end-of-text token")
-    return int(tokenizer.eos_token_id)

@@ -7,7 +7,6 @@ LLM's embeddings: a projector that starts ten times too loud or too quiet costs 
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unislu_llm.errors import UserError
+from unislu_llm.errors import UserError, hint
 from unislu_llm.models.encoder import valid_mask
 
 Length = TypeVar("Length", int, Tensor)
@@ -224,14 +223,14 @@ def build_projector(name: str, in_dim: int, out_dim: int, scale: float,
         UserError: unknown name or option; the message names the nearest known one.
     """
     if name not in PROJECTORS:
-        raise UserError(f"unknown projector '{name}'; known: {', '.join(PROJECTORS)}{_hint(name, list(PROJECTORS))}")
+        raise UserError(f"unknown projector '{name}'; known: {', '.join(PROJECTORS)}{hint(name, list(PROJECTORS))}")
     build = PROJECTORS[name]
     known = {key: p.default for key, p in inspect.signature(build).parameters.items()
              if key not in ("in_dim", "out_dim", "scale")}
     for key, value in (options or {}).items():
         if key not in known:
             raise UserError(f"projector '{name}' has no option '{key}'; known: {', '.join(known)}"
-                            f"{_hint(key, list(known))}")
+                            f"{hint(key, list(known))}")
         if problem := _misfit(value, known[key]):
             raise UserError(f"projector '{name}': option {key}={value!r} must be {problem}")
     return build(in_dim, out_dim, scale, **(options or {}))
@@ -246,8 +245,3 @@ def _misfit(value: Any, default: Any) -> str | None:
         least = min(default, 1)
         return None if type(value) is int and value >= least else f"a whole number from {least} up"
     return None
-
-
-def _hint(name: str, known: list[str]) -> str:
-    near = difflib.get_close_matches(name, known, n=1)
-    return f"; did you mean '{near[0]}'?" if near else ""
