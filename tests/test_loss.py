@@ -20,6 +20,7 @@ from unislu_llm.loss import (
     TASK_PART,
     Counts,
     LossMode,
+    floor_at,
     sample_shares,
     token_weights,
     weighted_loss,
@@ -97,6 +98,38 @@ def test_the_share_of_a_short_task_part() -> None:
     w_asr, w_task = sample_shares(parts_of([(40, 1), (40, 4), (40, 0)]))
     assert w_asr.tolist() == pytest.approx([1 / 41, 4 / 44, 1.0])
     assert w_task.tolist() == pytest.approx([40 / 41, 40 / 44, 0.0])
+
+
+# The floor under the transcript's share
+
+
+@settings(deadline=None)
+@given(batches(), st.sampled_from(MODES), st.floats(0, 1))
+def test_a_floor_keeps_the_unit_and_the_share(batch: tuple[Tensor, Tensor], mode: LossMode, floor: float) -> None:
+    _, parts = batch
+    weights = token_weights(parts, mode, Counts.of(parts), floor)
+    assert float(weights.sum()) == pytest.approx(1.0, rel=1e-9)
+    assert float(weights.min()) >= 0
+    if mode == "dynamic":
+        both = (parts == A).any(-1) & (parts == T).any(-1)
+        share = (weights * (parts == A)).sum(-1) / weights.sum(-1)
+        wanted = sample_shares(parts, floor)[0]
+        torch.testing.assert_close(share[both], wanted[both])
+        assert (wanted[both] >= floor).all()
+
+
+@settings(deadline=None)
+@given(batches(), st.sampled_from(MODES))
+def test_a_floor_that_nothing_touches_changes_nothing(batch: tuple[Tensor, Tensor], mode: LossMode) -> None:
+    losses, parts = batch
+    low = min([w for w in sample_shares(parts)[0].tolist() if w > 0] + [0.5])
+    plain = float(weighted_loss(losses, parts, mode))
+    assert float(weighted_loss(losses, parts, mode, floor=low)) == pytest.approx(plain, rel=1e-9)
+
+
+def test_the_floor_falls_from_the_transcript_alone() -> None:
+    assert [floor_at(step, 0.2, 4) for step in range(6)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
+    assert floor_at(0, 0.3, 0) == 0.3
 
 
 # Against the formula

@@ -37,18 +37,31 @@ class Counts:
         return Counts(self.asr + other.asr, self.task + other.task)
 
 
-def sample_shares(parts: Tensor) -> tuple[Tensor, Tensor]:
-    """`(W_asr, W_task)` of every sample, each `(batch,)`; a sample without task part has (1, 0).
+def floor_at(step: int, floor: float, steps: int) -> float:
+    """Floor under the transcript's share at an optimizer step.
 
-    `W_asr = n_task / (n_asr + n_task)`, `W_task = n_asr / (n_asr + n_task)`: the shorter part weighs more.
+    Args:
+        floor: where it ends, 0 to 1. steps: over so many steps it falls linearly from 1, the transcript alone; 0 is no
+            schedule.
+    """
+    return floor if step >= steps else 1.0 + (floor - 1.0) * step / steps
+
+
+def sample_shares(parts: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor]:
+    """`(W_asr, W_task)` of every sample in the dynamic loss, each `(batch,)`; a sample without task part has (1, 0).
+
+    `W_asr = n_task / (n_asr + n_task)`, `W_task = 1 - W_asr`: the shorter part weighs more.
+
+    Args:
+        floor: least `W_asr`. The paper has none: a short task part leaves a long transcript next to nothing.
     """
     n_asr = (parts == ASR_PART).sum(-1).double()
     n_task = (parts == TASK_PART).sum(-1).double()
-    w_asr = torch.where(n_task > 0, n_task / (n_asr + n_task).clamp(min=1), torch.ones_like(n_asr))
+    w_asr = torch.where(n_task > 0, (n_task / (n_asr + n_task).clamp(min=1)).clamp(min=floor), torch.ones_like(n_asr))
     return w_asr, 1.0 - w_asr
 
 
-def token_weights(parts: Tensor, mode: LossMode, total: Counts) -> Tensor:
+def token_weights(parts: Tensor, mode: LossMode, total: Counts, floor: float = 0.0) -> Tensor:
     """Weight of every target token, normalizer included, `(batch, length)` in double precision; 0 at padding.
 
     * `dynamic`: per sample, `L_i = W_asr mean CE_asr + W_task mean CE_task`, samples weighted by their length `T_i`:
@@ -60,6 +73,7 @@ def token_weights(parts: Tensor, mode: LossMode, total: Counts) -> Tensor:
     Args:
         parts: part of each token, `(batch, length)`, values :data:`ASR_PART`, :data:`TASK_PART`, :data:`NO_PART`.
         total: counts of the global batch that this one is a part of.
+        floor: least share of the transcript, of every sample (`dynamic`) or of the batch (`fixed`); `uniform` has none.
 
     Raises:
         UserError: unknown mode.
@@ -68,25 +82,29 @@ def token_weights(parts: Tensor, mode: LossMode, total: Counts) -> Tensor:
     if mode == "uniform":
         return (asr | task).double() / max(total.asr + total.task, 1.0)
     if mode == "fixed":
-        share_asr, share_task = (0.5, 0.5) if total.asr and total.task else (1.0, 1.0)
+        share = max(0.5, floor)
+        share_asr, share_task = (share, 1.0 - share) if total.asr and total.task else (1.0, 1.0)
         return asr.double() * (share_asr / max(total.asr, 1.0)) + task.double() * (share_task / max(total.task, 1.0))
     if mode != "dynamic":
         raise UserError(f"unknown loss '{mode}'; known: {', '.join(get_args(LossMode))}")
     n_asr, n_task = asr.sum(-1, keepdim=True).double(), task.sum(-1, keepdim=True).double()
     alone = (n_task == 0) | (n_asr == 0)
-    ones = torch.ones_like(n_asr)
-    w_asr = torch.where(alone, ones, n_task / n_asr.clamp(min=1))
-    w_task = torch.where(alone, ones, n_asr / n_task.clamp(min=1))
+    ones, length = torch.ones_like(n_asr), n_asr + n_task
+    share = (n_task / length.clamp(min=1)).clamp(min=floor)
+    w_asr = torch.where(alone, ones, share * length / n_asr.clamp(min=1))
+    w_task = torch.where(alone, ones, (1.0 - share) * length / n_task.clamp(min=1))
     return (asr * w_asr + task * w_task) / max(total.asr + total.task, 1.0)
 
 
-def weighted_loss(token_losses: Tensor, parts: Tensor, mode: LossMode, total: Counts | None = None) -> Tensor:
+def weighted_loss(token_losses: Tensor, parts: Tensor, mode: LossMode, total: Counts | None = None,
+                  floor: float = 0.0) -> Tensor:
     """This batch's term of the global loss, a scalar.
 
     Args:
         token_losses: cross-entropy of each target token, `(batch, length)`; values at padding do not count.
         parts: part of each token, `(batch, length)`.
         total: counts of the global batch; default: this batch is the whole.
+        floor: least share of the transcript, see :func:`token_weights`.
     """
-    weights = token_weights(parts, mode, total or Counts.of(parts)).to(token_losses.dtype)
+    weights = token_weights(parts, mode, total or Counts.of(parts), floor).to(token_losses.dtype)
     return (weights * token_losses.masked_fill(parts == NO_PART, 0.0)).sum()

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from unislu_llm.data.batching import BatchPlan
 from unislu_llm.data.long_audio import handle_long
 from unislu_llm.data.manifest import read_manifest
-from unislu_llm.data.mixture import Mixture, Tally, corpus_of, describe_mixture, group_samples, target_shares
+from unislu_llm.data.mixture import Mixture, Tally, corpus_of, describe_mixture, group_samples, manifest_name, target_shares
 from unislu_llm.data.targets import Sample
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import Span, TaskRegistry
@@ -222,3 +222,8 @@ def test_rows_that_cannot_be_cut_say_why(change: dict[str, Any], message: str, t
     utterances = read_manifest(write_long(tmp_path, **change), TaskRegistry())
     with pytest.raises(UserError, match=message):
         handle_long(utterances, TaskRegistry(), 30, "cut")
+
+
+def test_a_corpus_is_called_after_its_manifest_or_its_folder(tmp_path: Path) -> None:
+    assert manifest_name(tmp_path / "voices" / "train.jsonl") == "voices"
+    assert manifest_name(tmp_path / "voices" / "calls_train.jsonl") == "calls_train"

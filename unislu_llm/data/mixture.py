@@ -22,16 +22,23 @@ from unislu_llm.errors import UserError
 from unislu_llm.tasks import ASR
 
 _WALK, _INTERLEAVE = 101, 102  # last word of a seed, so that no two kinds of draw share one
+_SPLITS = ("train", "dev", "devel", "test", "valid", "validation", "fine-tune", "all")
+
+
+def manifest_name(path: str | Path) -> str:
+    """Name of a corpus whose rows name none: the stem of its manifest, or, where that only names a split, its folder's."""
+    path = Path(path)
+    return path.resolve().parent.name if path.stem in _SPLITS else path.stem
 
 
 def corpus_of(sample: Sample) -> str:
-    """Name of a sample's corpus: what its row says, else the stem of its manifest."""
+    """Name of a sample's corpus: what its row says, else what its manifest is called."""
     name = sample.utterance.corpus
     return name if name != "default" else _stem(sample) or name
 
 
 def _stem(sample: Sample) -> str:
-    return Path(sample.utterance.source.rpartition(":")[0]).stem
+    return manifest_name(sample.utterance.source.rpartition(":")[0])
 
 
 def group_samples(samples: Sequence[Sample], weights: Mapping[str, float] | None = None) -> list[str]:
@@ -39,7 +46,7 @@ def group_samples(samples: Sequence[Sample], weights: Mapping[str, float] | None
 
     Args:
         samples: training samples.
-        weights: by corpus or by manifest stem.
+        weights: by corpus or by manifest (:func:`manifest_name`).
 
     Raises:
         UserError: a name that no corpus and no manifest has (the nearest known one is named), a corpus without weight, or

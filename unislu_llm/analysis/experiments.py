@@ -1,0 +1,177 @@
+"""Experiment files: systems and seeds that are compared in one table."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from unislu_llm.analysis.runs import portable
+from unislu_llm.errors import UserError, hint
+from unislu_llm.training.config import Config, apply, read_yaml
+
+RECIPES = ("train_llm", "train_whisper")
+_KEYS = ("title", "output", "results", "common", "tests", "systems")
+_SYSTEM_KEYS = ("name", "title", "recipe", "config", "seeds")
+
+@dataclass(frozen=True)
+class System:
+    """A row of the table.
+
+    Args:
+        name: of its folders. title: in the table. recipe: one of :data:`RECIPES`.
+        config: sections over the common ones. seeds: one run each.
+    """
+
+    name: str
+    title: str
+    recipe: str
+    config: dict[str, Any]
+    seeds: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """An experiment file.
+
+    Args:
+        title: head of the table, which says what is common to all rows.
+        output: folder of runs. results: folder of score files and the table.
+        common: config sections of every system.
+        tests: further manifests by name, scored on their own beside the dev sets.
+        systems: rows, in order.
+    """
+
+    title: str
+    output: Path
+    results: Path
+    common: dict[str, Any]
+    tests: dict[str, list[str]]
+    systems: list[System]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a system.
+
+    Args:
+        system: whose. seed: of training.
+    """
+
+    system: System
+    seed: int
+    experiment: Experiment = field(repr=False)
+
+    @property
+    def name(self) -> str:
+        """Of the run folder and the score files."""
+        return f"{self.system.name}-s{self.seed}"
+
+    @property
+    def folder(self) -> Path:
+        """The run folder."""
+        return self.experiment.output / self.name
+
+    def config(self) -> dict[str, Any]:
+        """Config of the run, as its recipe reads it.
+
+        Raises:
+            UserError: an unknown key or a value of the wrong type.
+        """
+        values = merge(merge(self.experiment.common, self.system.config), {"train": {"seed": self.seed}})
+        apply(Config(), values, f"system '{self.system.name}'")
+        return values
+
+    def scores(self, test: str = "") -> Path:
+        """Score file of the dev sets, or of a further test set; named as `eval/evaluate.py` names it."""
+        stems = "+".join(Path(p).stem for p in self.experiment.tests[test]) if test else ""
+        return self.experiment.results / ("-".join(filter(None, [self.name, stems, test])) + ".json")
+
+
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+    """`over` laid over `base`, mappings key by key."""
+    out = dict(base)
+    for key, value in over.items():
+        both = isinstance(value, Mapping) and isinstance(out.get(key), Mapping)
+        out[key] = merge(out[key], value) if both else value
+    return out
+
+
+def read_experiment(path: Path, data: str = "") -> Experiment:
+    """Read an experiment file.
+
+    Args:
+        data: what `${data}` in it stands for: the folder of the corpora.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key, a system without a name, two of one name, an unknown recipe.
+    """
+    values = _filled(read_yaml(path), data, str(path))
+    _known(values, _KEYS, str(path))
+    systems: list[System] = []
+    for i, entry in enumerate(values.get("systems") or []):
+        where = f"{path}: systems[{i}]"
+        if not isinstance(entry, Mapping) or not isinstance(entry.get("name"), str):
+            raise UserError(f"{where}: a system is a mapping with a `name`")
+        _known(entry, _SYSTEM_KEYS, where)
+        if entry["name"] in [s.name for s in systems]:
+            raise UserError(f"{where}: there are two systems '{entry['name']}'; rename one")
+        if entry.get("recipe") not in RECIPES:
+            raise UserError(f"{where}.recipe: {entry.get('recipe')!r} is not one of {', '.join(RECIPES)}")
+        systems.append(System(entry["name"], entry.get("title", entry["name"]), entry["recipe"], entry.get("config") or {},
+                              tuple(entry.get("seeds") or (1,))))
+    if not systems:
+        raise UserError(f"{path}: lists no systems")
+    stem = path.stem
+    return Experiment(values.get("title", stem), Path(values.get("output", f"runs/{stem}")),
+                      Path(values.get("results", f"eval/results/{stem}")), values.get("common") or {},
+                      values.get("tests") or {}, systems)
+
+
+def _known(values: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
+    for key in values:
+        if key not in keys:
+            raise UserError(f"{where}: unknown key '{key}'; known: {', '.join(keys)}{hint(key, keys)}")
+
+
+def _filled(value: Any, data: str, where: str) -> Any:
+    """`${data}` replaced in every string."""
+    if isinstance(value, Mapping):
+        return {k: _filled(v, data, where) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_filled(v, data, where) for v in value]
+    if isinstance(value, str) and "${data}" in value:
+        if not data:
+            raise UserError(f"{where}: needs the folder of the corpora; give --data FOLDER")
+        return value.replace("${data}", str(Path(data).resolve()))
+    return value
+
+
+def jobs(experiment: Experiment, only: Sequence[str] = ()) -> list[Job]:
+    """Runs of the systems that are named (all, without names), in order.
+
+    Raises:
+        UserError: an unknown name, or a system whose config is wrong.
+    """
+    names = [s.name for s in experiment.systems]
+    for name in only:
+        if name not in names:
+            raise UserError(f"--only {name}: no such system; known: {', '.join(names)}{hint(name, names)}")
+    found = [Job(s, seed, experiment) for s in experiment.systems if not only or s.name in only for seed in s.seeds]
+    for job in found:
+        job.config()
+    return found
+
+
+def load_scores(path: Path) -> dict[str, Any]:
+    """A score file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8")))
+    except ValueError as error:
+        raise UserError(f"{portable(path)} is not a score file ({error}); delete it and run again") from error

@@ -1,0 +1,115 @@
+"""The table of an experiment: a row a system, written from score files alone."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from tabulate import tabulate
+
+from unislu_llm.analysis.experiments import Experiment, Job, System, jobs, load_scores
+from unislu_llm.training import state
+
+PROTOCOLS = ("whisper", "slue")
+Column = tuple[str, Callable[[Mapping[str, Any], str], float | None]]
+
+
+def _dig(values: Any, *keys: str) -> Any:
+    for key in keys:
+        values = values.get(key) if isinstance(values, Mapping) else None
+    return values
+
+
+def columns(results: Sequence[Mapping[str, Any]]) -> list[Column]:
+    """Columns for some score files: WER of each corpus, scores of each task, what the paper's comparison is about."""
+    wers = [_dig(r, "scores", "protocols", p, "wer", "by_corpus") or {} for r in results for p in PROTOCOLS]
+    corpora = dict.fromkeys(corpus for wer in wers for corpus in wer)
+
+    def protocol(*keys: str) -> Callable[[Mapping[str, Any], str], float | None]:
+        return lambda result, name: _dig(result, "scores", "protocols", name, *keys)
+
+    def anywhere(*keys: str, scale: float = 1.0) -> Callable[[Mapping[str, Any], str], float | None]:
+        def value(result: Mapping[str, Any], _: str) -> float | None:
+            found = _dig(result, *keys)
+            return None if found is None else found * scale
+        return value
+
+    return [
+        *((f"WER {corpus}", protocol("wer", "by_corpus", corpus, "wer")) for corpus in corpora),
+        ("NER F1", protocol("tasks", "ner", "entity", "f1")),
+        ("NER label-F1", protocol("tasks", "ner", "label", "f1")),
+        ("NER position F1", anywhere("scores", "position", "ner", "f1")),
+        ("SA macro-F1", protocol("tasks", "sa", "macro_f1")),
+        ("SLUE", protocol("slue_score")),
+        ("malformed", anywhere("scores", "malformed", "share")),
+        ("trainable (M)", anywhere("trainable_parameters", "total", scale=1e-6)),
+        ("training (min)", anywhere("train_seconds", scale=1 / 60)),
+        ("RTF", anywhere("decoding", "rtf")),
+    ]
+
+
+def write_table(experiment: Experiment) -> None:
+    """Write `table.json` and `table.md` into the results folder from the score files that are there."""
+    for job in jobs(experiment):
+        _note_training(job)
+    rows = [(system, _results(experiment, system)) for system in experiment.systems]
+    blocks = [f"# {experiment.title}"]
+    data: dict[str, Any] = {"title": experiment.title, "protocols": {}}
+    shown = columns([r for _, results in rows for r in results.values()])
+    extra: list[tuple[str, str]] = [(f"WER {test}", test) for test in experiment.tests]
+    for protocol in PROTOCOLS:
+        body, values = [], {}
+        for system, results in rows:
+            cells = {name: _over_seeds([value(r, protocol) for r in results.values()]) for name, value in shown}
+            own = _jobs_of(experiment, system)
+            cells |= {name: _over_seeds([_wer(job, test, protocol) for job in own]) for name, test in extra}
+            values[system.name] = {"seeds": list(results), **{k: c for k, c in cells.items() if c["n"]}}
+            body.append([system.title, *(_cell(c) for c in cells.values())] if results
+                        else [system.title, *["not run"] * len(cells)])
+        headers = ["system", *(name for name, _ in shown), *(name for name, _ in extra)]
+        blocks.append(f"Protocol `{protocol}`\n\n{tabulate(body, headers=headers, tablefmt='github', disable_numparse=True)}")
+        data["protocols"][protocol] = values
+    experiment.results.mkdir(parents=True, exist_ok=True)
+    state.write_text(experiment.results / "table.json", json.dumps(data, indent=1, ensure_ascii=False) + "\n")
+    state.write_text(experiment.results / "table.md", "\n\n".join(blocks) + "\n")
+
+
+def _jobs_of(experiment: Experiment, system: System) -> list[Job]:
+    return [Job(system, seed, experiment) for seed in system.seeds]
+
+
+def _results(experiment: Experiment, system: System) -> dict[int, dict[str, Any]]:
+    return {job.seed: load_scores(job.scores()) for job in _jobs_of(experiment, system) if job.scores().is_file()}
+
+
+def _note_training(job: Job) -> None:
+    """Put the run's training time into its score file, which outlives the run folder."""
+    seconds = state.read_finished(job.folder).get("train_seconds")
+    if seconds is None or not job.scores().is_file():
+        return
+    result = load_scores(job.scores())
+    if result.get("train_seconds") != seconds:
+        state.write_text(job.scores(), json.dumps(result | {"train_seconds": seconds}, indent=1, ensure_ascii=False) + "\n")
+
+
+def _wer(job: Job, test: str, protocol: str) -> float | None:
+    path = job.scores(test)
+    value = _dig(load_scores(path), "scores", "protocols", protocol, "wer", "overall", "wer") if path.is_file() else None
+    return None if value is None else float(value)
+
+
+def _over_seeds(values: Sequence[float | None]) -> dict[str, Any]:
+    found = [v for v in values if v is not None]
+    if not found:
+        return {"n": 0}
+    spread = {"sd": statistics.stdev(found)} if len(found) > 1 else {}
+    return {"n": len(found), "mean": statistics.fmean(found), **spread}
+
+
+def _cell(cell: Mapping[str, Any]) -> str:
+    if not cell["n"]:
+        return "-"
+    digits = 3 if cell["mean"] < 1 else 1
+    return f"{cell['mean']:.{digits}f}" + (f" ± {cell['sd']:.{digits}f}" if "sd" in cell else "")
