@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from unislu_llm.tasks import LabelValue
 
@@ -22,6 +23,7 @@ class Utterance:
         speaker, language, corpus: free-form; `corpus` groups scores.
         duration: length after the crop, seconds, where the manifest gives it.
         source: `file:line` of the manifest row, for messages.
+        segments: the row's `segments` as written, where it has them (:mod:`unislu_llm.data.long_audio`).
     """
 
     id: str
@@ -35,3 +37,4 @@ class Utterance:
     corpus: str = "default"
     duration: float | None = None
     source: str = ""
+    segments: Sequence[Any] | None = None

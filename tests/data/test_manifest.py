@@ -267,7 +267,7 @@ def test_all_problems_of_a_row_are_given(tmp_path: Path) -> None:
 def test_an_empty_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "m.jsonl"
     path.write_bytes(content)
-    assert list(iter_manifest(path, REGISTRY)) == [Problem(path, 0, "file", "empty", "the manifest has no rows")]
+    assert list(iter_manifest(path, REGISTRY)) == [Problem(path, 0, "file", "empty", "the manifest has no rows; give one a line")]
     with pytest.raises(UserError, match=r"m\.jsonl: file: the manifest has no rows"):
         read_manifest(path, REGISTRY)
 
@@ -369,6 +369,15 @@ def _placed(audio: Path | None, root: Path) -> Path | None:
     if audio is None or audio.is_absolute():
         return audio
     return root / "other/a.ogg" if audio.parts[0] == ".." else root / "lists" / audio
+
+
+def test_segments_survive_writing(tmp_path: Path) -> None:
+    segments = [{"start": 0.0, "end": 9.5, "text": "the council", "ner": [["ORG", 4, 11]]},
+                {"start": 9.5, "end": 40, "text": "met"}]
+    utterance = read_one(tmp_path, segments=segments)
+    write_manifest(tmp_path / "copy.jsonl", [utterance])
+    assert json.loads((tmp_path / "copy.jsonl").read_text())["segments"] == segments
+    assert replace(read_manifest(tmp_path / "copy.jsonl", REGISTRY)[0], source="") == replace(utterance, source="")
 
 
 def test_written_audio_paths_move_with_the_folder(tmp_path: Path) -> None:

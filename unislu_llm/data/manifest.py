@@ -14,12 +14,12 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from unislu_llm.data.rows import FIELDS, Fault, RowReader
+from unislu_llm.data.rows import FIELDS, Fault, RowReader, shorten
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import LabelValue, Span, TaskRegistry
 from unislu_llm.utterance import Utterance
@@ -66,6 +66,27 @@ class Problem:
         return f"{where}: {self.field}: {self.message}"
 
 
+@dataclass(frozen=True)
+class Row:
+    """One line of a manifest, as written and as read.
+
+    Args:
+        line: counted from 1; 0 for the file as a whole (an empty manifest).
+        raw: the line without its end. content: its JSON object; None where it is none.
+        utterance: what it makes; None where there is a problem. problems: all of its problems.
+    """
+
+    line: int
+    raw: bytes
+    content: dict[str, Any] | None
+    utterance: Utterance | None
+    problems: tuple[Problem, ...]
+
+
+Earlier = Callable[[str, int], str | None]
+"""From an id and its line to the place where it stood before, if it did, and why that matters."""
+
+
 def iter_manifest(path: str | Path, registry: TaskRegistry, *, corpus: str | None = None,
                   check_audio: bool = False) -> Iterator[Utterance | Problem]:
     """Read a manifest in one pass, yielding a valid row as an utterance and a bad one as all of its problems.
@@ -80,6 +101,17 @@ def iter_manifest(path: str | Path, registry: TaskRegistry, *, corpus: str | Non
     Raises:
         UserError: at once, when there is no such file or a task has the name of a manifest field.
     """
+    rows = iter_rows(path, registry, corpus=corpus, check_audio=check_audio)
+    return (item for row in rows for item in (row.problems or (row.utterance,)) if item is not None)
+
+
+def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = None, check_audio: bool = False,
+              earlier: Earlier | None = None) -> Iterator[Row]:
+    """The same as :func:`iter_manifest` with the lines as they are written.
+
+    Args:
+        earlier: remembers ids; default: a dictionary of this file's ids.
+    """
     path = Path(path)
     if not path.is_file():
         raise UserError(f"{path}: {'is not a file' if path.exists() else 'manifest does not exist'}; "
@@ -87,7 +119,7 @@ def iter_manifest(path: str | Path, registry: TaskRegistry, *, corpus: str | Non
     clash = [name for name in registry.names if name in FIELDS]
     if clash:
         raise UserError(f"task '{clash[0]}' has the name of a manifest field; rename the task")
-    return _read(path, RowReader(registry, path.parent, corpus or "default", check_audio))
+    return _read(path, RowReader(registry, path.parent, corpus or "default", check_audio), earlier or _dictionary())
 
 
 def read_manifest(path: str | Path, registry: TaskRegistry, *, corpus: str | None = None,
@@ -144,8 +176,17 @@ def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> int:
     return count
 
 
-def _read(path: Path, rows: RowReader) -> Iterator[Utterance | Problem]:
+def _dictionary() -> Earlier:
     seen: dict[str, int] = {}
+
+    def earlier(name: str, line: int) -> str | None:
+        first = seen.setdefault(name, line)
+        return None if first == line else f"line {first}; ids must be unique in a manifest"
+
+    return earlier
+
+
+def _read(path: Path, rows: RowReader, earlier: Earlier) -> Iterator[Row]:
     empty = True
     with path.open("rb") as handle:
         for line, raw in enumerate(handle, 1):
@@ -157,15 +198,13 @@ def _read(path: Path, rows: RowReader) -> Iterator[Utterance | Problem]:
             row = _parse(raw, faults)
             utterance = rows.read(row, f"{path}:{line}", faults) if row is not None else None
             name = row.get("id") if row is not None else None
-            if isinstance(name, str) and name and seen.setdefault(name, line) != line:
-                faults.append(Fault("id", "duplicate_id", f"'{name}' is already the id of line {seen[name]}; "
-                                    "ids must be unique in a manifest"))
-            if faults or utterance is None:
-                yield from (Problem(path, line, *fault) for fault in faults)
-            else:
-                yield utterance
+            before = earlier(name, line) if isinstance(name, str) and name else None
+            if before is not None:
+                faults.append(Fault("id", "duplicate_id", f"'{shorten(str(name))}' is already the id of {before}"))
+            found = tuple(Problem(path, line, *fault) for fault in faults)
+            yield Row(line, raw.rstrip(b"\r\n"), row, None if faults else utterance, found)
     if empty:
-        yield Problem(path, 0, "file", "empty", "the manifest has no rows")
+        yield Row(0, b"", None, None, (Problem(path, 0, "file", "empty", "the manifest has no rows; give one a line"),))
 
 
 class _RepeatedKeyError(ValueError):
@@ -206,11 +245,11 @@ def _parse(raw: bytes, faults: list[Fault]) -> dict[str, Any] | None:
 def _as_row(u: Utterance, folder: Path) -> dict[str, Any]:
     row: dict[str, Any] = {"id": u.id}
     if u.audio is not None:
-        row["audio"] = _relative(u.audio, folder)
+        row["audio"] = relative(u.audio, folder)
     row["text"] = u.text
     row |= {name: _plain(value) for name, value in u.labels.items()}
     optional = {"start": u.start or None, "end": u.end, "speaker": u.speaker, "language": u.language,
-                "corpus": u.corpus if u.corpus != "default" else None, "duration": u.duration}
+                "corpus": u.corpus if u.corpus != "default" else None, "duration": u.duration, "segments": u.segments}
     return row | {key: value for key, value in optional.items() if value is not None}
 
 
@@ -220,7 +259,7 @@ def _plain(value: LabelValue) -> str | list[str] | list[dict[str, Any]]:
     return [v._asdict() if isinstance(v, Span) else v for v in value]  # type: ignore[return-value]
 
 
-def _relative(audio: Path, folder: Path) -> str:
+def relative(audio: Path, folder: Path) -> str:
     """Path from `folder`; absolute where there is none (another drive)."""
     try:
         return audio.absolute().relative_to(folder.absolute()).as_posix()

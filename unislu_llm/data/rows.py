@@ -75,7 +75,9 @@ class RowReader:
         if len(faults) > before or name is None or text is None:
             return None
         corpus = corpus or self._corpus
-        return Utterance(name, audio, text, labels, start, end, speaker, language, corpus, duration, source)
+        segments = row.get("segments")
+        return Utterance(name, audio, text, labels, start, end, speaker, language, corpus, duration, source,
+                         segments if isinstance(segments, list) else None)
 
     def _check_text(self, text: str, faults: list[Fault]) -> None:
         if text != text.strip():
@@ -92,7 +94,7 @@ class RowReader:
         if value is None:
             return None
         path = resolve(self._folder, value)
-        if self._check_audio and not path.is_file():
+        if self._check_audio and not is_file(path):
             faults.append(Fault("audio", "audio_missing", f"file {path} does not exist; "
                                 "paths are relative to the manifest"))
         return path
@@ -131,6 +133,14 @@ def resolve(folder: Path, name: str) -> Path:
         for _ in range(up):
             folder = folder.parent
     return folder.joinpath(*parts[up:])
+
+
+def is_file(path: Path) -> bool:
+    """`path.is_file()`, and False for a name that the file system cannot hold."""
+    try:
+        return path.is_file()
+    except OSError:  # name too long
+        return False
 
 
 def _string(row: Mapping[str, Any], key: str, faults: list[Fault], required: bool = False,
@@ -216,7 +226,7 @@ def _is_label(label: Any, task: Task, field: str, faults: list[Fault]) -> bool:
     folded = {known.casefold(): known for known in task.labels}
     near = difflib.get_close_matches(label.casefold(), folded, n=1, cutoff=0.5)
     hint = f"did you mean '{folded[near[0]]}'? Labels" if near else "labels"
-    faults.append(Fault(field, "label", f"'{_cut(label)}' is not a label of '{task.name}'; "
+    faults.append(Fault(field, "label", f"'{shorten(label)}' is not a label of '{task.name}'; "
                         f"{hint}: {', '.join(task.labels)}"))
     return False
 
@@ -274,7 +284,7 @@ def _misfit(start: int, end: int, text: str) -> tuple[str, str] | None:
     phrase = text[start:end]
     if phrase != phrase.strip():
         side = "start" if phrase[0].isspace() else "end"
-        return side, f"the phrase '{_cut(phrase)}' has a blank at its {side}; move the offset to the word"
+        return side, f"the phrase '{shorten(phrase)}' has a blank at its {side}; move the offset to the word"
     return None
 
 
@@ -291,11 +301,11 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
     if isinstance(value, str):
-        return f"the string '{_cut(value)}'"
+        return f"the string '{shorten(value)}'"
     return "a list" if isinstance(value, list) else "an object"
 
 
-def _cut(text: str, limit: int = 40) -> str:
+def shorten(text: str, limit: int = 40) -> str:
     """Short and printable for a message."""
     clean = "".join(c if c.isprintable() else "?" for c in text)
     return clean if len(clean) <= limit else clean[: limit - 3] + "..."

@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from unislu_llm.data.audio import MAX_SECONDS, SAMPLE_RATE, count_samples
-from unislu_llm.errors import UserError
+from unislu_llm.data.audio_checks import stated_seconds
 from unislu_llm.tasks import SpanTask, Task, TaskRegistry
 from unislu_llm.utterance import Utterance
 
 _BARS = 12  # lines of the length histogram at most
-_SLACK = 0.2  # seconds between stated and measured length: durations are rounded
 _WIDTH = 40  # characters of its longest bar
 
 
@@ -74,12 +72,12 @@ class Summary:
         known = sum(self.lengths.values())
         rows = f"{self.rows + self.bad_rows}"
         if self.bad_rows:
-            rows += f" ({self.bad_rows} with problems, not counted below)"
+            rows += f" ({self.bad_rows} with errors, not counted below)"
         audio = f"{self.seconds / 3600:.2f} h"
         if known:
             audio += f" ({known} rows; mean {self.seconds / known:.1f} s, longest {self.longest:.1f} s)"
         if self.unknown_length:
-            audio += f"; {self.unknown_length} rows of unknown length (--audio measures them)"
+            audio += f"; {self.unknown_length} rows of unknown length (--audio header measures them)"
         lines = [("rows", rows), ("text-only rows", str(self.text_only)), ("audio", audio), ("words", str(self.words)),
                  ("corpora", _counts(self.corpora)), ("speakers", str(len(self.speakers) or "not given"))]
         lines += [(task.name, self._task_line(task)) for task in self.registry]
@@ -109,39 +107,6 @@ class Summary:
         for i, n in sorted(bins.items()):
             lines.append(f"{i * width:>6}-{(i + 1) * width:<6} {n:>8} {'#' * -(-_WIDTH * n // peak)}".rstrip())
         return lines
-
-
-def stated_seconds(utterance: Utterance) -> float | None:
-    """Length that the manifest row gives; None where it does not."""
-    if utterance.duration is not None:
-        return utterance.duration
-    return None if utterance.end is None else utterance.end - utterance.start
-
-
-def measure(utterance: Utterance, audio: bool) -> float | None:
-    """Length of an utterance in seconds; None where it is not known.
-
-    Args:
-        audio: open the file and measure; otherwise believe the manifest row.
-
-    Raises:
-        UserError: as `field: message`: the file cannot be read, the crop is outside of it, it is longer than Whisper
-            takes, or it has another length than the row says.
-    """
-    stated = stated_seconds(utterance)
-    seconds = stated
-    if audio and utterance.audio is not None:
-        try:
-            seconds = count_samples(utterance.audio, utterance.start, utterance.end) / SAMPLE_RATE
-        except UserError as error:
-            raise UserError(f"audio: {error}") from error
-        if stated is not None and abs(seconds - stated) > _SLACK:
-            name = "end" if utterance.duration is None else "duration"
-            raise UserError(f"{name}: the row says {stated:g} s, the audio has {seconds:.2f} s; correct the row")
-    if seconds is not None and seconds > MAX_SECONDS:
-        raise UserError(f"audio: {seconds:.2f} s is longer than {MAX_SECONDS} s; cut it with `start` and `end` "
-                        "(training cuts it at its `segments`, if it has them, with data.long_audio cut)")
-    return seconds
 
 
 def _counts(counter: Counter[str]) -> str:
