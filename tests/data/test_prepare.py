@@ -140,7 +140,7 @@ def test_hub_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = [{"id": "a", "normalized_text": "in paris", "normalized_ner": {"type": ["GPE"], "start": [3], "length": [5]},
              "audio": {"bytes": (tmp_path / "cache" / "a.wav").read_bytes(), "path": None}},
             {"id": "b", "normalized_text": "we", "normalized_ner": {"type": [], "start": [], "length": []}, "audio": None}]
-    monkeypatch.setattr(module.slue, "load_hub", lambda corpus, split: rows)
+    monkeypatch.setattr(module.slue, "load_hub", lambda corpus, split, path: rows)
     done = prepare(SlueHub("voxpopuli", "train"), tmp_path / "m.jsonl")
     (u,) = read_manifest(tmp_path / "m.jsonl", REGISTRY, check_audio=True)
     assert (u.audio, u.duration, u.labels) == (tmp_path / "m_audio" / "a.wav", 1.0, {"ner": (Span("PLACE", 3, 8),)})

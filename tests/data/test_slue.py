@@ -200,7 +200,7 @@ def test_dialogue_acts_are_a_task_of_the_registry_alone(tmp_path: Path) -> None:
 
 def test_missing_package_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "datasets", None)
-    with pytest.raises(UserError, match="pip install datasets"):
+    with pytest.raises(UserError, match=r"pip install 'unislu_llm\[hub\]'"):
         load_hub("voxpopuli", "train")
 
 

@@ -14,6 +14,7 @@ from unislu_llm.scoring.bootstrap import (
     macro_f1,
     micro_f1,
     paired_bootstrap,
+    slue_statistic,
 )
 from unislu_llm.scoring.sentiment import label_counts, label_scores
 from unislu_llm.tasks import SA
@@ -129,10 +130,37 @@ def test_bad_input_is_refused() -> None:
         bootstrap(np.zeros((0, 2)), error_rate)
     with pytest.raises(UserError, match="n_resamples=0"):
         bootstrap(COUNTS, error_rate, n_resamples=0)
+    with pytest.raises(UserError, match="400 utterances with 1 strata"):
+        bootstrap(COUNTS, error_rate, strata=["a"])
+
+
+def test_strata_are_drawn_by_themselves() -> None:
+    """Each resample has exactly as many utterances of each corpus as there are; drawn together it has not."""
+    corpora = ["vp", "vc", "vc", "vp", "vc"] * 10
+    is_vp = np.array([[corpus == "vp", 1] for corpus in corpora])
+    apart, together = bootstrap(is_vp, error_rate, 200, strata=corpora), bootstrap(is_vp, error_rate, 200)
+    assert (apart.low, apart.value, apart.high) == pytest.approx((40.0, 40.0, 40.0))
+    assert together.low < 40.0 < together.high
+
+
+def test_interval_of_the_slue_score_is_that_of_its_independent_parts() -> None:
+    """NER right throughout, SA too: the two corpora's error rates, halved, add up in squares; the score has a third of them."""
+    half = COUNTS[:200], COUNTS[200:] * np.array([1, 2])
+    counts = np.zeros((400, 2 + 2 + 3 + 9))
+    counts[:200, 0:2], counts[200:, 2:4] = half
+    counts[:200, 4:7] = 1
+    counts[200:, 7::3] = 1
+    corpora = ["vp"] * 200 + ["vc"] * 200
+    rates = [bootstrap(c, error_rate) for c in half]
+    got = bootstrap(counts, slue_statistic(2), strata=corpora)
+    assert got.value == pytest.approx((300 - (rates[0].value + rates[1].value) / 2) / 3)
+    widths = [r.high - r.low for r in rates]
+    assert got.high - got.low == pytest.approx(np.hypot(*widths) / 2 / 3, rel=0.05)
 
 
 def test_ten_thousand_resamples_of_two_thousand_utterances_take_seconds() -> None:
-    counts = RNG.integers(0, 5, size=(2000, 9))
+    """Of the costliest score, the SLUE score, of two systems."""
+    counts = RNG.integers(0, 5, size=(2000, 16))
     start = time.perf_counter()
-    paired_bootstrap(counts, counts[::-1], macro_f1, n_resamples=10_000)
+    paired_bootstrap(counts, counts[::-1], slue_statistic(2), n_resamples=10_000, strata=["vp", "vc"] * 1000)
     assert time.perf_counter() - start < 5.0

@@ -82,6 +82,7 @@ class SlueHub:
     Args:
         corpus: voxpopuli (entities), voxceleb (sentiment) or hvb (dialogue acts, tasks: recipes/configs/tasks_hvb.yaml).
         split: Split on the hub: train, validation or test.
+        path: A copy on this machine instead: folder of save_to_disk, parquet file, or folder of the hub's parquet files.
         with_audio: Write the audio beside the manifest; otherwise text alone.
         text: Which transcript, with its entities (voxpopuli).
         labels: The seven combined labels, or the 18 raw ones (voxpopuli).
@@ -89,13 +90,14 @@ class SlueHub:
 
     corpus: Literal["voxpopuli", "voxceleb", "hvb"]
     split: str
+    path: Path | None = None
     with_audio: bool = True
     text: slue.Variant = "normalized"
     labels: slue.LabelSet = "combined"
 
     def read(self, registry: TaskRegistry, tally: Tally, clips: Path) -> Iterator[Utterance]:
         """See :class:`Source`."""
-        rows = slue.load_hub(self.corpus, self.split)
+        rows = slue.load_hub(self.corpus, self.split, self.path)
         folder = clips if self.with_audio else None
         for u in slue.read_hub(rows, self.corpus, tally, clips=folder, text=self.text, labels=self.labels):
             if self.with_audio and u.audio is None:

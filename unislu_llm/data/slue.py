@@ -117,27 +117,67 @@ def read_hub(rows: Iterable[Row], corpus: str, tally: Tally, *, clips: Path | No
             yield found
 
 
-def load_hub(corpus: str, split: str) -> Iterable[Row]:
+def load_hub(corpus: str, split: str, path: Path | None = None) -> Iterable[Row]:
     """Rows of a split of the hub copy, audio undecoded. The copies ask for a contact agreement on the hub first.
 
+    Args:
+        corpus: key of :data:`HUB`. split: its name on the hub.
+        path: a copy on this machine, read without the network: a folder of `save_to_disk`, a parquet file, or a folder with
+            parquet files as on the hub (:func:`parquet_files`).
+
     Raises:
-        UserError: the package `datasets` is not installed, or the hub refuses.
+        UserError: the package `datasets` is not installed, the hub refuses, or `path` has no such split.
     """
     if corpus not in HUB:
         raise UserError(f"unknown corpus '{corpus}'; known: {', '.join(HUB)}")
     try:
         datasets = import_module("datasets")
     except ImportError as error:
-        raise UserError(f"the package `datasets` is not installed ({error}); run `pip install datasets`, or read the "
-                        "original TSV files") from error
+        raise UserError(f"the package `datasets` is not installed ({error}); run `pip install 'unislu_llm[hub]'` (or "
+                        "`pip install datasets`), or read the original TSV files") from error
     name, config = HUB[corpus]
     try:
-        encoded = datasets.load_dataset(name, config, split=split)
+        encoded = _load_copy(datasets, path, corpus, split) if path else datasets.load_dataset(name, config, split=split)
         loaded: Iterable[Row] = encoded.cast_column("audio", datasets.Audio(decode=False))
+    except UserError:
+        raise
     except Exception as error:  # the package has no common class for no network, no agreement, no such split
-        raise UserError(f"{name}/{config}, split '{split}': {error}; accept the agreement on the hub and log in "
-                        "(`hf auth login`)") from error
+        advice = "is it whole?" if path else ("accept the agreement on the hub and log in (`hf auth login`), or name a copy "
+                                              "on this machine with --path")
+        raise UserError(f"{path or f'{name}/{config}'}, split '{split}': {error}; {advice}") from error
     return loaded
+
+
+def parquet_files(folder: Path, corpus: str, split: str) -> list[Path]:
+    """Parquet files of a split, as the hub lays them out: `<split>-*.parquet` or `<split>/*.parquet`, in `folder` or in its
+    folder of the corpus' config; else `<split>.parquet`."""
+    config = HUB[corpus][1]
+    for place in (folder / config, folder, folder / "data"):
+        for pattern in (f"{split}-*.parquet", f"{split}/*.parquet", f"{split}.parquet"):
+            if found := sorted(place.glob(pattern)):
+                return found
+    return []
+
+
+def _load_copy(datasets: Any, path: Path, corpus: str, split: str) -> Any:
+    if not path.exists():
+        raise UserError(f"--path {path} does not exist; give a folder of save_to_disk, or parquet files of the hub")
+    if path.is_dir() and (path / "dataset_dict.json").is_file():
+        splits = datasets.load_from_disk(str(path))
+        if split not in splits:
+            raise UserError(f"--path {path} has no split '{split}'; it has {', '.join(splits)}")
+        return splits[split]
+    if path.is_dir() and (path / "state.json").is_file():
+        saved = datasets.load_from_disk(str(path))
+        if saved.split is not None and str(saved.split) != split:
+            raise UserError(f"--path {path} is split '{saved.split}', not '{split}'; correct --split or --path")
+        return saved
+    files = [path] if path.is_file() else parquet_files(path, corpus, split)
+    if not files:
+        raise UserError(f"--path {path} is no folder of save_to_disk and has no parquet files of {corpus}, split '{split}' "
+                        f"(looked for {HUB[corpus][1]}/{split}-*.parquet and {split}-*.parquet)")
+    # As a stream: otherwise the package copies everything into its cache first.
+    return datasets.load_dataset("parquet", data_files={split: [str(file) for file in files]}, split=split, streaming=True)
 
 
 def entities(value: Any, where: str) -> list[Span] | None:

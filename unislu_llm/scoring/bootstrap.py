@@ -3,12 +3,13 @@
 A score of a corpus is a function of sums of per-utterance counts (errors and words; true positives,
 references and predictions), so that a resample is a vector of how often each utterance was drawn, and all
 resamples are one matrix product. The paired test draws the same utterances for both systems (Efron and
-Tibshirani 1993; for speech: Bisani and Ney 2004).
+Tibshirani 1993; for speech: Bisani and Ney 2004). A score whose parts come from several corpora, as the SLUE
+score does, draws each corpus' utterances by itself (strata; Davison and Hinkley 1997, section 3.2).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -42,11 +43,15 @@ class Interval:
 
 @dataclass(frozen=True)
 class Counts:
-    """Per-utterance counts of one score: `matrix` is `(utterances, columns)`, `keys` name its rows."""
+    """Per-utterance counts of one score: `matrix` is `(utterances, columns)`, `keys` name its rows.
+
+    `strata` names the corpus of each row where corpora are resampled by themselves; None: all rows together.
+    """
 
     keys: tuple[str, ...]
     matrix: NDArray[np.int64]
     statistic: Statistic
+    strata: tuple[str, ...] | None = None
 
 
 def error_rate(sums: Floats) -> Floats:
@@ -69,23 +74,36 @@ def macro_f1(sums: Floats) -> Floats:
     return 100.0 * _ratio(_ratio(2.0 * tp, gold + pred).sum(axis=1), present.sum(axis=1).astype(np.float64))
 
 
+def slue_statistic(n_corpora: int) -> Statistic:
+    """SLUE score from errors and words of each corpus, three NER columns (:func:`micro_f1`), SA columns (:func:`macro_f1`)."""
+
+    def score(sums: Floats) -> Floats:
+        wers = [error_rate(sums[:, 2 * i : 2 * i + 2]) for i in range(n_corpora)]
+        ner, sa = sums[:, 2 * n_corpora : 2 * n_corpora + 3], sums[:, 2 * n_corpora + 3 :]
+        return (100.0 - np.mean(wers, axis=0) + micro_f1(ner) + macro_f1(sa)) / 3.0
+
+    return score
+
+
 def bootstrap(
     counts: ArrayLike,
     statistic: Statistic,
     n_resamples: int = 10_000,
     seed: int = 0,
     confidence: float = 0.95,
+    strata: Sequence[str] | None = None,
 ) -> Interval:
     """Percentile interval of one system's score.
 
     Args:
         counts: `(utterances, columns)`. statistic: e.g. :func:`error_rate`.
+        strata: corpus of each utterance; as many are drawn of each as it has. None draws from all together.
 
     Raises:
         UserError: no utterances, no resamples, or a confidence outside 0..1.
     """
     matrix = _matrix(counts)
-    scores = np.concatenate([statistic(sums) for sums in _resampled(matrix, n_resamples, seed, confidence)])
+    scores = np.concatenate([statistic(sums) for sums in _resampled(matrix, strata, n_resamples, seed, confidence)])
     return _interval(_observed(matrix, statistic), scores, confidence)
 
 
@@ -96,11 +114,13 @@ def paired_bootstrap(
     n_resamples: int = 10_000,
     seed: int = 0,
     confidence: float = 0.95,
+    strata: Sequence[str] | None = None,
 ) -> Interval:
     """Interval and two-sided p-value of the difference `a - b` of two systems' scores on the same utterances.
 
     Args:
         counts_a, counts_b: `(utterances, columns)`, row i of both being the same utterance.
+        strata: as in :func:`bootstrap`.
 
     Raises:
         UserError: the shapes differ; no utterances, no resamples, or a confidence outside 0..1.
@@ -112,7 +132,7 @@ def paired_bootstrap(
             "utterances"
         )
     columns = a.shape[1]
-    chunks = _resampled(np.concatenate([a, b], axis=1), n_resamples, seed, confidence)
+    chunks = _resampled(np.concatenate([a, b], axis=1), strata, n_resamples, seed, confidence)
     scores = np.concatenate([statistic(sums[:, :columns]) - statistic(sums[:, columns:]) for sums in chunks])
     value = _observed(a, statistic) - _observed(b, statistic)
     # The observed sample is one more draw (Davison and Hinkley 1997), so that p is never 0.
@@ -136,23 +156,32 @@ def compare_counts(
             f"e.g. '{odd[0]}'; score both on the same manifest"
         )
     order = [where[key] for key in a.keys]
-    return paired_bootstrap(a.matrix, b.matrix[order], a.statistic, n_resamples, seed, confidence)
+    return paired_bootstrap(a.matrix, b.matrix[order], a.statistic, n_resamples, seed, confidence, a.strata)
 
 
-def _resampled(matrix: Floats, n_resamples: int, seed: int, confidence: float) -> Iterator[Floats]:
+def _resampled(
+    matrix: Floats, strata: Sequence[str] | None, n_resamples: int, seed: int, confidence: float
+) -> Iterator[Floats]:
     """Column sums of `n_resamples` draws of as many rows as there are, in chunks `(resamples, columns)`."""
     if n_resamples < 1 or not 0.0 < confidence < 1.0:
         raise UserError(
             f"bootstrap with n_resamples={n_resamples}, confidence={confidence}: give at least one resample "
             "and a confidence between 0 and 1"
         )
+    if strata is not None and len(strata) != len(matrix):
+        raise UserError(f"bootstrap of {len(matrix)} utterances with {len(strata)} strata; name the corpus of each")
+    names = np.zeros(len(matrix)) if strata is None else np.asarray(strata)
+    groups = [matrix[names == name] for name in np.unique(names)]
     rng = np.random.default_rng(seed)
-    n = len(matrix)
     for start in range(0, n_resamples, _CHUNK):
         size = min(_CHUNK, n_resamples - start)
-        drawn = rng.integers(0, n, size=(size, n)) + n * np.arange(size)[:, None]
-        weights = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
-        yield weights.astype(np.float64) @ matrix
+        sums = np.zeros((size, matrix.shape[1]))
+        for rows in groups:
+            n = len(rows)
+            drawn = rng.integers(0, n, size=(size, n)) + n * np.arange(size)[:, None]
+            weights = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
+            sums += weights.astype(np.float64) @ rows
+        yield sums
 
 
 def _matrix(counts: ArrayLike) -> Floats:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from unislu_llm.scoring.bootstrap import Counts, error_rate, macro_f1, micro_f1
+from unislu_llm.scoring.bootstrap import Counts, error_rate, macro_f1, micro_f1, slue_statistic
 from unislu_llm.scoring.ner import entity_counts, entity_f1, label_f1
 from unislu_llm.scoring.position import PositionItem, position_counts, position_scores
 from unislu_llm.scoring.rows import (
@@ -85,7 +85,8 @@ def utterance_counts(rows: Sequence[Row], registry: TaskRegistry, protocol: Prot
     """Per-utterance counts of every score, for :func:`~unislu_llm.scoring.bootstrap.compare_counts`.
 
     Keys: `wer`, `wer/<corpus>`, `<span task>/f1`, `<span task>/label_f1`, `<span task>/position_f1` (the same
-    under every protocol), `<label task>/macro_f1`.
+    under every protocol), `<label task>/macro_f1`, and with NER and SA rows `slue_score`, whose corpora are
+    resampled each by itself.
 
     Raises:
         UserError: a row cannot be scored.
@@ -114,7 +115,7 @@ def utterance_counts(rows: Sequence[Row], registry: TaskRegistry, protocol: Prot
         items = _position_items(group)
         if items is not None:
             counts[f"{task.name}/position_f1"] = Counts(keys, position_counts(items), micro_f1)
-    return counts
+    return counts | _slue_counts(rows, counts)
 
 
 def format_table(results: Mapping[str, Mapping[str, Any]], tablefmt: str = "github") -> str:
@@ -181,10 +182,34 @@ def _task_block(group: Sequence[Row], task: SpanTask | LabelTask, protocol: Prot
 def _slue_of(rows: Sequence[Row], wer: Mapping[str, Any], tasks: Mapping[str, Any]) -> float | None:
     if "entity" not in tasks.get(NER.name, {}) or "macro_f1" not in tasks.get(SA.name, {}):
         return None
-    corpora = sorted({r["corpus"] for task in (NER, SA) for r in annotated_rows(rows, task)})
-    return _slue(
-        [wer[c]["wer"] for c in corpora], tasks[NER.name]["entity"]["f1"], tasks[SA.name]["macro_f1"]
-    )
+    wers = [wer[corpus]["wer"] for corpus in _slue_corpora(rows)]
+    return _slue(wers, tasks[NER.name]["entity"]["f1"], tasks[SA.name]["macro_f1"])
+
+
+def _slue_corpora(rows: Sequence[Row]) -> list[str]:
+    """The corpora that have NER or SA rows."""
+    return sorted({r["corpus"] for task in (NER, SA) for r in annotated_rows(rows, task)})
+
+
+def _slue_counts(rows: Sequence[Row], counts: Mapping[str, Counts]) -> dict[str, Counts]:
+    """The SLUE score's counts out of those of its parts, one row an utterance of its corpora.
+
+    An utterance's transcript and annotations are drawn together; each corpus' words have columns of their own, because
+    the score averages error rates of corpora.
+    """
+    ner, sa = counts.get(f"{NER.name}/f1"), counts.get(f"{SA.name}/macro_f1")
+    if ner is None or sa is None:
+        return {}
+    corpora = _slue_corpora(rows)
+    parts = [*(counts[f"wer/{corpus}"] for corpus in corpora), ner, sa]
+    where = {key: i for i, key in enumerate(key for part in parts[: len(corpora)] for key in part.keys)}
+    blocks = []
+    for part in parts:
+        block = np.zeros((len(where), part.matrix.shape[1]), dtype=np.int64)
+        block[[where[key] for key in part.keys]] = part.matrix
+        blocks.append(block)
+    strata = tuple(corpus for corpus in corpora for _ in counts[f"wer/{corpus}"].keys)
+    return {"slue_score": Counts(tuple(where), np.concatenate(blocks, axis=1), slue_statistic(len(corpora)), strata)}
 
 
 def _position_blocks(rows: Sequence[Row], registry: TaskRegistry) -> dict[str, Any]:
