@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from unislu_llm.analysis.evaluate import evaluate
 from unislu_llm.analysis.options import DecodeFlags, EvalOptions
 from unislu_llm.analysis.runs import checkpoint_step, find_run, portable
 from unislu_llm.errors import UserError
+from unislu_llm.scoring.calibration import calibrate_rows
 from unislu_llm.scoring.rows import read_rows
 from unislu_llm.scoring.slue import score_rows
 from unislu_llm.tasks import TaskRegistry
@@ -117,6 +119,40 @@ def test_predictions_are_reused_until_anything_changes(tiny_run: Callable[..., P
     assert decoded() == 8
     kept = [p for p in (run / "predictions").glob("best-dev.*.jsonl") if "typed in by hand" in p.read_text()]
     assert len(kept) == 1
+
+
+@pytest.mark.parametrize("kind", ["speech_llm", "whisper_slu"])
+def test_probabilities_are_kept_and_scored(kind: str, tiny_run: Callable[..., Path], batches: list[list[str]],
+                                           monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tiny_run(kind)
+    assert evaluate(options(run, probabilities=True)) == 0
+    rows = lines(run / "predictions/best-dev.jsonl")
+    plain = lines(run / "predictions/step-000002.jsonl")
+    assert [{k: v for k, v in row.items() if k != "probabilities"} for row in rows] == plain
+    assert [row["task"] for row in rows if "probabilities" in row] == ["sa"] * 2
+    samples = {s.key: s for s in module.load_samples([str(DEV)], TaskRegistry(), 0, "dev", 30.0, "refuse")}
+    model = module.load_model(find_run(run))
+    again = [{**row} for row in plain]
+    module.add_probabilities(model, again, samples, 4)
+    for row, other in zip(rows, again, strict=True):
+        assert row.get("probabilities", {}) == pytest.approx(other.get("probabilities", {}), abs=1e-4)
+        assert "probabilities" not in row or sum(row["probabilities"].values()) == pytest.approx(1.0, abs=1e-5)
+    result = json.loads(Path("results/tiny.json").read_text())
+    assert result["calibration"] == {"sa": json.loads(json.dumps(calibrate_rows(rows, TaskRegistry())["sa"].to_dict()))}
+    picture = Path("results/tiny-calibration.svg")
+    first = picture.read_bytes()
+    assert b"sa: ECE" in first
+    before = len(batches)
+    assert evaluate(options(run, probabilities=True)) == 0  # reused
+    assert (len(batches), picture.read_bytes()) == (before, first)
+    assert evaluate(options(run)) == 0  # without the flag nothing of it
+    assert "calibration" not in json.loads(Path("results/tiny.json").read_text())
+    picture.unlink()
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    capsys.readouterr()
+    assert evaluate(options(run, probabilities=True)) == 0
+    assert "unislu_llm[plot]" in capsys.readouterr().err
+    assert not picture.exists()
 
 
 def test_interrupted_evaluation_goes_on(tiny_run: Callable[..., Path], batches: list[list[str]],

@@ -6,7 +6,7 @@ import json
 import sys
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,15 +14,19 @@ from typing import Any
 
 import torch
 
+from unislu_llm.analysis.calibration_plot import reliability_plot
 from unislu_llm.analysis.options import EvalOptions
 from unislu_llm.analysis.predictions import PredictionFile, row_key
 from unislu_llm.analysis.runs import Run, checkpoint_step, file_hash, find_run, load_model, portable
 from unislu_llm.data.audio import MAX_SECONDS
+from unislu_llm.data.collate import SpeechDataset
 from unislu_llm.data.long_audio import LongAudio
 from unislu_llm.data.targets import Sample
 from unislu_llm.decoding.generate import DecodeOptions, predict
+from unislu_llm.decoding.probabilities import label_probabilities
 from unislu_llm.errors import UserError
-from unislu_llm.models.base import WEIGHTS_FILE
+from unislu_llm.models.base import WEIGHTS_FILE, SLUModel
+from unislu_llm.scoring.calibration import FIELD, Calibration, calibrate_rows, has_probabilities
 from unislu_llm.scoring.slue import format_table, score_rows
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.training.build import load_samples
@@ -42,6 +46,7 @@ class Job:
         manifests: files, scored together. stem: name of the file of their predictions.
         decode: how to decode. precision: fp32 or bf16, of the frozen weights and the computation.
         limit: samples of each manifest at most; 0 means all.
+        probabilities: also give every label of single-label tasks its probability.
     """
 
     label: str
@@ -51,6 +56,7 @@ class Job:
     decode: DecodeOptions
     precision: str
     limit: int = 0
+    probabilities: bool = False
 
     def key(self) -> dict[str, Any]:
         """Everything that decides what the predictions are.
@@ -61,7 +67,8 @@ class Job:
         model = self.run.model
         return {"weights": file_hash(model / WEIGHTS_FILE), "config": file_hash(model / "config.json"),
                 "manifests": [file_hash(path) for path in self.manifests], "limit": self.limit,
-                "long_audio": self.long_audio, "decode": asdict(self.decode), "precision": self.precision}
+                "long_audio": self.long_audio, "decode": asdict(self.decode), "precision": self.precision,
+                **({"probabilities": True} if self.probabilities else {})}
 
     @property
     def long_audio(self) -> LongAudio:
@@ -134,7 +141,8 @@ def make_job(path: Path, options: EvalOptions) -> Job:
         if value < least:
             raise UserError(f"--{flag} must be {least} or more, found {value}")
     precision = options.precision or ("bf16" if run.config and run.config.train.precision == "bf16" else "fp32")
-    return Job(label, run, tuple(manifests), stem, DecodeOptions(**decode), precision, options.limit)
+    return Job(label, run, tuple(manifests), stem, DecodeOptions(**decode), precision, options.limit,
+               options.probabilities)
 
 
 def evaluate_run(job: Job, out: Path, command: Sequence[str] = (), *, again: bool = False) -> dict[str, Any]:
@@ -163,6 +171,8 @@ def evaluate_run(job: Job, out: Path, command: Sequence[str] = (), *, again: boo
     result = _result(job, key, registry, rows, meta) | {"command": " ".join(map(_shown, command))}
     result |= {"predictions": portable(file.path), "predictions_sha256": meta["rows_sha256"], "scores": scores}
     out.mkdir(parents=True, exist_ok=True)
+    if job.probabilities:
+        result |= {"calibration": _calibrate(job, rows, registry, out)}
     write_text(out / f"{job.label}.json", json.dumps(result, indent=1, ensure_ascii=False) + "\n")
     print(f"  {meta['seconds']:.1f} s for {meta['audio_seconds']:.1f} s of audio (RTF {meta['rtf']:.3f}); "
           f"predictions: {file.path}; scores: {out / job.label}.json", flush=True)
@@ -192,14 +202,17 @@ def _decode(job: Job, samples: list[Sample], file: PredictionFile) -> tuple[list
         print(f"  {len(samples) - len(left)} samples were decoded before an interruption")
     model = load_model(job.run, job.precision)
     parameters = {name: sum(p.numel() for _, p in named) for name, named in model.trainable_groups().items()}
+    wanted = {s.key: s for s in left}
     clock = time.perf_counter()
 
     def keep(rows: list[dict[str, Any]]) -> None:
         nonlocal clock, seconds
-        now = time.perf_counter()
-        file.append(rows, now - clock)
+        taken = time.perf_counter() - clock
+        if job.probabilities:  # not part of the time of decoding
+            add_probabilities(model, rows, wanted, job.decode.batch_size)
+        file.append(rows, taken)
         done.update((row_key(row), row) for row in rows)
-        seconds, clock = seconds + now - clock, now
+        seconds, clock = seconds + taken, time.perf_counter()
 
     with torch.autocast(model.device.type, torch.bfloat16, enabled=job.precision == "bf16"):
         predict(model, left, job.decode, progress="decode", on_rows=keep)
@@ -210,6 +223,44 @@ def _decode(job: Job, samples: list[Sample], file: PredictionFile) -> tuple[list
             "trainable_parameters": {"total": sum(parameters.values()), **parameters},
             "threads": torch.get_num_threads(), "date": _now(), "versions": _versions()}
     return rows, file.finish(rows, meta)
+
+
+def add_probabilities(model: SLUModel, rows: Sequence[dict[str, Any]], samples: Mapping[str, Sample], batch_size: int) -> None:
+    """Give prediction rows of single-label tasks the probability of every label, after the transcript that was decoded.
+
+    Args:
+        model: that decoded them, in eval mode. rows: changed in place. samples: of the rows, by key.
+        batch_size: utterances times labels at one time.
+    """
+    by_task: dict[str, list[dict[str, Any]]] = {}
+    for row in rows:
+        if row["task"] in model.codec.registry.names and has_probabilities(model.codec.registry[row["task"]]):
+            by_task.setdefault(row["task"], []).append(row)
+    for name, some in by_task.items():
+        labels = model.codec.registry[name].labels
+        waves = [wave for _, wave in SpeechDataset([samples[row_key(row)] for row in some])]  # type: ignore[attr-defined]
+        found = label_probabilities(model, waves, [row["hyp_text"] for row in some], name, batch_size=batch_size)
+        for row, values in zip(some, found.tolist(), strict=True):
+            row[FIELD] = {label: round(value, 6) for label, value in zip(labels, values, strict=True)}
+
+
+def _calibrate(job: Job, rows: Sequence[dict[str, Any]], registry: TaskRegistry, out: Path) -> dict[str, Any]:
+    """Calibration by task as plain data, and its plot beside the scores."""
+    found: dict[str, Calibration] = calibrate_rows(rows, registry)
+    if not found:
+        print("  no calibration: no sample is annotated for a task with one label an utterance")
+        return {}
+    for name, c in found.items():
+        print(f"  calibration of {name}: ECE {c.ece:.3f} (adaptive {c.ece_adaptive:.3f}), Brier {c.brier:.3f}, NLL {c.nll:.3f}; "
+              f"accuracy {c.accuracy:.3f} at mean confidence {c.confidence:.3f}, {c.n} utterances")
+    picture = out / f"{job.label}-calibration.svg"
+    try:
+        reliability_plot(found, picture, job.label)
+    except UserError as error:
+        print(f"  reliability plot not drawn: {error}", file=sys.stderr)
+    else:
+        print(f"  reliability plot: {picture}")
+    return {name: scores.to_dict() for name, scores in found.items()}
 
 
 def _result(job: Job, key: dict[str, Any], registry: TaskRegistry, rows: list[dict[str, Any]],

@@ -50,6 +50,8 @@ class EvalOptions:
     """Added to the names of runs in the table and of score files, e.g. to keep --force-task apart."""
     force_task: bool = False
     """Force the control token of the task that is scored."""
+    probabilities: bool = False
+    """Also give every label of tasks with one label an utterance its probability, and score and plot their calibration."""
     decode: DecodeFlags = field(default_factory=DecodeFlags)
     precision: Literal["fp32", "bf16"] | None = None
     """Default: what the run was trained in; fp32 for a model folder."""

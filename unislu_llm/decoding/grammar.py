@@ -104,7 +104,7 @@ class GrammarProcessor(LogitsProcessor):
 
     A row's state is a function of its ids. It is carried from step to step; under beam search each row finds the row of
     the step before that it continues by comparing their ids, and ids that continue nothing are read from the start.
-    Build it by :meth:`Grammar.processor`.
+    Negative ids are nothing: rows of different length stand in one batch with them. Build it by :meth:`Grammar.processor`.
     """
 
     def __init__(self, grammar: Grammar, requests: Sequence[Request], budgets: Sequence[int], start: int, grounded: bool,
@@ -124,7 +124,7 @@ class GrammarProcessor(LogitsProcessor):
         answer = input_ids[:, self.start:]
         self._t = self.grammar.tables(scores.device, scores.shape[1])
         self._follow(answer)
-        return self._mask(scores, self._budget - answer.shape[1])
+        return self._mask(scores, self._budget - (answer >= 0).sum(-1))
 
     # ---- state -----------------------------------------------------------------------------------------------------
 
@@ -167,24 +167,26 @@ class GrammarProcessor(LogitsProcessor):
 
     def _step(self, answer: Tensor) -> None:
         """Move every row over its last token."""
-        t, old, tokens = self._t, self._state, answer[:, -1]
+        t, old, live = self._t, self._state, answer[:, -1] >= 0
+        tokens = answer[:, -1].clamp(min=0)
         edge = t.edge_ids[old] == tokens[:, None]
         by_edge = torch.where(edge, t.edge_next[old], 0).amax(-1)  # at most one matches
         text = torch.where(t.kinds[1][tokens], t.solid_next[old], t.blank_next[old])
         text = torch.where(t.kinds[2][tokens], text, END).clamp(min=END)
-        new = torch.where(edge.any(-1), by_edge, text)
+        new = torch.where(live, torch.where(edge.any(-1), by_edge, text), old)
         if self._ground is not None:
-            new = torch.where(t.empty[old], t.solid_next[old].clamp(min=END), new)  # its tokens are of a word, byte by byte
+            by_byte = t.empty[old] & live  # its tokens are of a word, byte by byte
+            new = torch.where(by_byte, t.solid_next[old].clamp(min=END), new)
             entered = t.groups[new] & ~t.groups[old] & ~t.phrase[old]
             separator = self.grammar.codec.marker_ids[SEPARATOR]
             for row in entered.nonzero().flatten().tolist():
-                ids = answer[row].tolist()
+                ids = answer[row][answer[row] >= 0].tolist()
                 self._ground.learn(row, ids[:ids.index(separator)])
-            self._ground.step(tokens, t.groups[old] & t.empty[new], t.phrase[old] & t.phrase[new])
+            self._ground.step(tokens, t.groups[old] & t.empty[new], t.phrase[old] & t.phrase[new] & live)
         self._state = new
-        self._node = self._brackets(tokens)
+        self._node = torch.where(live, self._brackets(tokens), self._node)
         if self.cut_loops:
-            self._counts = self._loops.step(self._counts, answer)
+            self._counts = torch.where(live[:, None], self._loops.step(self._counts, answer), self._counts)
 
     def _brackets(self, tokens: Tensor) -> Tensor:
         node = self._t.from_root[tokens]

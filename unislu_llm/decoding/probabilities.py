@@ -6,34 +6,35 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
-from unislu_llm.data.collate import Batch
-from unislu_llm.data.targets import Sample
 from unislu_llm.decoding.automaton import label_ids
+from unislu_llm.decoding.batch import encode_waves
 from unislu_llm.errors import UserError
-from unislu_llm.loss import ASR_PART, NO_PART, TASK_PART
 from unislu_llm.models.base import SLUModel
+from unislu_llm.models.head import logits_of, token_losses
+from unislu_llm.models.state import DecoderState, Encoded
 from unislu_llm.tasks import SEPARATOR, LabelTask
-from unislu_llm.utterance import Utterance
+
+_ROWS = 128
+"""Utterances times labels at one time."""
 
 
-@torch.no_grad()
 def label_probabilities(model: SLUModel, waves: Sequence[Tensor], transcripts: Sequence[str | Sequence[int]], task: str, *,
                         batch_size: int = 16) -> Tensor:
     """Probability of every label of a single-label task, given that the answer is one of them.
 
-    Each label is scored whole, closing marker included, after `transcript[T/L][TASK][open]`: one row a label, all in one
-    pass. Its likeliest label is the best of an exhaustive search. Greedy decoding with the grammar picks token by token:
-    it finds the same label wherever the label's first tokens, which must differ, hold nearly all of its score, and can
-    differ from it where labels begin alike or are spelled in several unlikely tokens; beam search as wide as the label
-    set differs from it only by what beams are spent on transcripts.
+    Each label is scored whole, closing marker included, after `transcript[T/L][TASK][open]`: its likeliest label is the
+    best of an exhaustive search. Encoder and transcript are read once an utterance, whatever the number of labels.
+    A task with several labels an utterance has no such distribution: its answers are label *sets*, 2^n of them, and
+    what the decoder says of one label depends on those said before it.
 
     Args:
         model: either decoder, in eval mode.
         waves: audio of each utterance, `(S,)` at 16 kHz.
         transcripts: of each, as text or as the token ids that were decoded (these are scored as they are).
         task: name of a label task with one label an utterance.
-        batch_size: rows, utterances times labels, at one time.
+        batch_size: utterances at one time.
 
     Returns:
         `(utterances, labels)` fp32 on the CPU, labels in the task's order; rows sum to one.
@@ -41,37 +42,60 @@ def label_probabilities(model: SLUModel, waves: Sequence[Tensor], transcripts: S
     Raises:
         UserError: the task is unknown, labels spans, or has several labels an utterance.
     """
-    codec, spec = model.codec, model.codec.registry[task]
+    spec = model.codec.registry[task]
     if not isinstance(spec, LabelTask) or spec.multi:
         raise UserError(f"task '{task}' has no probability of each label: it is not a task with one label an utterance")
     if len(waves) != len(transcripts):
         raise UserError(f"{len(waves)} recordings need as many transcripts, found {len(transcripts)}")
-    opening = [codec.marker_ids[m] for m in (SEPARATOR, spec.marker, spec.open)]
-    tails = [[*label_ids(codec, spec, label), codec.marker_ids[spec.close]] for label in spec.labels]
-    rows: list[tuple[Tensor, list[int], int]] = []
-    for wave, transcript in zip(waves, transcripts, strict=True):
-        text = codec.text_ids(transcript) if isinstance(transcript, str) else list(transcript)
-        head = (text if transcript else []) + opening
-        rows += [(wave, head + tail, len(tail)) for tail in tails]
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))  # similar lengths together
-    scores = torch.zeros(len(rows))
-    for first in range(0, len(rows), batch_size):
+    ids = [(model.codec.text_ids(t) if t else []) if isinstance(t, str) else list(t) for t in transcripts]
+    order = sorted(range(len(waves)), key=lambda i: -len(waves[i]))  # similar lengths together
+    out = torch.zeros(len(waves), len(spec.labels))
+    for first in range(0, len(order), batch_size):
         some = order[first:first + batch_size]
-        scores[some] = _tail_scores(model, [rows[i] for i in some])
-    return scores.view(len(waves), len(spec.labels)).softmax(-1)
+        state = read(model, encode_waves(model, [waves[i] for i in some]), [ids[i] for i in some])
+        out[some] = label_scores(model, state, spec).softmax(-1).cpu()
+    return out
 
 
-def _tail_scores(model: SLUModel, rows: Sequence[tuple[Tensor, list[int], int]]) -> Tensor:
-    """Log-probability of the last tokens of each row, `(rows,)`."""
-    blank = Sample(Utterance("", None, "", {}), None)
-    batch = model.collator()([(blank, wave) for wave, _, _ in rows])
-    length = max(len(ids) for _, ids, _ in rows)
-    ids = torch.full((len(rows), length), model.codec.pad_id)
-    parts = torch.full((len(rows), length), NO_PART)
-    for i, (_, row, tail) in enumerate(rows):
-        ids[i, :len(row)] = torch.tensor(row)
-        parts[i, :len(row)] = ASR_PART
-        parts[i, len(row) - tail:len(row)] = TASK_PART
-    full = Batch(batch.samples, batch.mel, batch.mel_lengths, ids, parts).to(model.device)
-    losses = model.losses(full)
-    return -losses.masked_fill(full.target_parts != TASK_PART, 0.0).sum(-1).float().cpu()
+@torch.inference_mode()
+def read(model: SLUModel, encoded: Encoded, transcripts: Sequence[Sequence[int]]) -> DecoderState:
+    """State after speech, prompt and the ids of a transcript each."""
+    state, _ = model.begin(encoded)
+    if any(transcripts):
+        model.extend(state, *padded(transcripts, model.codec.pad_id, state.mask.device))
+    return state.compact()
+
+
+@torch.inference_mode()
+def label_scores(model: SLUModel, state: DecoderState, task: LabelTask) -> Tensor:
+    """Log-probability of each label and its closing marker after a transcript, `(rows, labels)`, fp32.
+
+    Args:
+        state: after the transcripts; it stays as it is.
+        task: with one label an utterance.
+    """
+    codec, rows, device = model.codec, len(state.mask), state.mask.device
+    tails = [label_ids(codec, task, label) for label in task.labels]
+    opening = torch.tensor([codec.marker_ids[m] for m in (SEPARATOR, task.marker, task.open)], device=device).expand(rows, -1)
+    state = state.take(torch.arange(rows, device=device))
+    hidden = model.extend(state, opening, torch.ones_like(opening, dtype=torch.bool))[:, -1]
+    firsts = logits_of(model.lm, hidden).float().log_softmax(-1)[:, [tail[0] for tail in tails]]
+    rest = []
+    step = max(1, _ROWS // rows)
+    for at in range(0, len(tails), step):
+        some = tails[at:at + step]
+        ids, valid = padded(some, codec.pad_id, device)
+        targets, _ = padded([[*tail[1:], codec.marker_ids[task.close]] for tail in some], codec.pad_id, device)
+        ids, valid, targets = (t.repeat(rows, 1) for t in (ids, valid, targets))
+        several = state.take(torch.arange(rows, device=device).repeat_interleave(len(some)))
+        losses = token_losses(model.lm, model.extend(several, ids, valid)[valid], targets[valid])
+        rest.append(-losses.new_zeros(ids.shape).masked_scatter(valid, losses).sum(-1).view(rows, len(some)))
+    return firsts + torch.cat(rest, dim=1)
+
+
+def padded(rows: Sequence[Sequence[int]], fill: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Ids `(rows, longest)`, padded on the right, and which of them count."""
+    tensors = [torch.tensor(list(row), dtype=torch.long) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=fill)
+    valid = pad_sequence([torch.ones_like(t, dtype=torch.bool) for t in tensors], batch_first=True)
+    return ids.to(device), valid.to(device)

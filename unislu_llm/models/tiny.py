@@ -1,0 +1,149 @@
+"""Tiny random models and tokenizers, built from configuration in milliseconds: for tests and for checks on random models."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from unislu_llm.models.speech_llm import SpeechLLM, SpeechLLMConfig
+from unislu_llm.models.whisper_slu import WhisperSLU, WhisperSLUConfig
+
+TEXTS = (
+    "the council met in paris on monday",
+    "we thank the european parliament for its work",
+    "this is a wonderful report and i am very glad",
+    "it was a bad and sad evening for us all",
+    "anna voted against the law of two thousand and four",
+)
+WHISPER_TOKENS = ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")
+LLM_CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig,
+    "gemma3_text": Gemma3TextConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "mistral": MistralConfig,
+}
+
+
+def make_tokenizer(
+    *, specials: Sequence[str] = (), metaspace: str | None = None, add_bos: bool = False, bos: str | None = "<s>",
+    eos: str = "</s>", pad: str | None = "<pad>", size: int = 400,
+) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer trained on a few sentences; it spells any text.
+
+    Args:
+        specials: further special tokens, e.g. `<|im_start|>`.
+        metaspace: SentencePiece's way: words start with `▁`; `always`, `first` (Llama 2) or `never` (Gemma) is whether
+            a text does. Default: byte level, as GPT-2.
+        add_bos: put `bos` before every text, as Llama and Gemma do.
+        bos, eos, pad: None for a tokenizer that has none.
+        size: of the vocabulary, at most.
+    """
+    names = list(dict.fromkeys(t for t in (pad, bos, eos, *specials) if t))
+    if metaspace is not None:
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token=eos, fuse_unk=True))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=metaspace)
+        tokenizer.decoder = decoders.Sequence(
+            [decoders.ByteFallback(), decoders.Fuse(), decoders.Metaspace(prepend_scheme=metaspace)])
+        alphabet = [chr(c) for c in range(33, 127)]
+        names += [f"<0x{i:02X}>" for i in range(256)]
+        trainer = trainers.BpeTrainer(vocab_size=size + 256, initial_alphabet=alphabet, special_tokens=names,
+                                      show_progress=False)
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(vocab_size=size, special_tokens=names, show_progress=False,
+                                      initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    lead = " " if metaspace in (None, "never") else ""
+    tokenizer.train_from_iterator([lead + text for text in TEXTS], trainer)
+    if add_bos and bos is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad,
+        additional_special_tokens=[AddedToken(t, special=True) for t in specials] or None)
+
+
+def make_whisper(tokenizer: PreTrainedTokenizerFast | None = None, *, seed: int = 0, **options: Any) \
+        -> tuple[WhisperForConditionalGeneration, PreTrainedTokenizerFast]:
+    """A random Whisper, two layers on either side, and the tokenizer that fits it; `options` go to `WhisperConfig`."""
+    tokenizer = tokenizer or make_tokenizer(specials=WHISPER_TOKENS, bos=None, pad=None, eos="<|endoftext|>")
+    eos, start = tokenizer.eos_token_id, tokenizer.get_vocab()[WHISPER_TOKENS[0]]
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "d_model": 32, "num_mel_bins": 80, "dropout": 0.0,
+        "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64,
+        "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 64}
+    config = WhisperConfig(**sizes | options, eos_token_id=eos, bos_token_id=eos, pad_token_id=eos,
+                           decoder_start_token_id=start, suppress_tokens=None, begin_suppress_tokens=None)
+    torch.manual_seed(seed)
+    model = WhisperForConditionalGeneration(config).eval()
+    model.generation_config.is_multilingual = True
+    return model, tokenizer
+
+
+def make_whisper_encoder(*, seed: int = 0, **options: Any) -> WhisperEncoder:
+    """The encoder of :func:`make_whisper`: 32-dimensional frames, 80 mel bins."""
+    return make_whisper(seed=seed, **options)[0].model.encoder
+
+
+def make_llm(arch: str = "llama", tokenizer: PreTrainedTokenizerFast | None = None, *, tied: bool = True, seed: int = 0,
+             **options: Any) -> Any:
+    """A random causal LM of an architecture: 32-dimensional, two layers, grouped-query attention.
+
+    Args:
+        arch: key of :data:`LLM_CONFIGS`.
+        tokenizer: it must cover; default: :func:`make_tokenizer`'s.
+        tied: output layer tied to the embedding.
+        options: of the architecture's configuration class.
+    """
+    tokenizer = tokenizer or make_tokenizer()
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 1024,
+        # Larger than usual, so that a random model's next-token choices are far from ties.
+        "initializer_range": 0.3, "tie_word_embeddings": tied, "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    if arch == "gemma3_text":
+        # Both kinds of layer, and a window that short test inputs exceed. Embeddings are scaled up and layers
+        # normalised: with large weights it would repeat its last token whatever it hears.
+        sizes |= {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
+                  "query_pre_attn_scalar": 8, "initializer_range": 0.1}
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(LLM_CONFIGS[arch](**sizes | options), attn_implementation="sdpa").eval()
+
+
+def make_speech_llm(*, arch: str = "llama", tied: bool = True, seed: int = 0,
+                    tokenizer: PreTrainedTokenizerFast | None = None, whisper_options: dict[str, Any] | None = None,
+                    llm_options: dict[str, Any] | None = None, **config: Any) -> SpeechLLM:
+    """A tiny :class:`SpeechLLM` in eval mode; other keyword arguments override its :class:`SpeechLLMConfig`."""
+    tokenizer = tokenizer or make_tokenizer()
+    settings: dict[str, Any] = {"encoder": "tiny-whisper", "llm": "tiny-llm", "projector": "mlp",
+                                "projector_options": {"stack": 5, "hidden": 32},
+                                "lora": {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]}}
+    encoder = make_whisper_encoder(seed=seed, **whisper_options or {})
+    llm = make_llm(arch, tokenizer, tied=tied, seed=seed, **llm_options or {})
+    torch.manual_seed(seed)
+    return SpeechLLM(SpeechLLMConfig(**settings | config), encoder, llm, tokenizer).eval()
+
+
+def make_whisper_slu(*, seed: int = 0, whisper_options: dict[str, Any] | None = None, **config: Any) -> WhisperSLU:
+    """A tiny :class:`WhisperSLU` in eval mode; other keyword arguments override its :class:`WhisperSLUConfig`."""
+    whisper, tokenizer = make_whisper(seed=seed, **whisper_options or {})
+    torch.manual_seed(seed)
+    return WhisperSLU(WhisperSLUConfig(**{"encoder": "tiny-whisper"} | config), whisper, tokenizer).eval()
