@@ -82,8 +82,8 @@ def token_weights(parts: Tensor, mode: LossMode, total: Counts, floor: float = 0
     if mode == "uniform":
         return (asr | task).double() / max(total.asr + total.task, 1.0)
     if mode == "fixed":
-        share = max(0.5, floor)
-        share_asr, share_task = (share, 1.0 - share) if total.asr and total.task else (1.0, 1.0)
+        most = max(0.5, floor)
+        share_asr, share_task = (most, 1.0 - most) if total.asr and total.task else (1.0, 1.0)
         return asr.double() * (share_asr / max(total.asr, 1.0)) + task.double() * (share_task / max(total.task, 1.0))
     if mode != "dynamic":
         raise UserError(f"unknown loss '{mode}'; known: {', '.join(get_args(LossMode))}")

@@ -10,7 +10,8 @@ import soundfile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unislu_llm.data.batching import BatchPlan, seconds, sorted_batches
+from unislu_llm.data.batching import BatchPlan, TokenPlan, seconds, sorted_batches
+from unislu_llm.data.mixture import Mixture
 from unislu_llm.data.targets import Sample
 from unislu_llm.errors import UserError
 from unislu_llm.utterance import Utterance
@@ -151,3 +152,99 @@ def test_sorted_batches_begin_with_the_longest() -> None:
     samples = [Sample(Utterance(str(i), None, "a", duration=d), None) for i, d in enumerate((2.0, 9.0, 1.0, 9.0, 5.0))]
     assert sorted_batches(samples, 2) == [[1, 3], [4, 0], [2]]
     assert sorted_batches([], 2) == []
+
+
+# Batches by tokens
+
+
+def slue_sizes(n: int, seed: int = 0) -> np.ndarray:
+    """Tokens as SLUE has them: clips of 10.4 s (VoxPopuli) or 8.0 s (VoxCeleb) in the mean, 2.5 words a second."""
+    rng = np.random.default_rng(seed)
+    seconds = np.concatenate([rng.gamma(3.2, mean / 3.2, n // 2 + n % 2 * (mean > 9)) for mean in (10.4, 8.0)]).clip(1.0, 30.0)
+    words = seconds * rng.normal(2.5, 0.4, n).clip(1.2)
+    return np.stack([np.ceil(seconds * 10), 8 + words * 1.5], 1).astype(int)
+
+
+@st.composite
+def token_plans(draw: st.DrawFn) -> tuple[int, int, TokenPlan]:
+    """`(world, accumulation, plan)`; budgets from the tightest that is allowed."""
+    world, accumulation = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    sizes = slue_sizes(draw(st.integers(world * accumulation, 150)), draw(st.integers(0, 9)))
+    least = world * accumulation * int(sizes.sum(1).max())
+    mixture = Mixture(["ab"[i % 3 > 0] for i in range(len(sizes))]) if draw(st.booleans()) and len(sizes) > 9 else None
+    plan = TokenPlan(sizes, draw(st.integers(least, 3 * least)), world * accumulation, draw(st.integers(0, 9)),
+                     draw(st.integers(0, 4)), mixture)
+    return world, accumulation, plan
+
+
+@settings(deadline=None)
+@given(token_plans(), st.integers(0, 3))
+def test_token_batches_hold_every_sample_once_within_the_budget(case: tuple[int, int, TokenPlan], epoch: int) -> None:
+    _, _, plan = case
+    batches = plan.epoch(epoch)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(plan.sizes)))
+    assert plan.steps(epoch + 1) - plan.steps(epoch) == len(batches)
+    assert all(len(batch) >= plan.parts for batch in batches)
+    over = [b for b in batches if len(b) * max(plan.sizes[i].sum() for i in b) > plan.batch_tokens]
+    assert all(len(batch) < 2 * plan.parts for batch in over), "only a rest that cannot be shared out exceeds it"
+    again = TokenPlan(plan.sizes, plan.batch_tokens, plan.parts, plan.seed, plan.bucket, plan.mixture)
+    assert again.epoch(epoch) == batches
+
+
+@settings(deadline=None)
+@given(token_plans(), st.integers(0, 3))
+def test_ranks_share_token_batches(case: tuple[int, int, TokenPlan], epoch: int) -> None:
+    world, accumulation, plan = case
+    ranks = [plan.micro_batches(epoch, rank, world) for rank in range(world)]
+    assert {len(steps) for steps in ranks} == {len(plan.epoch(epoch))}
+    assert {len(micro) for steps in ranks for micro in steps} == {accumulation}
+    assert all(part for steps in ranks for micro in steps for part in micro)
+    for step, batch in enumerate(plan.epoch(epoch)):
+        parts = [part for steps in ranks for part in steps[step]]
+        assert sorted(i for part in parts for i in part) == sorted(batch)
+        # No part costs more than an even share of what the whole costs, and one sample.
+        assert max(map(plan.cost, parts)) <= plan.cost(batch) / plan.parts + 2 * max(plan.sizes[i].sum() for i in batch)
+
+
+def test_two_processes_have_equal_steps_over_three_epochs_of_an_odd_number_of_samples() -> None:
+    plan = TokenPlan(slue_sizes(1001), 4096, parts=2, seed=1)
+    for epoch in range(3):
+        first, second = (plan.micro_batches(epoch, rank, 2) for rank in range(2))
+        assert len(first) == len(second) == len(plan.epoch(epoch))
+        assert sorted(i for steps in (first, second) for step in steps for part in step for i in part) == list(range(1001))
+    assert plan.steps(3) == sum(len(plan.epoch(epoch)) for epoch in range(3))
+    assert plan.epoch(0) == TokenPlan(slue_sizes(1001), 4096, parts=1, seed=1).epoch(0), "as one process would see them"
+
+
+def test_at_most_8_percent_of_a_budget_of_4k_tokens_is_padding_on_slue_lengths() -> None:
+    """In the rows of the LLM and in the audio alike, where batches of as many samples have more."""
+    sizes = slue_sizes(4000)
+    plan = TokenPlan(sizes, 4096, seed=3)
+    batches = plan.epoch(0)
+
+    def audio(batches: list[list[int]]) -> float:
+        return 1 - sizes[:, 0].sum() / sum(len(b) * sizes[b, 0].max() for b in batches)
+
+    assert plan.padding_share(batches) == pytest.approx(1 - sizes.sum() / sum(map(plan.cost, batches)))
+    assert plan.padding_share(batches) <= 0.08
+    assert audio(batches) <= 0.08
+    assert np.mean([plan.cost(b) for b in batches]) > 0.9 * 4096, "the budget is used"
+    rows = sizes.sum(1)
+    free = [list(range(i, i + 28)) for i in range(0, 4000 - 28, 28)]
+    assert 1 - sum(rows[b].sum() for b in free) / sum(map(plan.cost, free)) > 0.3, "batches as they come"
+
+
+def test_a_mixture_holds_at_every_step_of_token_batches() -> None:
+    sizes = slue_sizes(600)
+    mixture = Mixture(["a"] * 500 + ["b"] * 100, {"a": 0.5, "b": 0.5}, seed=1)
+    drawn = np.array([[sum(i < 500 for i in batch), len(batch)] for batch in TokenPlan(sizes, 2000, mixture=mixture).epoch(1)])
+    ahead = drawn[:, 0].cumsum() - drawn[:, 1].cumsum() / 2
+    assert abs(ahead).max() <= 1.5 * drawn[:, 1].max()
+    assert abs(ahead[-1]) <= 1
+
+
+def test_a_budget_too_small_for_its_parts_is_refused() -> None:
+    sizes = np.array([[100, 20], [10, 200]])
+    with pytest.raises(UserError, match=r"batch_tokens=419 is too few: 2 micro-batches a step and at most 210 tokens a sample"):
+        TokenPlan(sizes, 419, parts=2)
+    assert sorted(TokenPlan(sizes, 420, parts=2).epoch(0)[0]) == [0, 1]

@@ -20,7 +20,8 @@ OPTIONS: dict[str, list[dict[str, Any]]] = {
     "conv": [{}, {"strides": [2, 2], "hidden": 16}, {"strides": (3, 1, 2)}],
     "qformer": [{}, {"window": 7, "queries": 2, "layers": 1, "heads": 4, "hidden": 16}, {"window": 1, "queries": 1}],
 }
-KINDS = [(name, options) for name in PROJECTORS for options in OPTIONS.get(name, [{}])]
+# `ctc` has a length that depends on what is said, and tests of its own.
+KINDS = [(name, options) for name in PROJECTORS if name != "ctc" for options in OPTIONS.get(name, [{}])]
 
 
 def build(name: str, options: dict[str, Any], scale: float = 0.02) -> Projector:

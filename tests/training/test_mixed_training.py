@@ -58,7 +58,7 @@ def run(config: Config, folder: Path, name: str, processes: int) -> Path:
     done = subprocess.run(command, env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "mixture: 3 corpora, 100 samples an epoch" in done.stdout
+    assert f"mixture: 3 corpora, {config.data.epoch_samples} samples an epoch" in done.stdout
     return folder / name
 
 
@@ -79,24 +79,31 @@ def test_shares_of_200_steps_are_the_asked_ones_on_1_and_2_processes(tiny_config
         assert counts[name] / counts.total() == pytest.approx(share, abs=0.01), name
 
 
+@pytest.mark.parametrize(("steps", "epoch_samples"), [
+    pytest.param(50, 100, id="50-steps"),
+    pytest.param(200, 300, id="200-steps", marks=pytest.mark.slow),  # ends within its third epoch
+])
 def test_trained_shares_are_the_asked_ones_on_1_and_2_processes(tiny_config: Callable[..., Config], corpora: list[str],
-                                                                tmp_path: Path) -> None:
+                                                                tmp_path: Path, steps: int, epoch_samples: int) -> None:
+    """Real optimizer steps; the shares are those that the runs themselves logged."""
     found = {}
     for processes in (1, 2):
-        config = tiny_config(data={"train": corpora, "dev": [], "weights": ASKED, "epoch_samples": 100},
-                             train={"epochs": 2, "batch_size": 4, "micro_batch_size": 2}, augment=AUGMENT)
+        config = tiny_config(data={"train": corpora, "dev": [], "weights": ASKED, "epoch_samples": epoch_samples},
+                             train={"epochs": 3, "max_steps": steps, "batch_size": 4, "micro_batch_size": 2}, augment=AUGMENT)
         found[processes] = rows_of(run(config, tmp_path, f"on-{processes}", processes), "train")
     one, two = found[1], found[2]
-    assert len(one) == len(two) == 50
+    assert [r["step"] for r in one] == [r["step"] for r in two] == list(range(1, steps + 1))
     assert [shares_in(r) for r in one] == [shares_in(r) for r in two]
     assert [r["tokens"] for r in one] == [r["tokens"] for r in two], "the same samples fall silent"
     assert [r["audio_seconds"] for r in one] == [r["audio_seconds"] for r in two], "at the same speeds"
     assert [r["loss"] for r in one[:3]] == pytest.approx([r["loss"] for r in two[:3]], rel=1e-3)
+    tasks = {"entities": "ner", "feelings": "sa", "speech": "asr"}
     for name, share in ASKED.items():
         assert one[-1][f"share_corpus_{name}"] == pytest.approx(share, abs=0.01)
-    assert one[-1]["share_task_asr"] == pytest.approx(0.2, abs=0.01), "speech alone mixes in"
+        assert one[-1][f"share_task_{tasks[name]}"] == pytest.approx(share, abs=0.01), "each corpus has one task"
     epochs = rows_of(tmp_path / "on-1", "epoch")
-    assert [(r["epoch"], r["step"]) for r in epochs] == [(0, 25), (1, 50)]
+    ends = [*range(epoch_samples // 4, steps, epoch_samples // 4), steps]
+    assert [(r["epoch"], r["step"]) for r in epochs] == list(enumerate(ends))
     assert epochs[1]["share_corpus_speech"] == pytest.approx(0.2, abs=0.011)
 
 

@@ -23,6 +23,7 @@ from unislu_llm.data.collate import Batch, Collator
 from unislu_llm.data.targets import TextCodec
 from unislu_llm.errors import UserError
 from unislu_llm.models.lora import LoraOptions
+from unislu_llm.models.state import DecoderState, Encoded
 from unislu_llm.tasks import TaskRegistry
 
 WEIGHTS_FILE = "model.safetensors"
@@ -84,23 +85,53 @@ class SLUModel(PreTrainedModel):
 
     # ---- the protocol ----------------------------------------------------------------------------------------------
 
-    def forward(self, mel: Tensor, mel_lengths: Tensor, target_ids: Tensor, target_parts: Tensor) -> Tensor:
+    def forward(self, mel: Tensor, mel_lengths: Tensor, target_ids: Tensor, target_parts: Tensor,
+                frames: Tensor | None = None, frame_lengths: Tensor | None = None) -> Tensor:
         """Teacher-forced cross-entropy of every target token.
 
         Args:
             mel: `(batch, n_mels, T_mel)`. mel_lengths: `(batch,)`.
             target_ids: `(batch, L)`. target_parts: `(batch, L)`.
+            frames: `(batch, T_enc, D)` encoder frames, where they are known; the mel is not looked at then.
+            frame_lengths: `(batch,)` their valid lengths.
 
         Returns:
             `(batch, L)` in nats, fp32, zero at padding.
         """
         raise NotImplementedError
 
-    def generate(self, mel: Tensor, mel_lengths: Tensor, forced: list[int] | None = None, **options: Any) -> Tensor:  # type: ignore[override]
+    @property
+    def lm(self) -> Any:
+        """The module with the decoder's output layer."""
+        raise NotImplementedError
+
+    def encode(self, mel: Tensor, mel_lengths: Tensor, frames: Tensor | None = None,
+               frame_lengths: Tensor | None = None) -> Encoded:
+        """What :meth:`begin` and :meth:`generate` start from, so that the encoder runs once for several answers.
+
+        Args:
+            mel: `(batch, n_mels, T_mel)`. mel_lengths: `(batch,)`. frames, frame_lengths: see :meth:`forward`.
+        """
+        raise NotImplementedError
+
+    def begin(self, encoded: Encoded) -> tuple[DecoderState, Tensor]:
+        """Read the speech and the prompt: the state, and the hidden states `(rows, dim)` that foretell the first token."""
+        raise NotImplementedError
+
+    def extend(self, state: DecoderState, ids: Tensor, valid: Tensor) -> Tensor:
+        """Read tokens `(rows, n)` into `state`; `valid` `(rows, n)` bool says which of them count.
+
+        Returns:
+            Hidden states `(rows, n, dim)`, for :func:`~unislu_llm.models.head.logits_of` with :attr:`lm`.
+        """
+        raise NotImplementedError
+
+    def generate(self, mel: Tensor | Encoded, mel_lengths: Tensor | None = None,  # type: ignore[override]
+                 forced: list[int] | None = None, **options: Any) -> Tensor:
         """New token ids after the prompt, `(batch, L_new)`, filled with the pad id after each end.
 
         Args:
-            mel: `(batch, n_mels, T_mel)`. mel_lengths: `(batch,)`.
+            mel: `(batch, n_mels, T_mel)`, or what :meth:`encode` made of it. mel_lengths: `(batch,)`, with a mel.
             forced: ids that every answer starts with; they are not part of the result.
             options: of transformers' `generate` (max_new_tokens, num_beams, logits_processor, ...).
         """
@@ -112,13 +143,27 @@ class SLUModel(PreTrainedModel):
 
     # ---- shared ----------------------------------------------------------------------------------------------------
 
+    def token_counts(self, n_samples: int, n_target: int) -> tuple[int, int]:
+        """Tokens that a clip of `n_samples` (16 kHz) with a target of `n_target` ids is for the decoder: of speech, of text.
+
+        The one length that batches are planned by. Text includes the prompt and leaves out the last id, which is not read.
+        """
+        raise NotImplementedError
+
+    def _encoded(self, mel: Tensor | Encoded, mel_lengths: Tensor | None) -> Encoded:
+        if isinstance(mel, Encoded):
+            return mel
+        if mel_lengths is None:
+            raise ValueError("a mel needs its lengths")
+        return self.encode(mel, mel_lengths)
+
     def collator(self) -> Collator:
         """Collator that makes this model's batches."""
         return Collator(self.codec, self.n_mels, self.config.pad_to_30s)
 
     def losses(self, batch: Batch) -> Tensor:
         """:meth:`forward` of a batch."""
-        return self(batch.mel, batch.mel_lengths, batch.target_ids, batch.target_parts)
+        return self(batch.mel, batch.mel_lengths, batch.target_ids, batch.target_parts, batch.frames, batch.frame_lengths)
 
     def trainable_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Trainable parameters by group, each parameter once."""
@@ -127,6 +172,15 @@ class SLUModel(PreTrainedModel):
             if parameter.requires_grad:
                 groups.setdefault(self.parameter_group(name), []).append((name, parameter))
         return groups
+
+    def _encoder_frames(self, mel: Tensor, mel_lengths: Tensor, frames: Tensor | None,
+                        frame_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Frames `(batch, T_enc, D)` and their lengths: those given, in the dtype that the encoder gives, or the encoder's."""
+        encoder: Any = self.encoder
+        if frames is None or frame_lengths is None:
+            return encoder(mel, mel_lengths)
+        own = encoder.whisper.layer_norm.weight.dtype
+        return frames.to(torch.float32 if torch.is_autocast_enabled(frames.device.type) else own), frame_lengths
 
     def _finish(self, decoder: Any) -> None:
         """Last step of a constructor: note what can train, and take decoding into our own hands.
@@ -158,8 +212,11 @@ class SLUModel(PreTrainedModel):
         self.config.save_pretrained(folder)
         self.codec.tokenizer.save_pretrained(folder)
 
-    def load_trained(self, folder: str | os.PathLike[str]) -> None:
-        """Load what :meth:`save_pretrained` wrote into this model.
+    def load_trained(self, folder: str | os.PathLike[str], *, partial: bool = False) -> list[str]:
+        """Load what :meth:`save_pretrained` wrote into this model; returns the trained parameters that the file lacks.
+
+        Args:
+            partial: let it lack some; they keep their values.
 
         Raises:
             UserError: the file is missing or damaged, or its parameters are not those of this configuration.
@@ -174,12 +231,13 @@ class SLUModel(PreTrainedModel):
         own = dict(self.named_parameters())
         missing, extra = self._persistent - set(state), set(state) - set(own)
         shapes = [n for n in state if n in own and own[n].shape != state[n].shape]
-        if missing or extra or shapes:
+        if (missing and not partial) or extra or shapes:
             raise UserError(f"{path} does not fit its config.json: missing {sorted(missing)[:3]}, "
                             f"unknown {sorted(extra)[:3]}, other shape {shapes[:3]}")
         with torch.no_grad():
             for name, value in state.items():
                 own[name].copy_(value)
+        return sorted(missing)
 
     @classmethod
     def build(cls, config: Any, dtype: torch.dtype = torch.float32) -> Self:

@@ -9,8 +9,15 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-CHUNK = 256
-"""Positions whose logits exist at one time; their size is CHUNK x vocabulary."""
+_LOGITS = {"cpu": 1 << 24}
+"""Logits that exist at one time, by device: 64 MiB in fp32. A GPU reads the whole vocabulary for each chunk, and takes more."""
+_MANY_LOGITS = 1 << 28
+
+
+def chunk_size(model: Any, device: torch.device) -> int:
+    """Positions whose logits are computed at one time: fewer with a large vocabulary."""
+    vocabulary = int(model.get_output_embeddings().weight.shape[0])
+    return max(16, _LOGITS.get(device.type, _MANY_LOGITS) // vocabulary)
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
@@ -25,13 +32,13 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
     return torch.tanh(logits / cap) * cap if cap else logits
 
 
-def token_losses(model: Any, hidden: Tensor, targets: Tensor, chunk: int = CHUNK) -> Tensor:
+def token_losses(model: Any, hidden: Tensor, targets: Tensor, chunk: int = 0) -> Tensor:
     """Cross-entropy of each position in fp32; logits are recomputed in the backward pass, never kept.
 
     Args:
         model: with `get_output_embeddings`.
         hidden: `(positions, dim)`. targets: `(positions,)`.
-        chunk: positions at a time.
+        chunk: positions at a time; 0: :func:`chunk_size`.
 
     Returns:
         `(positions,)` in nats.
@@ -40,6 +47,7 @@ def token_losses(model: Any, hidden: Tensor, targets: Tensor, chunk: int = CHUNK
     def losses(h: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(logits_of(model, h).float(), t, reduction="none")
 
+    chunk = chunk or chunk_size(model, hidden.device)
     pieces = []
     for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
         keep = hidden.shape[0] <= chunk or not torch.is_grad_enabled()

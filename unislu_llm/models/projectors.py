@@ -9,82 +9,16 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from unislu_llm.errors import UserError, hint
+from unislu_llm.models.ctc import CTCProjector
 from unislu_llm.models.encoder import valid_mask
-
-Length = TypeVar("Length", int, Tensor)
-
-
-class OutputNorm(nn.Module):
-    """RMS norm to a fixed scale, times a gain that starts at one.
-
-    Args:
-        dim: size of an embedding. scale: RMS of the output at the start.
-    """
-
-    def __init__(self, dim: int, scale: float) -> None:
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(dim))
-        self.scale = scale
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`(..., dim)` to `(..., dim)`."""
-        return F.rms_norm(x.float(), x.shape[-1:], eps=1e-6) * (self.gain * self.scale)
-
-
-class Projector(nn.Module):
-    """Base of all projectors.
-
-    Args:
-        in_dim: size of an encoder frame, D.
-        out_dim: size of an LLM embedding, H.
-        scale: RMS at which the output starts.
-    """
-
-    def __init__(self, in_dim: int, out_dim: int, scale: float) -> None:
-        super().__init__()
-        self.in_dim, self.out_dim = in_dim, out_dim
-        self.norm = OutputNorm(out_dim, scale)
-
-    def output_length(self, frames: Length) -> Length:
-        """Speech tokens that `frames` encoder frames (50 Hz) become; ints or integer tensors."""
-        raise NotImplementedError
-
-    def project(self, frames: Tensor, lengths: Tensor) -> Tensor:
-        """Un-normalised embeddings, `(batch, T_enc, D) -> (batch, T_sp, H)`; `frames` are zero beyond `lengths`."""
-        raise NotImplementedError
-
-    def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Speech embeddings and their lengths.
-
-        Args:
-            frames: `(batch, T_enc, D)` at 50 Hz. lengths: `(batch,)` valid frames.
-
-        Returns:
-            `(batch, T_sp, H)`, zero beyond the lengths, and lengths `(batch,)`.
-        """
-        # A frozen encoder may compute in bf16; the projector's own weights stay fp32.
-        frames = frames.to(self.norm.gain.dtype).masked_fill(~valid_mask(lengths, frames.shape[1])[:, :, None], 0.0)
-        speech = self.norm(self.project(frames, lengths))
-        out = self.output_length(lengths)
-        return speech.masked_fill(~valid_mask(out, speech.shape[1])[:, :, None], 0.0), out
-
-
-def _ceil_div(n: Length, k: int) -> Length:
-    return cast(Length, (n + k - 1) // k)
-
-
-def _stack(frames: Tensor, k: int) -> Tensor:
-    """Concatenate k neighbours: `(batch, T, D) -> (batch, ceil(T / k), k D)`, zeros at the end."""
-    batch, length, dim = frames.shape
-    frames = F.pad(frames, (0, 0, 0, -length % k))
-    return frames.reshape(batch, -1, k * dim)
+from unislu_llm.models.projector_base import Length, Projector, ceil_div, stack_frames
 
 
 class LinearProjector(Projector):
@@ -100,10 +34,10 @@ class LinearProjector(Projector):
         self.proj = nn.Linear(stack * in_dim, out_dim)
 
     def output_length(self, frames: Length) -> Length:
-        return _ceil_div(frames, self.stack)
+        return ceil_div(frames, self.stack)
 
     def project(self, frames: Tensor, lengths: Tensor) -> Tensor:
-        return self.proj(_stack(frames, self.stack))
+        return self.proj(stack_frames(frames, self.stack))
 
 
 class MLPProjector(Projector):
@@ -122,10 +56,10 @@ class MLPProjector(Projector):
         self.down = nn.Linear(hidden, out_dim, bias=False)
 
     def output_length(self, frames: Length) -> Length:
-        return _ceil_div(frames, self.stack)
+        return ceil_div(frames, self.stack)
 
     def project(self, frames: Tensor, lengths: Tensor) -> Tensor:
-        gate, value = self.up(self.norm_in(_stack(frames, self.stack))).chunk(2, dim=-1)
+        gate, value = self.up(self.norm_in(stack_frames(frames, self.stack))).chunk(2, dim=-1)
         return self.down(F.silu(gate) * value)
 
 
@@ -151,14 +85,14 @@ class ConvProjector(Projector):
 
     def output_length(self, frames: Length) -> Length:
         for stride in self.strides:
-            frames = _ceil_div(frames, stride)
+            frames = ceil_div(frames, stride)
         return frames
 
     def project(self, frames: Tensor, lengths: Tensor) -> Tensor:
         x = self.norm_in(frames).transpose(1, 2)
         for layer, stride in zip(self.layers, self.strides, strict=True):
             x = F.gelu(layer(x.masked_fill(~valid_mask(lengths, x.shape[-1])[:, None, :], 0.0)))
-            lengths = _ceil_div(lengths, stride)
+            lengths = ceil_div(lengths, stride)
         return self.proj(x.transpose(1, 2))
 
 
@@ -187,11 +121,11 @@ class QFormerProjector(Projector):
         self.proj = nn.Linear(hidden, out_dim)
 
     def output_length(self, frames: Length) -> Length:
-        return cast(Length, _ceil_div(frames, self.window) * self.n_queries)
+        return cast(Length, ceil_div(frames, self.window) * self.n_queries)
 
     def project(self, frames: Tensor, lengths: Tensor) -> Tensor:
         batch, length, _ = frames.shape
-        n_windows = _ceil_div(length, self.window)
+        n_windows = ceil_div(length, self.window)
         pad = n_windows * self.window - length
         x = F.pad(self.proj_in(self.norm_in(frames)), (0, 0, 0, pad))
         x = x.reshape(batch * n_windows, self.window, -1) + self.positions
@@ -208,6 +142,7 @@ PROJECTORS: dict[str, Callable[..., Projector]] = {
     "mlp": MLPProjector,
     "conv": ConvProjector,
     "qformer": QFormerProjector,
+    "ctc": CTCProjector,
 }
 
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any, Self
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase, WhisperModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreTrainedTokenizerBase, WhisperModel
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from unislu_llm.data.audio import encoder_length, mel_length
 from unislu_llm.data.targets import TextCodec
 from unislu_llm.errors import UserError
 from unislu_llm.loss import NO_PART
 from unislu_llm.models import weights
 from unislu_llm.models.base import SLUConfig, SLUModel, check_hash, is_checkpointed
+from unislu_llm.models.ctc import CTCProjector, CtcVocabulary
 from unislu_llm.models.encoder import SpeechEncoder, valid_mask
 from unislu_llm.models.head import token_losses
 from unislu_llm.models.lora import inject_lora
 from unislu_llm.models.markers import install_markers
 from unislu_llm.models.projectors import build_projector
+from unislu_llm.models.state import DecoderState, Encoded
 
 
 class SpeechLLMConfig(SLUConfig):
@@ -33,6 +37,7 @@ class SpeechLLMConfig(SLUConfig):
         prompt_prefix, prompt_suffix: text around the speech, special tokens written out; the same at training and
             inference.
         quantization: none, 8bit or 4bit (bitsandbytes).
+        ctc_tokens: ids that the `ctc` projector predicts; :meth:`SpeechLLM.learn_vocabulary` fills them in.
     """
 
     model_type = "speech_llm"
@@ -40,7 +45,7 @@ class SpeechLLMConfig(SLUConfig):
     def __init__(self, llm: str = "HuggingFaceTB/SmolLM2-135M-Instruct", llm_revision: str | None = None,
                  llm_hash: str | None = None, projector: str = "mlp", projector_options: dict[str, Any] | None = None,
                  lora: dict[str, Any] | None = None, prompt_prefix: str = "", prompt_suffix: str = "",
-                 quantization: str = "none", **kwargs: Any) -> None:
+                 quantization: str = "none", ctc_tokens: list[int] | None = None, **kwargs: Any) -> None:
         self.llm = llm
         self.llm_revision = llm_revision
         self.llm_hash = llm_hash
@@ -50,6 +55,7 @@ class SpeechLLMConfig(SLUConfig):
         self.prompt_prefix = prompt_prefix
         self.prompt_suffix = prompt_suffix
         self.quantization = quantization
+        self.ctc_tokens = ctc_tokens
         super().__init__(**kwargs)
 
 
@@ -73,6 +79,7 @@ class SpeechLLM(SLUModel):
         self.n_mels = int(whisper.config.num_mel_bins)
         self.encoder = SpeechEncoder(whisper, config.encoder_mode, top_layers=config.encoder_top_layers,  # type: ignore[arg-type]
                                      lora=config.lora_options("encoder_lora"), pad_to_30s=config.pad_to_30s)
+        self.packing = False  # lay rows end to end in :meth:`forward` instead of padding them
         self.llm = llm
         llm.requires_grad_(False)
         embeddings = llm.get_input_embeddings()
@@ -81,6 +88,8 @@ class SpeechLLM(SLUModel):
         if lora := config.lora_options("lora"):
             inject_lora(llm.base_model, lora, "LLM")
         install_markers(llm, self.codec)
+        if config.ctc_tokens:
+            self._attach(config.ctc_tokens)
         self.prefix = self._prompt(config.prompt_prefix, first=True)
         self.suffix = self._prompt(config.prompt_suffix)
         self._finish(llm)
@@ -99,6 +108,32 @@ class SpeechLLM(SLUModel):
         llm = AutoModelForCausalLM.from_pretrained(text.path, dtype=dtype, attn_implementation="sdpa",
                                                    **_quantization(config.quantization))
         return cls(config, whisper, llm, AutoTokenizer.from_pretrained(text.path))
+
+    def _attach(self, token_ids: list[int]) -> None:
+        if isinstance(self.projector, CTCProjector):
+            self.projector.attach(self.llm.get_input_embeddings(), token_ids)
+
+    def learn_vocabulary(self, texts: Iterable[str], min_count: int = 1) -> CtcVocabulary:
+        """Give a `ctc` projector the tokens of training transcripts to choose among; they are saved with the configuration.
+
+        Args:
+            texts: transcripts. min_count: tokens seen less often are spelt with smaller ones.
+
+        Raises:
+            UserError: no text, or a projector that takes no vocabulary.
+        """
+        if not self.projector.needs_embeddings:
+            raise UserError(f"projector '{self.config.projector}' takes no vocabulary; choose 'ctc'")
+        vocabulary = CtcVocabulary.learn((self.codec.text_ids(text) for text in texts), self.codec.tokenizer, min_count)
+        self.config.ctc_tokens = list(vocabulary.token_ids)
+        self._attach(self.config.ctc_tokens)
+        return vocabulary
+
+    @property
+    def ctc_vocabulary(self) -> CtcVocabulary:
+        """The vocabulary of a `ctc` projector; empty before :meth:`learn_vocabulary`."""
+        ids = self.config.ctc_tokens or []
+        return CtcVocabulary(tuple(ids), tuple(self.codec.tokenizer.convert_ids_to_tokens(ids)))
 
     def _prompt(self, text: str, first: bool = False) -> list[int]:
         """Ids of a part of the prompt; the first one gets a beginning-of-text token where the tokenizer wants one."""
@@ -123,9 +158,14 @@ class SpeechLLM(SLUModel):
             return "markers"
         return "lora" if ".lora_" in name else "decoder"
 
-    def speech(self, mel: Tensor, mel_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Speech embeddings `(batch, T_sp, H)` and their lengths `(batch,)`."""
-        frames, lengths = self.encoder(mel, mel_lengths)
+    def token_counts(self, n_samples: int, n_target: int) -> tuple[int, int]:
+        speech = int(self.projector.output_length(encoder_length(mel_length(n_samples))))
+        return speech, len(self.prefix) + len(self.suffix) + n_target - 1
+
+    def speech(self, mel: Tensor, mel_lengths: Tensor, frames: Tensor | None = None,
+               frame_lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Speech embeddings `(batch, T_sp, H)` and their lengths `(batch,)`; arguments as in :meth:`forward`."""
+        frames, lengths = self._encoder_frames(mel, mel_lengths, frames, frame_lengths)
         embeddings, out = self.projector(frames[:, : int(lengths.max())], lengths)
         return embeddings, out
 
@@ -133,8 +173,9 @@ class SpeechLLM(SLUModel):
         device = self.llm.get_input_embeddings().weight.device
         return self.llm.get_input_embeddings()(torch.as_tensor(ids, dtype=torch.long, device=device))
 
-    def forward(self, mel: Tensor, mel_lengths: Tensor, target_ids: Tensor, target_parts: Tensor) -> Tensor:
-        speech, lengths = self.speech(mel, mel_lengths)
+    def forward(self, mel: Tensor, mel_lengths: Tensor, target_ids: Tensor, target_parts: Tensor,
+                frames: Tensor | None = None, frame_lengths: Tensor | None = None) -> Tensor:
+        speech, lengths = self.speech(mel, mel_lengths, frames, frame_lengths)
         supervised = target_parts != NO_PART
         target = self._embed(target_ids.masked_fill(~supervised, self.codec.eos_id))
         prefix, suffix = self._embed(self.prefix), self._embed(self.suffix)
@@ -142,26 +183,64 @@ class SpeechLLM(SLUModel):
         speech = speech.to(target.dtype)
         rows = [torch.cat([prefix, speech[i, : int(lengths[i])], suffix, target[i, : int(n_target[i]) - 1]])
                 for i in range(len(target))]
-        # Right padding under a causal mask: no valid position sees a padded one, so no mask is needed.
-        embeds = pad_sequence(rows, batch_first=True)
-        hidden = self.llm.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
-        before = len(self.prefix) + lengths + len(self.suffix) - 1
-        index = (before[:, None] + torch.arange(target_ids.shape[1], device=before.device)).masked_fill(~supervised, 0)
-        picked = hidden.gather(1, index[:, :, None].expand(-1, -1, hidden.shape[-1]))[supervised]
-        losses = token_losses(self.llm, picked, target_ids[supervised])
+        hidden, starts = self._read_rows(rows)
+        before = starts + len(self.prefix) + lengths + len(self.suffix) - 1
+        index = before[:, None] + torch.arange(target_ids.shape[1], device=before.device)
+        losses = token_losses(self.llm, hidden.index_select(0, index[supervised]), target_ids[supervised])
         return losses.new_zeros(target_ids.shape).masked_scatter(supervised, losses)
 
-    @torch.inference_mode()
-    def generate(self, mel: Tensor, mel_lengths: Tensor, forced: list[int] | None = None, **options: Any) -> Tensor:  # type: ignore[override]
-        speech, lengths = self.speech(mel, mel_lengths)
-        prefix, suffix = self._embed(self.prefix), self._embed([*self.suffix, *(forced or [])])
-        speech = speech.to(prefix.dtype)
-        rows = [torch.cat([prefix, speech[i, : int(n)], suffix]) for i, n in enumerate(lengths)]
+    def _read_rows(self, rows: list[Tensor]) -> tuple[Tensor, Tensor]:
+        """Hidden states `(positions, dim)` of the LLM over rows of embeddings, and where in them each row starts `(batch,)`."""
+        counts = torch.tensor([len(row) for row in rows], device=rows[0].device)
+        if self.packing:
+            embeds = torch.cat(rows)[None]
+            # Positions that start anew tell transformers where a row ends: flash attention takes them as sequences of their
+            # own, SDPA gets a block-diagonal mask.
+            positions = torch.cat([torch.arange(len(row), device=counts.device) for row in rows])[None]
+            starts = counts.cumsum(0) - counts
+        else:
+            # Right padding under a causal mask: no valid position sees a padded one, so no mask is needed.
+            embeds, positions = pad_sequence(rows, batch_first=True), None
+            starts = torch.arange(len(rows), device=counts.device) * embeds.shape[1]
+        hidden = self.llm.base_model(inputs_embeds=embeds, position_ids=positions, use_cache=False).last_hidden_state
+        return hidden.flatten(0, 1), starts
+
+    @property
+    def lm(self) -> Any:
+        return self.llm
+
+    def encode(self, mel: Tensor, mel_lengths: Tensor, frames: Tensor | None = None,
+               frame_lengths: Tensor | None = None) -> Encoded:
+        return Encoded(*self.speech(mel, mel_lengths, frames, frame_lengths))
+
+    def _opening(self, encoded: Encoded, forced: list[int]) -> tuple[Tensor, Tensor]:
+        """Embeddings `(batch, length, H)` of prompt and speech, padded on the left, and their mask."""
+        prefix, suffix = self._embed(self.prefix), self._embed([*self.suffix, *forced])
+        speech = encoded.frames.to(prefix.dtype)
+        rows = [torch.cat([prefix, speech[i, : int(n)], suffix]) for i, n in enumerate(encoded.lengths)]
         total = torch.tensor([len(row) for row in rows], device=speech.device)
-        longest = int(total.max())
         embeds = pad_sequence(rows, batch_first=True, padding_side="left")
-        mask = valid_mask(total, longest).flip(-1).long()
-        return self.llm.generate(inputs_embeds=embeds, attention_mask=mask, **{"max_new_tokens": 256} | options)
+        return embeds, valid_mask(total, int(total.max())).flip(-1)
+
+    def begin(self, encoded: Encoded) -> tuple[DecoderState, Tensor]:
+        embeds, mask = self._opening(encoded, [])
+        state = DecoderState(DynamicCache(), mask[:, :0])
+        return state, self._read(state, mask, inputs_embeds=embeds)[:, -1]
+
+    def extend(self, state: DecoderState, ids: Tensor, valid: Tensor) -> Tensor:
+        return self._read(state, valid, input_ids=ids)
+
+    def _read(self, state: DecoderState, valid: Tensor, **inputs: Tensor) -> Tensor:
+        positions = state.append(valid)
+        hidden: Tensor = self.llm.base_model(**inputs, attention_mask=state.mask.long(), position_ids=positions,
+                                             past_key_values=state.cache, use_cache=True).last_hidden_state
+        return hidden
+
+    @torch.inference_mode()
+    def generate(self, mel: Tensor | Encoded, mel_lengths: Tensor | None = None,  # type: ignore[override]
+                 forced: list[int] | None = None, **options: Any) -> Tensor:
+        embeds, mask = self._opening(self._encoded(mel, mel_lengths), forced or [])
+        return self.llm.generate(inputs_embeds=embeds, attention_mask=mask.long(), **{"max_new_tokens": 256} | options)
 
 
 def _embedding_dim(embeddings: Any) -> int:

@@ -6,10 +6,17 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, WhisperForConditionalGeneration
+from transformers import (
+    AutoTokenizer,
+    DynamicCache,
+    EncoderDecoderCache,
+    PreTrainedTokenizerBase,
+    WhisperForConditionalGeneration,
+)
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 
+from unislu_llm.data.audio import encoder_length, mel_length
 from unislu_llm.data.targets import TextCodec
 from unislu_llm.errors import UserError
 from unislu_llm.loss import NO_PART
@@ -19,6 +26,7 @@ from unislu_llm.models.encoder import SpeechEncoder, attention_bias
 from unislu_llm.models.head import token_losses
 from unislu_llm.models.lora import inject_lora
 from unislu_llm.models.markers import install_markers
+from unislu_llm.models.state import DecoderState, Encoded
 
 
 class WhisperSLUConfig(SLUConfig):
@@ -121,14 +129,40 @@ class WhisperSLU(SLUModel):
             kwargs["attention_mask"] = bias.to(hidden.dtype)
         return args, kwargs
 
-    def _encode(self, mel: Tensor, mel_lengths: Tensor) -> Tensor:
-        """Frames `(batch, T_enc, D)`; sets the mask of the cross-attention that follows."""
-        frames, lengths = self.encoder(mel, mel_lengths)
-        self._cross_bias = None if self.config.pad_to_30s else attention_bias(lengths, frames.shape[1], torch.float32)
-        return frames
+    @property
+    def lm(self) -> Any:
+        return self.whisper
 
-    def forward(self, mel: Tensor, mel_lengths: Tensor, target_ids: Tensor, target_parts: Tensor) -> Tensor:
-        frames = self._encode(mel, mel_lengths)
+    def encode(self, mel: Tensor, mel_lengths: Tensor, frames: Tensor | None = None,
+               frame_lengths: Tensor | None = None) -> Encoded:
+        return Encoded(*self._encoder_frames(mel, mel_lengths, frames, frame_lengths))
+
+    def _bias(self, encoded: Encoded) -> Tensor | None:
+        """Mask of the cross-attention."""
+        return None if self.config.pad_to_30s else attention_bias(encoded.lengths, encoded.frames.shape[1], torch.float32)
+
+    def begin(self, encoded: Encoded) -> tuple[DecoderState, Tensor]:
+        ids = torch.tensor(self.prompt, device=encoded.frames.device).expand(len(encoded), -1)
+        state = DecoderState(EncoderDecoderCache(DynamicCache(), DynamicCache()),
+                             torch.zeros(len(ids), 0, dtype=torch.bool, device=ids.device), encoded.frames, self._bias(encoded))
+        return state, self.extend(state, ids, torch.ones_like(ids, dtype=torch.bool))[:, -1]
+
+    def extend(self, state: DecoderState, ids: Tensor, valid: Tensor) -> Tensor:
+        positions = state.append(valid)
+        self._cross_bias = state.frame_bias
+        hidden: Tensor = self.whisper.model.decoder(
+            input_ids=ids, attention_mask=state.mask.long(), position_ids=positions, encoder_hidden_states=state.frames,
+            past_key_values=state.cache, use_cache=True).last_hidden_state
+        return hidden
+
+    def token_counts(self, n_samples: int, n_target: int) -> tuple[int, int]:
+        """Speech counts as encoder frames, which the decoder attends to as they are."""
+        return encoder_length(mel_length(n_samples)), len(self.prompt) + n_target - 1
+
+    def forward(self, mel: Tensor, mel_lengths: Tensor, target_ids: Tensor, target_parts: Tensor,
+                frames: Tensor | None = None, frame_lengths: Tensor | None = None) -> Tensor:
+        encoded = self.encode(mel, mel_lengths, frames, frame_lengths)
+        frames, self._cross_bias = encoded.frames, self._bias(encoded)
         n = len(self.prompt)
         prompt = torch.tensor(self.prompt, device=target_ids.device).expand(len(target_ids), -1)
         supervised = target_parts != NO_PART
@@ -143,8 +177,10 @@ class WhisperSLU(SLUModel):
         return losses.new_zeros(target_ids.shape).masked_scatter(supervised, losses)
 
     @torch.inference_mode()
-    def generate(self, mel: Tensor, mel_lengths: Tensor, forced: list[int] | None = None, **options: Any) -> Tensor:  # type: ignore[override]
-        frames = self._encode(mel, mel_lengths)
+    def generate(self, mel: Tensor | Encoded, mel_lengths: Tensor | None = None,  # type: ignore[override]
+                 forced: list[int] | None = None, **options: Any) -> Tensor:
+        encoded = self._encoded(mel, mel_lengths)
+        frames, self._cross_bias = encoded.frames, self._bias(encoded)
         start = torch.tensor([*self.prompt, *(forced or [])], device=frames.device).expand(len(frames), -1)
         room = int(self.whisper.config.max_target_positions) - start.shape[1]
         settings = options | {"max_new_tokens": min(int(options.get("max_new_tokens", 256)), room)}

@@ -3,21 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
+import math
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from unislu_llm.data.audio import SAMPLE_RATE
+from unislu_llm.data.batching import BatchPlan, TokenPlan, seconds
+from unislu_llm.data.cache import FrameCache
 from unislu_llm.data.long_audio import LongAudio, handle_long
 from unislu_llm.data.manifest import read_manifest
-from unislu_llm.data.mixture import Mixture, group_samples, target_shares
+from unislu_llm.data.mixture import Mixture, group_samples, manifest_name, target_shares
 from unislu_llm.data.targets import Sample, make_samples
-from unislu_llm.errors import UserError
-from unislu_llm.models.base import SLUModel
+from unislu_llm.errors import UserError, hint
+from unislu_llm.models.base import WEIGHTS_FILE, SLUModel
+from unislu_llm.models.frames import open_cache
 from unislu_llm.models.speech_llm import SpeechLLM, SpeechLLMConfig
 from unislu_llm.models.whisper_slu import WhisperSLU, WhisperSLUConfig
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.training.config import Config, ModelConfig
+from unislu_llm.training.state import BEST, LAST
+
+log = logging.getLogger(__name__)
 
 KINDS = ("speech_llm", "whisper_slu")
 
@@ -44,7 +55,7 @@ def load_samples(manifests: list[str], registry: TaskRegistry, limit: int = 0, f
         raise UserError(f"{flag} names no manifest; list JSON-lines files in the config or give --{flag} FILE...")
     samples: list[Sample] = []
     for path in manifests:
-        utterances = read_manifest(path, registry, check_audio=True)
+        utterances = read_manifest(path, registry, corpus=manifest_name(path), check_audio=True)
         if max_seconds is not None:
             utterances = handle_long(utterances, registry, max_seconds, long_audio)
         found = make_samples(utterances, registry)
@@ -69,6 +80,21 @@ def is_mixed(config: Config) -> bool:
     return bool(config.data.weights or config.data.temperature != 1 or config.data.epoch_samples)
 
 
+def build_plan(config: Config, model: SLUModel, samples: list[Sample], mixture: Mixture, parts: int) -> BatchPlan:
+    """Batches of a run: by samples, or by tokens with `train.batch_tokens`.
+
+    Raises:
+        UserError: sizes that do not fit each other.
+    """
+    train, mixed = config.train, mixture if is_mixed(config) else None
+    lengths = [seconds(s.utterance) for s in samples]
+    if not train.batch_tokens:
+        return BatchPlan(lengths, train.batch_size, parts, train.seed, train.bucket, mixed)
+    sizes = [model.token_counts(math.ceil(length * SAMPLE_RATE), len(model.codec.target(sample)))
+             for length, sample in zip(lengths, samples, strict=True)]
+    return TokenPlan(np.array(sizes), train.batch_tokens, parts, train.seed, train.bucket, mixed)
+
+
 def model_config(kind: str, m: ModelConfig, registry: TaskRegistry) -> SpeechLLMConfig | WhisperSLUConfig:
     """Configuration of the model that a run's `model` section describes."""
     shared: dict[str, Any] = {
@@ -90,7 +116,8 @@ def build_model(kind: str, config: Config, registry: TaskRegistry) -> SLUModel:
     """The untrained model of a run; frozen weights in bf16 when the run computes in bf16.
 
     Raises:
-        UserError: a checkpoint that cannot be had, an unknown projector, a LoRA target that matches nothing.
+        UserError: a checkpoint that cannot be had, an unknown projector, a LoRA target that matches nothing, `model.init`
+            that does not fit, or an unknown parameter group.
     """
     if config.train.precision == "fp16":
         raise UserError("train.precision fp16: activations of Whisper and of most LLMs overflow fp16 and training ends in "
@@ -103,7 +130,66 @@ def build_model(kind: str, config: Config, registry: TaskRegistry) -> SLUModel:
     for parameter in model.parameters():  # what trains, trains in fp32
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    if config.model.init:
+        start_from(model, Path(config.model.init))
+    select_groups(model, config.train.groups)
     if config.train.gradient_checkpointing:
         decoder: Any = model.llm if isinstance(model, SpeechLLM) else model.whisper  # type: ignore[attr-defined]
         decoder.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if config.train.packing:
+        if not isinstance(model, SpeechLLM):
+            raise UserError("train.packing: Whisper's decoder attends to one clip a row; only an LLM's rows can be packed")
+        model.packing = True
+    if config.train.compile:
+        network: Any = model
+        inner = network.llm.base_model if isinstance(model, SpeechLLM) else network.whisper.model.decoder
+        inner.compile(dynamic=True)  # in place: parameters keep their names
     return model
+
+
+def build_cache(config: Config, model: Any) -> FrameCache | None:
+    """The cache of the run's encoder frames; None where the run has none.
+
+    Raises:
+        UserError: the encoder trains, or augmentation changes what it hears.
+    """
+    data = config.data
+    if not data.encoder_cache:
+        return None
+    if config.augment.active:
+        raise UserError("data.encoder_cache: augmentation gives every epoch other audio, so there is nothing to keep; "
+                        "switch the augment section or the cache off")
+    return open_cache(data.encoder_cache, model.encoder, config.train.precision, data.cache_dtype, data.cache_gib,
+                      config.model.encoder)
+
+
+def start_from(model: SLUModel, folder: Path) -> None:
+    """Lay the trained weights of a saved model, or of a run's best (else last), over a new model; says what it lacks.
+
+    Raises:
+        UserError: no such model, or weights of other names or shapes.
+    """
+    found = next((p for p in (folder, folder / BEST, folder / LAST) if (p / WEIGHTS_FILE).is_file()), None)
+    if found is None:
+        raise UserError(f"model.init: {folder} is neither a saved model nor a run with one")
+    lacking = model.load_trained(found, partial=True)
+    if lacking:
+        groups = Counter(model.parameter_group(name) for name in lacking)
+        log.warning("model.init: %s lacks %s; they start untrained", found,
+                    ", ".join(f"{n} {name} parameters" for name, n in sorted(groups.items())))
+
+
+def select_groups(model: SLUModel, names: list[str]) -> None:
+    """Freeze every parameter group that is not named; no name leaves all as they are.
+
+    Raises:
+        UserError: a group that does not train in this model.
+    """
+    groups = model.trainable_groups()
+    for name in names:
+        if name not in groups:
+            raise UserError(f"train.groups: '{name}' does not train in this model; groups: {', '.join(groups)}"
+                            f"{hint(name, list(groups))}")
+    for name, named in groups.items():
+        for _, parameter in named:
+            parameter.requires_grad_(not names or name in names)

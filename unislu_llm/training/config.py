@@ -21,6 +21,7 @@ import tyro
 import yaml
 
 from unislu_llm.data.augment import AugmentConfig
+from unislu_llm.data.cache import CacheDtype
 from unislu_llm.data.long_audio import LongAudio
 from unislu_llm.errors import UserError
 from unislu_llm.loss import LossMode
@@ -28,6 +29,7 @@ from unislu_llm.models.lora import LoraOptions
 
 Precision = Literal["fp32", "bf16", "fp16"]
 Options = Annotated[dict[str, Any], tyro.conf.arg(constructor=json.loads, metavar="JSON")]
+Stages = Annotated[list[dict[str, Any]], tyro.conf.arg(constructor=json.loads, metavar="JSON")]
 Weights = Annotated[dict[str, float], tyro.conf.arg(constructor=json.loads, metavar="JSON")]
 
 
@@ -63,6 +65,8 @@ class ModelConfig:
     """Text between the speech and the answer."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Frozen LLM weights in 8 or 4 bits (bitsandbytes)."""
+    init: str = ""
+    """Folder of a saved model (or of a run: its best) that this run starts from; parts it lacks start untrained."""
     language: str = "en"
     """Whisper decoder only: language code of its prompt."""
     decoder_mode: Literal["full", "lora", "frozen"] = "full"
@@ -101,6 +105,12 @@ class DataConfig:
     """Score at most this many samples of each dev manifest during training; 0 means all."""
     num_workers: int = 0
     """Loader processes; 0 loads in the training process."""
+    encoder_cache: str = ""
+    """Folder that keeps the frames of a frozen encoder, for all epochs and runs; see docs/cache.md. Empty: no cache."""
+    cache_dtype: CacheDtype = "fp16"
+    """How frames are kept: fp16, bf16 or fp32."""
+    cache_gib: float = 20.0
+    """Size of the folder at most; frames beyond it are computed each time."""
 
 
 @dataclass
@@ -120,6 +130,12 @@ class TrainConfig:
 
     loss: LossMode = "dynamic"
     """dynamic (the paper's), fixed or uniform."""
+    asr_floor: float = 0.0
+    """Least share of the transcript in the dynamic or fixed loss, 0 to 1; the paper has none. 0 switches it off."""
+    asr_floor_steps: int = 0
+    """The floor falls linearly from 1, the transcript alone, to asr_floor over so many steps; 0 is no schedule."""
+    groups: list[str] = field(default_factory=list)
+    """Parameter groups that train (projector, lora, markers, encoder, decoder); none named: all that can."""
     epochs: int = 10
     """Passes over the training samples."""
     max_steps: int = 0
@@ -128,6 +144,14 @@ class TrainConfig:
     """Samples of a global batch, over all processes and accumulation steps."""
     micro_batch_size: int = 16
     """Samples a process takes at one time; the rest is accumulated."""
+    batch_tokens: int = 0
+    """Tokens of a global batch, padding included (speech, prompt and target), in place of batch_size; 0: batch_size counts."""
+    micro_batch_tokens: int = 0
+    """With batch_tokens: about as many a process takes at one time, the rest is accumulated; 0: nothing is accumulated."""
+    packing: bool = False
+    """Lay the samples of a micro-batch end to end for the LLM instead of padding them; pays on GPUs with flash attention."""
+    compile: bool = False
+    """Compile the decoder by torch.compile: minutes at the start, faster steps afterwards."""
     lr: LearningRates = field(default_factory=LearningRates)
     """Peak learning rates."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -189,6 +213,8 @@ class Config:
     augment: AugmentConfig = field(default_factory=AugmentConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     decode: DecodeConfig = field(default_factory=DecodeConfig)
+    stages: Stages = field(default_factory=list)
+    """Stages in order, each a mapping with a `name` and sections that are laid over this config; none: one run."""
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, as YAML writes it."""
@@ -267,17 +293,25 @@ def find_preset(llm: str, folder: Path) -> Path | None:
 def apply_file(config: Config, path: Path) -> None:
     """Lay a config file over `config`; manifests, task files and the noise folder in it are relative to it."""
     values = read_yaml(path)
-    augment = values.get("augment")
-    if isinstance(augment, dict) and augment.get("noise") and isinstance(augment["noise"], str):
-        augment["noise"] = str((path.parent / augment["noise"]).resolve())
-    data = values.get("data")
-    if isinstance(data, dict):
-        for key in ("train", "dev"):
-            if isinstance(data.get(key), list):
-                data[key] = [str((path.parent / str(p)).resolve()) for p in data[key]]
-        if isinstance(data.get("tasks"), str):
-            data["tasks"] = str((path.parent / data["tasks"]).resolve())
+    stages = values.get("stages")
+    for part in [values, *(stages if isinstance(stages, list) else [])]:
+        if isinstance(part, dict):
+            _resolve_paths(part, path.parent)
     apply(config, values, str(path))
+
+
+def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
+    """Make the paths of a config's sections absolute, in place."""
+    for name, keys in (("data", ("train", "dev", "tasks", "encoder_cache")), ("augment", ("noise",)), ("model", ("init",))):
+        section = values.get(name)
+        if not isinstance(section, dict):
+            continue
+        for key in keys:
+            value = section.get(key)
+            if isinstance(value, list):
+                section[key] = [str((folder / str(p)).resolve()) for p in value]
+            elif isinstance(value, str) and value:
+                section[key] = str((folder / value).resolve())
 
 
 def apply_preset(config: Config, path: Path) -> None:

@@ -23,8 +23,15 @@ def run_recipe(kind: str, configure: Callable[[], Config]) -> None:
     try:
         config = configure()
         from unislu_llm.training.loop import Trainer  # after --help, which should not wait for torch
+        from unislu_llm.training.stages import train_stages
 
-        trainer = Trainer(kind, config, Path(sys.argv[0]).stem)
+        name = Path(sys.argv[0]).stem
+        if config.stages:
+            run = train_stages(kind, config, name)
+            if os.environ.get("RANK", "0") == "0":
+                print(f"best of the last stage: {run / 'best'}\nscore it with: python eval/evaluate.py {run}")
+            return
+        trainer = Trainer(kind, config, name)
         trainer.fit()
         if trainer.accelerator.is_main_process:
             p = trainer.progress

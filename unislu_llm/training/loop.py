@@ -24,18 +24,19 @@ from tqdm import tqdm
 
 from unislu_llm.data.audio import MAX_SECONDS
 from unislu_llm.data.augment import AugmentedCollator, AugmentedSpeech, Augmenter
-from unislu_llm.data.batching import BatchPlan, seconds
-from unislu_llm.data.collate import Batch, SpeechDataset
+from unislu_llm.data.cache import FrameCache
+from unislu_llm.data.collate import Batch, CachedSpeech, SpeechDataset
 from unislu_llm.data.mixture import Tally, describe_mixture
 from unislu_llm.data.targets import Sample
 from unislu_llm.decoding.generate import DecodeOptions, predict
 from unislu_llm.errors import UserError
-from unislu_llm.loss import ASR_PART, TASK_PART, Counts, sample_shares, weighted_loss
+from unislu_llm.loss import ASR_PART, TASK_PART, Counts, floor_at, sample_shares, weighted_loss
 from unislu_llm.models.base import SLUModel
+from unislu_llm.models.frames import complete
 from unislu_llm.scoring.slue import format_table, score_rows
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.training import state
-from unislu_llm.training.build import build_mixture, build_model, build_registry, is_mixed, load_samples
+from unislu_llm.training.build import build_cache, build_mixture, build_model, build_plan, build_registry, load_samples
 from unislu_llm.training.config import Config
 from unislu_llm.training.monitors import flat_scores, loss_summary, validation_warnings
 from unislu_llm.training.optim import build_optimizer, build_schedule, group_rates
@@ -74,16 +75,16 @@ class Trainer:
                                        log_with=config.train.trackers or None, project_dir=".")
         world = self.accelerator.num_processes
         self.per_rank = accumulation(config, world)
-        self.plan = BatchPlan([seconds(s.utterance) for s in self.train_samples], config.train.batch_size,
-                              world * self.per_rank, config.train.seed, config.train.bucket,
-                              self.mixture if is_mixed(config) else None)
-        self.total_steps = config.train.epochs * len(self.plan)
+        self.plan = build_plan(config, self.model, self.train_samples, self.mixture, world * self.per_rank)
+        self.total_steps = self.plan.steps(config.train.epochs)
         if config.train.max_steps:
             self.total_steps = min(self.total_steps, config.train.max_steps)
+        self.cache = build_cache(config, self.model)
         self.run = self._run_folder(name)
         set_seed(config.train.seed, device_specific=True)
         self._prepare()
         self.progress = state.Progress()
+        self.waited = 0.0  # seconds for the data of the last step
         self.tally = Tally(self.mixture, self.train_samples)
         self.history: list[dict[str, float]] = []
         if config.resume:
@@ -117,6 +118,9 @@ class Trainer:
         """This rank's micro-batches, a list a step, from step `skip` of the epoch on."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         dataset: Any = SpeechDataset(self.train_samples, self.config.data.max_seconds)
+        if self.cache is not None:
+            self.cache.refresh()
+            dataset = CachedSpeech(self.train_samples, self.cache, self.config.data.max_seconds)
         collate: Any = self.model.collator()
         steps: list[list[list[Any]]] = self.plan.micro_batches(epoch, rank, world)[skip:]
         if self.augmenter is not None:
@@ -131,7 +135,10 @@ class Trainer:
                             pin_memory=self.accelerator.device.type == "cuda", prefetch_factor=4 if workers else None)
         batches = iter(loader)
         for step in steps:
-            yield [next(batches) for _ in step]
+            started = time.perf_counter()
+            micro = [next(batches) for _ in step]
+            self.waited = time.perf_counter() - started
+            yield micro
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
@@ -174,12 +181,32 @@ class Trainer:
             self.accelerator.sync_gradients = last
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 with self.accelerator.autocast():
-                    losses = self.wrapped(batch.mel, batch.mel_lengths, batch.target_ids, batch.target_parts)
-                loss = weighted_loss(losses, batch.target_parts, self.config.train.loss, total)
+                    if batch.missing and self.cache is not None:
+                        batch = self._complete(batch, self.cache)
+                    losses = self.wrapped(batch.mel, batch.mel_lengths, batch.target_ids, batch.target_parts,
+                                          batch.frames, batch.frame_lengths)
+                loss = weighted_loss(losses, batch.target_parts, self.config.train.loss, total, self.floor)
                 # Processes' gradients are averaged; the normalizer is global already.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
-            sums += _micro_sums(losses.detach(), loss.detach(), cpu_batch, self.registry)
+            sums += _micro_sums(losses.detach(), loss.detach(), cpu_batch, self.registry, self.floor)
         return sums
+
+    def _complete(self, batch: Batch, cache: FrameCache) -> Batch:
+        """The batch with the frames that the cache lacks, computed and stored.
+
+        Raises:
+            UserError: the model is sharded, so that its encoder cannot run on its own.
+        """
+        if _sharded(self.accelerator):
+            raise UserError("data.encoder_cache lacks frames, and under FSDP or DeepSpeed they cannot be added while training; "
+                            "store them before with `unislu cache build`")
+        encoder: Any = self.model.encoder
+        return complete(batch, encoder, cache)
+
+    @property
+    def floor(self) -> float:
+        """Least share of the transcript in this step's loss."""
+        return floor_at(self.progress.step, self.config.train.asr_floor, self.config.train.asr_floor_steps)
 
     def figures(self, sums: Tensor, norm: float) -> dict[str, float]:
         values = dict(zip(_sum_names(self.registry), self._sum(sums).tolist(), strict=True))
@@ -198,8 +225,11 @@ class Trainer:
 
     # ---- the run ---------------------------------------------------------------------------------------------------
 
-    def fit(self) -> dict[str, Any]:
+    def fit(self, *, final: bool = True) -> dict[str, Any]:
         """Train to the end; returns the last score report.
+
+        Args:
+            final: nothing is trained in these processes afterwards.
 
         Raises:
             UserError: as :meth:`step`, and unreadable audio.
@@ -217,7 +247,9 @@ class Trainer:
                 figures = self.step(micro)
                 self.tally.add(drawn[p.step_in_epoch])
                 p.step, p.step_in_epoch = p.step + 1, p.step_in_epoch + 1
-                self._log_step(figures, time.perf_counter() - started, bar)
+                took = time.perf_counter() - started
+                p.seconds += took
+                self._log_step(figures, took, bar)
                 if p.step >= self.total_steps:
                     break
                 if every and p.step % every == 0:
@@ -235,17 +267,25 @@ class Trainer:
             print(loss_summary(self.run / "metrics.jsonl"))
         results = self.validate("after training")
         self.save()
-        self.close()
+        if self.accelerator.is_main_process:
+            p = self.progress
+            best = {"best_step": p.best_step, "best_score": p.best_score} if p.best_step >= 0 else {}
+            state.write_finished(self.run, {"step": p.step, "train_seconds": round(p.seconds, 1), **best})
+        self.close(final=final)
         return results
 
-    def close(self) -> None:
-        """End trackers and the process group; the model stays usable."""
+    def close(self, *, final: bool = True) -> None:
+        """End trackers and, with `final`, the process group; the model stays usable."""
         self.accelerator.wait_for_everyone()
         # DDP's reducer goes first: freed after the group, it can hold the GIL while gloo's thread waits for it (seen at exit).
         self.wrapped = self.model
         self.accelerator.free_memory()
         gc.collect()
-        self.accelerator.end_training()
+        if final:
+            self.accelerator.end_training()
+        else:
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
 
     def _announce(self) -> None:
         tasks = Counter(s.task or "asr" for s in self.train_samples)
@@ -265,6 +305,7 @@ class Trainer:
         if step % self.config.train.log_every or not self.accelerator.is_main_process:
             return
         row = {"step": step, "epoch": self.progress.epoch, **figures, "seconds": took, "tokens_per_s": figures["tokens"] / took,
+               "data_wait": self.waited / (self.waited + took),
                "memory_gib": peak_memory(), **{f"lr_{k}": v for k, v in group_rates(self.optimizer).items()},
                **self._norm_ratio(step), **self.tally.shares()}
         self._record("train", row)
@@ -361,11 +402,11 @@ def _sum_names(registry: TaskRegistry) -> list[str]:
             *(f"{kind}_{t.name}" for t in registry for kind in ("sum", "n"))]
 
 
-def _micro_sums(losses: Tensor, loss: Tensor, batch: Batch, registry: TaskRegistry) -> Tensor:
+def _micro_sums(losses: Tensor, loss: Tensor, batch: Batch, registry: TaskRegistry, floor: float) -> Tensor:
     """Figures of one micro-batch that add up over micro-batches and processes, in the order of :func:`_sum_names`."""
     parts, cpu = batch.target_parts, losses.double().cpu()
     is_task, is_asr = parts == TASK_PART, parts == ASR_PART
-    shares, tasked = sample_shares(parts)[0], is_task.any(-1)
+    shares, tasked = sample_shares(parts, floor)[0], is_task.any(-1)
     sums: list[Any] = [float(loss), cpu[is_asr].sum(), cpu[is_task].sum(), is_asr.sum(), is_task.sum(), shares[tasked].sum(),
             tasked.sum(), batch.mel_lengths.sum(), 1.0 - batch.padding_share]
     for task in registry:

@@ -31,17 +31,26 @@ def describe(config: Config, model: SLUModel, n_samples: dict[str, int], steps: 
     lines += [
         f"samples: {sum(n_samples.values())} ({by_task})",
         *([mixture] if mixture else []),
-        f"batch: {config.train.batch_size} samples = {world} process(es) x {parts} micro-batch(es) of at most "
-        f"{config.train.micro_batch_size}; {steps} steps",
+        f"batch: {_batch(config, world, parts)}; {steps} steps",
         f"expected memory: {expected_memory(model) / 2**30:.2f} GiB for weights, gradients and optimizer a process, "
         "plus activations",
     ]
     return "\n".join(lines)
 
 
+def _batch(config: Config, world: int, parts: int) -> str:
+    train = config.train
+    shared = f"= {world} process(es) x {parts} micro-batch(es) of"
+    if train.batch_tokens:
+        return f"at most {train.batch_tokens} tokens {shared} about {train.batch_tokens // (world * parts)}"
+    return f"{train.batch_size} samples {shared} at most {train.micro_batch_size}"
+
+
 def accumulation(config: Config, world: int) -> int:
     """Micro-batches a process takes for one step."""
     train = config.train
+    if train.batch_tokens:
+        return -(-train.batch_tokens // (world * train.micro_batch_tokens)) if train.micro_batch_tokens else 1
     return max(1, -(-train.batch_size // (world * train.micro_batch_size)))
 
 

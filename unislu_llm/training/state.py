@@ -25,6 +25,7 @@ from unislu_llm.training.config import Config
 
 LAST, BEST = "last", "best"
 _STATE = "trainer_state.pt"
+_FINISHED = "finished.json"
 
 
 @dataclass
@@ -36,6 +37,29 @@ class Progress:
     step_in_epoch: int = 0
     best_score: float = float("-inf")
     best_step: int = -1
+    seconds: float = 0.0
+    """Spent on steps, over all sittings; validation not counted."""
+
+
+def can_resume(folder: Path) -> bool:
+    """Whether a run folder holds a checkpoint to go on from."""
+    return (folder / LAST / _STATE).is_file()
+
+
+def is_finished(folder: Path) -> bool:
+    """Whether the run in a folder came to its end."""
+    return (folder / _FINISHED).is_file()
+
+
+def write_finished(folder: Path, values: Mapping[str, Any]) -> None:
+    """Note that a run came to its end, and its last figures."""
+    write_text(folder / _FINISHED, json.dumps(dict(values), indent=2) + "\n")
+
+
+def read_finished(folder: Path) -> dict[str, Any]:
+    """What :func:`write_finished` wrote; nothing for a run that has not ended."""
+    path = folder / _FINISHED
+    return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
 
 def create_run(config: Config, name: str) -> Path:
@@ -46,7 +70,7 @@ def create_run(config: Config, name: str) -> Path:
     """
     folder = Path(config.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if config.resume:
-        if not (folder / LAST / _STATE).is_file():
+        if not can_resume(folder):
             raise UserError(f"--resume: {folder / LAST} holds no checkpoint; give the run's folder as --output")
         return folder
     if folder.exists() and any(folder.iterdir()):
