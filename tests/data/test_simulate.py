@@ -48,7 +48,8 @@ def test_fit_finds_the_options_that_simulated() -> None:
                                 confusions={c: {c % V + 1: 1} for c in range(1, V + 1)})
     refs, draw = texts(300), torch.Generator().manual_seed(2)
     found = fit_simulation(refs, [simulate(ref, V, options, draw) for ref in refs])
-    for name, slack in (("substitutions", 0.03), ("deletions", 0.03), ("insertions", 0.02), ("burst", 0.08), ("repeat", 0.05), ("blanks", 0.2),
+    for name, slack in (("substitutions", 0.03), ("deletions", 0.03), ("insertions", 0.02), ("burst", 0.08),
+                        ("repeat", 0.05), ("blanks", 0.2),
                         ("peak", 0.1), ("peak_spread", 0.1)):
         assert getattr(found, name) == pytest.approx(getattr(options, name), abs=slack), name
     for c in range(1, V + 1):

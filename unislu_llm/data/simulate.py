@@ -201,6 +201,7 @@ def fit_simulation(references: Sequence[Sequence[int]], log_posteriors: Sequence
     return SimulationOptions(
         substitutions=substitutions, deletions=min(deletions, 1 - substitutions),
         insertions=min(kinds["insertions"] / n_ref, 0.99),
-        burst=min(lost_again / max(lost, 1), 0.99), repeat=1 - labels / frames if frames else 0.0, blanks=blanks / max(labels + len(references), 1),
+        burst=min(lost_again / max(lost, 1), 0.99), repeat=1 - labels / frames if frames else 0.0,
+        blanks=blanks / max(labels + len(references), 1),
         peak=float(peak.mean()) if len(peak) else 0.0, peak_spread=float(peak.std()) if len(peak) > 1 else 0.0,
         confusions={c: dict(table) for c, table in confusions.items()})
