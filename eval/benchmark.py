@@ -1,7 +1,8 @@
 """Measure speed and memory.
 
     python eval/benchmark.py decode --model runs/my-run      # decoding, beside transformers' own generate
-    python eval/benchmark.py train                           # training
+    python eval/benchmark.py train                           # training, beside the speech LLM classes of transformers
+    python eval/benchmark.py cache                           # losses and time of training with and without the encoder cache
 
 Results go to eval/results; see eval/README.md.
 """
@@ -14,9 +15,10 @@ from typing import Any
 
 import tyro
 
-from unislu_llm.analysis.benchmark_options import DecodeBenchmark, TrainBenchmark
+from unislu_llm.analysis.benchmark_options import CacheBenchmark, DecodeBenchmark, TrainBenchmark
 
-SUBCOMMANDS: dict[str, Any] = {"decode": DecodeBenchmark, "train": TrainBenchmark}
+SUBCOMMANDS: dict[str, Any] = {"decode": DecodeBenchmark, "train": TrainBenchmark,
+                               "cache": CacheBenchmark}
 """Name to settings; `unislu_llm.analysis.benchmark_<name>` has `run(options, command) -> exit status`."""
 
 

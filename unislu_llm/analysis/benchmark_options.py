@@ -123,3 +123,21 @@ class TrainBenchmark:
     """Result file."""
     plot: Path | None = None
     """Also draw the speeds into this file (PNG, SVG or PDF)."""
+
+
+@dataclass
+class CacheBenchmark:
+    """What the encoder cache changes in training: losses of the first steps with and without it, and their time."""
+
+    config: Path = Path("recipes/configs/quickstart_llm.yaml")
+    """Config of the run."""
+    kind: Literal["speech_llm", "whisper_slu"] = "speech_llm"
+    """Decoder."""
+    steps: int = 20
+    """Optimizer steps of every variant."""
+    control: float = 1e-5
+    """Relative change of the trained weights at the start of the control run, which has no cache."""
+    out: Path = Path("eval/results/benchmark-cache.json")
+    """Result file."""
+    threads: int = 0
+    """CPU threads; 0 takes all cores this process may use."""

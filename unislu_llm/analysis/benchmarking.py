@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from unislu_llm.analysis.runs import portable
+from unislu_llm.analysis import runs
 from unislu_llm.models.base import SLUModel
 from unislu_llm.training.state import versions, write_text
 
@@ -28,7 +28,7 @@ def environment() -> dict[str, Any]:
 
 def shown(command: Sequence[str]) -> str:
     """A command line without this machine's folders, to store with a result."""
-    return " ".join(portable(part) if Path(part).is_absolute() else part for part in command)
+    return " ".join(runs.shown(part) for part in command)
 
 
 def decoder_of(model: SLUModel) -> Any:

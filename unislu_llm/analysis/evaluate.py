@@ -17,7 +17,7 @@ import torch
 from unislu_llm.analysis.calibration_plot import reliability_plot
 from unislu_llm.analysis.options import EvalOptions
 from unislu_llm.analysis.predictions import PredictionFile, row_key
-from unislu_llm.analysis.runs import Run, checkpoint_step, file_hash, find_run, load_model, portable
+from unislu_llm.analysis.runs import Run, checkpoint_step, file_hash, find_run, load_model, portable, shown
 from unislu_llm.data.audio import MAX_SECONDS
 from unislu_llm.data.collate import SpeechDataset
 from unislu_llm.data.long_audio import LongAudio
@@ -168,7 +168,7 @@ def evaluate_run(job: Job, out: Path, command: Sequence[str] = (), *, again: boo
         if meta["versions"]["git"] != versions()["git"]:
             print("  they were made by another revision of the code")
     scores = score_rows(rows, registry)
-    result = _result(job, key, registry, rows, meta) | {"command": " ".join(map(_shown, command))}
+    result = _result(job, key, registry, rows, meta) | {"command": " ".join(map(shown, command))}
     result |= {"predictions": portable(file.path), "predictions_sha256": meta["rows_sha256"], "scores": scores}
     out.mkdir(parents=True, exist_ok=True)
     if job.probabilities:
@@ -265,7 +265,8 @@ def _calibrate(job: Job, rows: Sequence[dict[str, Any]], registry: TaskRegistry,
 
 def _result(job: Job, key: dict[str, Any], registry: TaskRegistry, rows: list[dict[str, Any]],
             meta: dict[str, Any]) -> dict[str, Any]:
-    config = {k: _shown(v) for k, v in job.run.model_config().items() if k not in ("tasks", "transformers_version")}
+    config = {k: shown(v) if isinstance(v, str) else v for k, v in job.run.model_config().items()
+              if k not in ("tasks", "transformers_version")}
     manifests = [{"file": portable(p), "sha256": digest}
                  for p, digest in zip(job.manifests, key["manifests"], strict=True)]
     return {
@@ -282,14 +283,6 @@ def _result(job: Job, key: dict[str, Any], registry: TaskRegistry, rows: list[di
 def _versions() -> dict[str, Any]:
     """Versions without the command line, which may hold paths of this machine."""
     return {key: value for key, value in versions().items() if key != "command"}
-
-
-def _shown(value: Any) -> Any:
-    """Absolute paths made portable, also behind `--flag=`."""
-    if not isinstance(value, str):
-        return value
-    flag, equals, path = value.rpartition("=") if value.startswith("--") else ("", "", value)
-    return f"{flag}{equals}{portable(path)}" if Path(path).is_absolute() else value
 
 
 def _now() -> str:

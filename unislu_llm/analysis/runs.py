@@ -162,3 +162,9 @@ def portable(path: str | Path) -> str:
     if common == Path(full.anchor):
         return Path(*full.parts[-2:]).as_posix() if len(full.parts) > 2 else full.name
     return Path(os.path.relpath(full, here)).as_posix()
+
+
+def shown(argument: str) -> str:
+    """A word of a command line with its absolute path made portable, also behind `--flag=`."""
+    flag, equals, path = argument.rpartition("=") if argument.startswith("--") else ("", "", argument)
+    return f"{flag}{equals}{portable(path)}" if Path(path).is_absolute() else argument
