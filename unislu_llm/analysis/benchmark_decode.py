@@ -26,7 +26,7 @@ from unislu_llm.analysis.benchmarking import alternate, decoder_of, environment,
 from unislu_llm.analysis.runs import file_hash, find_run, load_model
 from unislu_llm.data.collate import SpeechDataset
 from unislu_llm.data.targets import Sample, TextCodec
-from unislu_llm.decoding.generate import DecodeOptions, decode_batch, understand
+from unislu_llm.decoding.generate import DecodeOptions, decode_batch, predict, understand
 from unislu_llm.decoding.grammar import grammar_of
 from unislu_llm.errors import UserError
 from unislu_llm.models import weights
@@ -190,7 +190,19 @@ def task_rows(model: SLUModel, samples: list[Sample], options: DecodeBenchmark) 
         one = spread(times["one task"])["median"]
         rows += [{"system": name, "batch": size, "device": str(model.device), "dtype": options.precision,
                   "seconds": spread(taken), "time_to_one_task": spread(taken)["median"] / one} for name, taken in times.items()]
+        rows[-len(systems)]["same_as_alone"] = _same_as_alone(model, samples, names, how)
     return rows
+
+
+def _same_as_alone(model: SLUModel, samples: list[Sample], names: Sequence[str], how: DecodeOptions) -> str:
+    """By task, how many answers with a shared transcript are those of `generate` for that task alone, its token forced."""
+    together = understand(model, [str(s.utterance.audio) for s in samples], names, how)
+    found = []
+    for name in names:
+        alone = predict(model, [Sample(s.utterance, name) for s in samples], replace(how, force_task=True, grammar=True))
+        same = sum(a["hyp_text"] == t["text"] and a["hyp"] == t[name] for a, t in zip(alone, together, strict=True))
+        found.append(f"{name} {same} of {len(samples)}")
+    return ", ".join(found)
 
 
 def _each(model: SLUModel, files: list[str], names: Sequence[str], how: DecodeOptions) -> None:

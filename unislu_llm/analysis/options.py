@@ -27,6 +27,10 @@ class DecodeFlags:
     """Let only well-formed answers be decoded."""
     grounded: bool = False
     """With the grammar: phrases of span tasks are whole words of the transcript just decoded."""
+    static_cache: bool = False
+    """Keys and values in tensors of one size, for a GPU."""
+    compile: bool = False
+    """With the static cache, compile the decoder's forward (GPU)."""
 
     def given(self) -> dict[str, Any]:
         """The values that were given."""
