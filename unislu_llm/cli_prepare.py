@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import tyro
 
+from unislu_llm.data.manifest import read_manifest
 from unislu_llm.data.prepare import Conll, Csv, SlueHub, SlueVoxCeleb, SlueVoxPopuli, Source, Voice, prepare
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import TaskRegistry
@@ -24,6 +25,7 @@ class Options:
         tasks_file: YAML list of tasks; default: named entities and sentiment.
         corpus_name: Name of the corpus in every row; default: the source's.
         max_seconds: Longer utterances are dropped and counted; 0 keeps all.
+        exclude: Manifests whose rows are left out, by id and by text: dev and test sets.
         voice: Voice the rows without audio (synthetic speech); a stopped run goes on where it was.
         voices: Names of voice variants; default: all of them.
         voice_mix: Room and noise on voiced clips: mild, multi (3 to 20 dB) or clean.
@@ -35,6 +37,7 @@ class Options:
     tasks_file: Path | None = None
     corpus_name: str | None = None
     max_seconds: float = 30.0
+    exclude: tuple[Path, ...] = ()
     voice: bool = False
     voices: tuple[str, ...] = ()
     voice_mix: Literal["mild", "multi", "clean"] = "mild"
@@ -77,8 +80,9 @@ def _prepare(source: Source, options: Options) -> int:
     if options.voices and not options.voice:
         raise UserError("--voices has no effect without --voice; add it")
     voice = Voice(options.voices, options.voice_mix, options.voice_seed, options.voice_workers) if options.voice else None
+    excluded = [u for path in options.exclude for u in read_manifest(path, registry)]
     print(prepare(source, options.out, registry=registry, voice=voice, corpus=options.corpus_name,
-                  max_seconds=options.max_seconds))
+                  max_seconds=options.max_seconds, exclude=excluded))
     return 0
 
 

@@ -23,6 +23,8 @@ class Utterance:
         speaker, language, corpus: free-form; `corpus` groups scores.
         duration: length after the crop, seconds, where the manifest gives it.
         source: `file:line` of the manifest row, for messages.
+        draft: a recogniser's transcript, for models that read one beside the speech; `""` where it heard nothing, None where
+            there is none.
         segments: the row's `segments` as written, where it has them (:mod:`unislu_llm.data.long_audio`).
     """
 
@@ -38,3 +40,4 @@ class Utterance:
     duration: float | None = None
     source: str = ""
     segments: Sequence[Any] | None = None
+    draft: str | None = None

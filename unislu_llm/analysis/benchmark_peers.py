@@ -52,6 +52,9 @@ LLMS: dict[str, dict[str, Any]] = {
 PEERS = ("GlmAsr", "Voxtral", "AudioFlamingo3", "Qwen2Audio")
 """Classes of transformers, without `ForConditionalGeneration`."""
 
+NEED_30S = ("Voxtral", "AudioFlamingo3", "Qwen2Audio")
+"""Those that refuse mel of any other length; GLM-ASR would take less."""
+
 _N_MELS, _TOKENS = 80, 256  # targets take ids below _TOKENS
 
 

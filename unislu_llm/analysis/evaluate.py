@@ -22,12 +22,15 @@ from unislu_llm.data.audio import MAX_SECONDS
 from unislu_llm.data.collate import SpeechDataset
 from unislu_llm.data.long_audio import LongAudio
 from unislu_llm.data.targets import Sample
+from unislu_llm.decoding.drafts import given_draft
 from unislu_llm.decoding.generate import DecodeOptions, predict
 from unislu_llm.decoding.probabilities import label_probabilities
 from unislu_llm.errors import UserError
 from unislu_llm.models.base import WEIGHTS_FILE, SLUModel
 from unislu_llm.scoring.calibration import FIELD, Calibration, calibrate_rows, has_probabilities
 from unislu_llm.scoring.slue import format_table, score_rows
+from unislu_llm.scoring.text import PROTOCOLS
+from unislu_llm.scoring.wer import corpus_wer
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.training.build import load_samples
 from unislu_llm.training.config import DecodeConfig
@@ -168,6 +171,7 @@ def evaluate_run(job: Job, out: Path, command: Sequence[str] = (), *, again: boo
         if meta["versions"]["git"] != versions()["git"]:
             print("  they were made by another revision of the code")
     scores = score_rows(rows, registry)
+    add_ctc_wer(scores, rows)
     result = _result(job, key, registry, rows, meta) | {"command": " ".join(map(shown, command))}
     result |= {"predictions": portable(file.path), "predictions_sha256": meta["rows_sha256"], "scores": scores}
     out.mkdir(parents=True, exist_ok=True)
@@ -177,6 +181,15 @@ def evaluate_run(job: Job, out: Path, command: Sequence[str] = (), *, again: boo
     print(f"  {meta['seconds']:.1f} s for {meta['audio_seconds']:.1f} s of audio (RTF {meta['rtf']:.3f}); "
           f"predictions: {file.path}; scores: {out / job.label}.json", flush=True)
     return result
+
+
+def add_ctc_wer(scores: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
+    """Add `ctc_wer` to each protocol's scores: WER of the greedy CTC transcripts, where the rows have them."""
+    spoken = list({(row["corpus"], row["id"]): row for row in rows if "ctc_text" in row}.values())
+    for protocol in PROTOCOLS if spoken else ():
+        found = corpus_wer([row["ref_text"] for row in spoken], [row["ctc_text"] for row in spoken], protocol)
+        scores[protocol]["ctc_wer"] = found.wer
+        print(f"  WER of the greedy CTC text ({protocol}): {found.wer:.2f}")
 
 
 def _samples(job: Job, registry: TaskRegistry) -> list[Sample]:
@@ -238,8 +251,10 @@ def add_probabilities(model: SLUModel, rows: Sequence[dict[str, Any]], samples: 
             by_task.setdefault(row["task"], []).append(row)
     for name, some in by_task.items():
         labels = model.codec.registry[name].labels
-        waves = [wave for _, wave in SpeechDataset([samples[row_key(row)] for row in some])]  # type: ignore[attr-defined]
-        found = label_probabilities(model, waves, [row["hyp_text"] for row in some], name, batch_size=batch_size)
+        asked = [samples[row_key(row)] for row in some]
+        waves = [wave for _, wave in SpeechDataset(asked)]  # type: ignore[attr-defined]
+        found = label_probabilities(model, waves, [row["hyp_text"] for row in some], name, batch_size=batch_size,
+                                    drafts=[given_draft(s, model.config.draft) for s in asked])
         for row, values in zip(some, found.tolist(), strict=True):
             row[FIELD] = {label: round(value, 6) for label, value in zip(labels, values, strict=True)}
 

@@ -190,7 +190,8 @@ class AugmentedCollator:
     def __call__(self, items: Sequence[tuple[Sample, Tensor, Key]]) -> Batch:
         """Batch `(sample, audio (S,), key)` triples; order is kept."""
         batch = self.collator([(sample, wave) for sample, wave, _ in items])
-        for row, (length, (_, _, key)) in enumerate(zip(batch.mel_lengths.tolist(), items, strict=True)):
+        heard = [(n, key) for n, (_, _, key) in zip(batch.mel_lengths.tolist(), items, strict=True) if n]
+        for row, (length, key) in enumerate(heard):
             batch.mel[row] = self.augmenter.masks(batch.mel[row], length, key)
         return batch
 
@@ -216,7 +217,8 @@ def _rms(wave: Tensor) -> float:
 
 
 def _speechless(sample: Sample) -> Sample:
-    return Sample(dataclasses.replace(sample.utterance, text="", labels={}), None)
+    draft = None if sample.utterance.draft is None else ""
+    return Sample(dataclasses.replace(sample.utterance, text="", labels={}, draft=draft), None)
 
 
 def _stretch(rng: np.random.Generator, size: int, longest: int) -> tuple[int, int]:

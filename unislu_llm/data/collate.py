@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -14,6 +14,7 @@ from torch.utils.data import Dataset
 
 from unislu_llm.data import audio
 from unislu_llm.data.cache import AudioKey, Clip, FrameCache, load_clip
+from unislu_llm.data.simulate import SparsePosteriors
 from unislu_llm.data.targets import Sample, TextCodec
 from unislu_llm.errors import UserError
 from unislu_llm.loss import NO_PART
@@ -31,6 +32,11 @@ class Batch:
         frames: `(batch, T_enc, D)` encoder frames at 50 Hz, where the samples come with a cache. frame_lengths: `(batch,)`
             valid ones. missing: rows that the cache lacked, and the name to store them under; `mel` holds these rows alone
             then, in order. See :func:`unislu_llm.models.frames.complete`.
+        draft_ids: `(batch, L_draft)` ids of the drafts with the text before each, filled with the pad id, for models that read
+            drafts. draft_lengths: `(batch,)`, 0 for a sample without.
+        simulated_classes, simulated_shares: `(texts, T_ctc, 3)` posteriors of the samples without audio, in order, see
+            :class:`~unislu_llm.data.simulate.SparsePosteriors`. simulated_lengths: `(batch,)` frames, 0 for a sample with audio.
+            Where there are such samples, `mel` holds the others alone, in order, and `mel_lengths` is 0 for them.
     """
 
     samples: list[Sample]
@@ -41,9 +47,26 @@ class Batch:
     frames: Tensor | None = None
     frame_lengths: Tensor | None = None
     missing: dict[int, AudioKey | None] = field(default_factory=dict)
+    draft_ids: Tensor | None = None
+    draft_lengths: Tensor | None = None
+    simulated_classes: Tensor | None = None
+    simulated_shares: Tensor | None = None
+    simulated_lengths: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.samples)
+
+    def drafts(self) -> dict[str, Tensor]:
+        """The drafts as arguments of a model; none where the batch was not made for a model that reads them."""
+        if self.draft_ids is None or self.draft_lengths is None:
+            return {}
+        return {"draft_ids": self.draft_ids, "draft_lengths": self.draft_lengths}
+
+    def extras(self) -> dict[str, Tensor]:
+        """Drafts and simulated posteriors as arguments of a model's `forward`, where there are any."""
+        simulated = {name: value for name in ("simulated_classes", "simulated_shares", "simulated_lengths")
+                     if (value := getattr(self, name)) is not None}
+        return self.drafts() | simulated
 
     def to(self, device: torch.device | str) -> Batch:
         """A copy with every tensor on `device`."""
@@ -106,7 +129,8 @@ def _named(utterance: Utterance) -> Iterator[None]:
     """Name the manifest line in errors about its audio."""
     where = utterance.source or utterance.id
     if utterance.audio is None:
-        raise UserError(f"{where}: field 'audio': the row has no audio; only a model trained on text can use it")
+        raise UserError(f"{where}: field 'audio': the row has no audio; it can train an LLM with the projector "
+                        "'ctc' (docs/ctc.md), and nothing else")
     try:
         yield
     except UserError as error:
@@ -120,35 +144,75 @@ class Collator:
         codec: text codec of the model.
         n_mels: mel bins its encoder takes.
         pad_to_30s: pad every clip to 30 s of silence before the mel, as Whisper was trained.
+        draft_prompt: ids before each draft, for a model that reads drafts; None for one that does not.
     """
 
-    def __init__(self, codec: TextCodec, n_mels: int = 80, pad_to_30s: bool = False) -> None:
+    def __init__(self, codec: TextCodec, n_mels: int = 80, pad_to_30s: bool = False,
+                 draft_prompt: Sequence[int] | None = None) -> None:
         self.codec = codec
         self.n_mels = n_mels
         self.pad_to_30s = pad_to_30s
+        self.draft_prompt = draft_prompt
 
-    def __call__(self, items: Sequence[tuple[Sample, Tensor]] | Sequence[tuple[Sample, Clip]]) -> Batch:
-        """Batch `(sample, audio (S,))` or `(sample, clip)` pairs; order is kept."""
+    def draft(self, sample: Sample) -> list[int]:
+        """Ids of a sample's draft and the text before it, tokenised as transcripts are; none where there is no draft."""
+        draft = sample.utterance.draft
+        if self.draft_prompt is None or draft is None:
+            return []
+        return [*self.draft_prompt, *(self.codec.text_ids(draft) if draft else [])]
+
+    def __call__(self, items: Sequence[tuple[Sample, Any]]) -> Batch:
+        """Batch `(sample, audio (S,))` or `(sample, clip)` pairs, or for text `(sample, posteriors)`; order is kept."""
+        batch = self._batch(items)
+        if self.draft_prompt is None:
+            return batch
+        drafts = [torch.tensor(self.draft(sample), dtype=torch.long) for sample in batch.samples]
+        return replace(batch, draft_ids=pad_sequence(drafts, batch_first=True, padding_value=self.codec.pad_id),
+                       draft_lengths=torch.tensor([len(draft) for draft in drafts]))
+
+    def _batch(self, items: Sequence[tuple[Sample, Any]]) -> Batch:
         samples = [sample for sample, _ in items]
         targets = [self.codec.target(sample) for sample in samples]
         ids = pad_sequence([torch.tensor(t.ids) for t in targets], batch_first=True, padding_value=self.codec.pad_id)
         parts = pad_sequence([torch.tensor(t.parts) for t in targets], batch_first=True, padding_value=NO_PART)
-        waves = [wave for _, wave in items if isinstance(wave, Tensor)]
-        if len(waves) == len(items):
-            return Batch(samples, *self._mel(waves), ids, parts)
-        return self._cached(samples, [clip for _, clip in items if isinstance(clip, Clip)], ids, parts)
+        sounds: list[Any] = [sound for _, sound in items]
+        texts = {i: sound for i, sound in enumerate(sounds) if isinstance(sound, SparsePosteriors)}
+        if texts:
+            return self._with_texts(samples, sounds, texts, ids, parts)
+        if all(isinstance(sound, Tensor) for sound in sounds):
+            return Batch(samples, *self._mel(sounds), ids, parts)
+        return self._cached(samples, sounds, ids, parts)
+
+    def _with_texts(self, samples: list[Sample], sounds: list[Any], texts: Mapping[int, SparsePosteriors], ids: Tensor,
+                    parts: Tensor) -> Batch:
+        """A batch in which some samples have no audio."""
+        heard = {i: sound for i, sound in enumerate(sounds) if i not in texts}
+        if any(isinstance(sound, Clip) for sound in heard.values()):
+            batch = self._cached(samples, [heard.get(i) for i in range(len(sounds))], ids, parts)
+        else:
+            mel, lengths = torch.zeros(0, self.n_mels, 0), torch.zeros(len(sounds), dtype=torch.long)
+            if heard:
+                mel, lengths[list(heard)] = self._mel(list(heard.values()))
+            batch = Batch(samples, mel, lengths, ids, parts)
+        counts = torch.zeros(len(sounds), dtype=torch.long)
+        counts[list(texts)] = torch.tensor([len(text) for text in texts.values()])
+        return replace(batch, simulated_classes=pad_sequence([t.classes for t in texts.values()], batch_first=True),
+                       simulated_shares=pad_sequence([t.shares for t in texts.values()], batch_first=True),
+                       simulated_lengths=counts)
 
     def _mel(self, waves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         return audio.batch_log_mel(waves, self.n_mels, pad_to_30s=self.pad_to_30s)
 
-    def _cached(self, samples: list[Sample], clips: Sequence[Clip], ids: Tensor, parts: Tensor) -> Batch:
-        """A batch of clips: the frames that are there, and the log-mel of the others."""
-        missing = {i: clip.key for i, clip in enumerate(clips) if clip.frames is None}
+    def _cached(self, samples: list[Sample], clips: Sequence[Clip | None], ids: Tensor, parts: Tensor) -> Batch:
+        """A batch of clips (None: no audio): the frames that are there, and the log-mel of the others."""
+        silent = [i for i, clip in enumerate(clips) if clip is None]
+        clips = [Clip(0) if clip is None else clip for clip in clips]
+        missing = {i: clip.key for i, clip in enumerate(clips) if clip.frames is None and i not in silent}
         waves = [clip.wave for clip in clips if clip.wave is not None]
         mel = self._mel(waves)[0] if waves else torch.zeros(0, self.n_mels, 0)
         known = next((c.frames for c in clips if c.frames is not None), torch.zeros(0, 0))
         frames = pad_sequence([known[:0] if c.frames is None else c.frames for c in clips], batch_first=True)
         n_mel = torch.tensor([clip.n_mel for clip in clips])
         lengths = audio.encoder_length(n_mel)
-        lengths[list(missing)] = 0
+        lengths[[*missing, *silent]] = 0
         return Batch(samples, mel, n_mel, ids, parts, frames, lengths, missing)

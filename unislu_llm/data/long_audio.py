@@ -150,4 +150,6 @@ def _join(left: Utterance, right: Utterance, registry: TaskRegistry, max_seconds
     for name, value in left.labels.items():
         moved = [Span(s[0], int(s[1]) + shift, int(s[2]) + shift) for s in right.labels[name]]
         labels[name] = (*value, *moved)  # type: ignore[assignment]
-    return dataclasses.replace(left, text=f"{left.text} {right.text}", labels=labels, end=right.end)
+    drafts = [draft for draft in (left.draft, right.draft) if draft is not None]
+    return dataclasses.replace(left, text=f"{left.text} {right.text}", labels=labels, end=right.end,
+                               draft=" ".join(drafts).strip() if len(drafts) == 2 else None)

@@ -2,12 +2,12 @@
 
     {"id": "a", "audio": "wav/a.flac", "text": "...", "ner": [{"label": "ORG", "start": 4, "end": 11}], "sa": "Neutral"}
 
-`id` and `text` are required. `audio` is relative to the manifest; without it the row is text only. A task of the
-registry stands under its name: a list of spans (`{"label", "start", "end"}`, offsets in characters of `text`, or
-`[label, start, end]`), a label, or (multi-label) a list of labels. `[]` says "annotated, there is none"; a missing task
-or `null` says "not annotated". `start`, `end` (crop) and `duration` (after the crop) are seconds; `speaker`, `language`
-and `corpus` are free strings. Any other key is metadata and ignored, unless it looks like a misspelt field that the row
-lacks: that is a problem, because the annotation would be lost in silence.
+`id` and `text` are required. `audio` is relative to the manifest; without it the row is text only. A task of the registry
+stands under its name: a list of spans (`{"label", "start", "end"}`, offsets in characters of `text`, or `[label, start,
+end]`), a label, or (multi-label) a list of labels. `[]` says "annotated, there is none"; a missing task or `null` says "not
+annotated". `start`, `end` (crop) and `duration` (after the crop) are seconds; `speaker`, `language` and `corpus` are free
+strings; `draft` is a recogniser's transcript (`""`: it heard nothing). Any other key is metadata and ignored, unless it
+looks like a misspelt field that the row lacks: that is a problem, because the annotation would be lost in silence.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ KINDS: dict[str, str] = {
     "duplicate_id": "an earlier row has the same id",
     "unknown_key": "a key looks like a misspelt field",
     "text": "the transcript has blanks or control characters out of place",
-    "marker": "the transcript holds a marker of the unified format",
+    "marker": "the transcript or draft holds a marker of the unified format",
     "label": "a label is not in the task's label set, or is given twice",
     "span": "a span does not fit the transcript",
     "overlap": "two spans overlap; the unified format is flat",
@@ -249,7 +249,8 @@ def _as_row(u: Utterance, folder: Path) -> dict[str, Any]:
     row["text"] = u.text
     row |= {name: _plain(value) for name, value in u.labels.items()}
     optional = {"start": u.start or None, "end": u.end, "speaker": u.speaker, "language": u.language,
-                "corpus": u.corpus if u.corpus != "default" else None, "duration": u.duration, "segments": u.segments}
+                "corpus": u.corpus if u.corpus != "default" else None, "duration": u.duration, "draft": u.draft,
+                "segments": u.segments}
     return row | {key: value for key, value in optional.items() if value is not None}
 
 

@@ -215,7 +215,8 @@ class Prepared:
 
 
 def prepare(source: Source, out: str | Path, *, registry: TaskRegistry | None = None, voice: Voice | None = None,
-            corpus: str | None = None, max_seconds: float = 30.0, speakers: tuple[Speaker, ...] = VOICES) -> Prepared:
+            corpus: str | None = None, max_seconds: float = 30.0, speakers: tuple[Speaker, ...] = VOICES,
+            exclude: Iterable[Utterance] = ()) -> Prepared:
     """Write the manifest of a source; audio paths are relative to it. It appears whole or not at all.
 
     Rows are dropped, counted and (the first ten of a reason) named when their audio is missing, cannot be read, does not
@@ -228,6 +229,8 @@ def prepare(source: Source, out: str | Path, *, registry: TaskRegistry | None = 
         corpus: name that the rows carry, in place of the source's.
         max_seconds: longest utterance, 30 s being what Whisper takes; 0: any.
         speakers: the voices that `voice` chooses from.
+        exclude: rows with the id or the text (case and blanks apart) of one of these are dropped: what a model is tested on must
+            not train it, as text either.
 
     Raises:
         UserError: the source cannot be read, all of its audio is missing, or no row is left.
@@ -235,7 +238,7 @@ def prepare(source: Source, out: str | Path, *, registry: TaskRegistry | None = 
     out, registry, tally = Path(out), registry or TaskRegistry(), Tally()
     clips = out.parent / f"{out.stem}_audio"
     chosen = _speakers(voice, speakers) if voice else ()
-    found = list(_sound(source.read(registry, tally, clips), registry, tally))
+    found = _unlike(exclude, list(_sound(source.read(registry, tally, clips), registry, tally)), tally)
     kept = _present(found, tally)
     if voice:
         kept = _voiced(kept, clips, voice, chosen)
@@ -248,6 +251,22 @@ def prepare(source: Source, out: str | Path, *, registry: TaskRegistry | None = 
         prepared.rows.add(u)
     write_manifest(out, rows)
     return prepared
+
+
+def _unlike(excluded: Iterable[Utterance], utterances: list[Utterance], tally: Tally) -> list[Utterance]:
+    """Without those that have the id or the text of an excluded one."""
+    def plain(text: str) -> str:
+        return " ".join(text.lower().split())
+
+    others = list(excluded)
+    ids, texts = {u.id for u in others}, {plain(u.text) for u in others}
+    kept = []
+    for u in utterances:
+        if u.id in ids or plain(u.text) in texts:
+            tally.drop("in an excluded manifest", f"{u.source}: id '{u.id}'")
+        else:
+            kept.append(u)
+    return kept
 
 
 def _folder(path: Path | None) -> Path | None:

@@ -15,7 +15,7 @@ from unislu_llm.tasks import LabelTask, LabelValue, Span, SpanTask, Task, TaskRe
 from unislu_llm.unified import check_text
 from unislu_llm.utterance import Utterance
 
-FIELDS = ("id", "audio", "text", "start", "end", "speaker", "language", "corpus", "duration")
+FIELDS = ("id", "audio", "text", "start", "end", "speaker", "language", "corpus", "duration", "draft")
 """Keys of a row that are not tasks."""
 
 _SYNONYMS = {
@@ -66,6 +66,7 @@ class RowReader:
         text = _string(row, "text", faults, required=True, hint=self._hint(row, "text"))
         if text is not None:
             self._check_text(text, faults)
+        draft = self._draft(row, faults)
         audio = self._audio(row, faults)
         start, end, duration = _times(row, faults)
         self._check_keys(row, faults)
@@ -77,17 +78,27 @@ class RowReader:
         corpus = corpus or self._corpus
         segments = row.get("segments")
         return Utterance(name, audio, text, labels, start, end, speaker, language, corpus, duration, source,
-                         segments if isinstance(segments, list) else None)
+                         segments if isinstance(segments, list) else None, draft)
+
+    def _draft(self, row: Mapping[str, Any], faults: list[Fault]) -> str | None:
+        draft = "" if row.get("draft") == "" else _string(row, "draft", faults)  # empty: nothing was heard
+        if draft is None:
+            return None
+        self._check_marker(draft, "draft", faults)
+        return " ".join(draft.split())
 
     def _check_text(self, text: str, faults: list[Fault]) -> None:
         if text != text.strip():
             faults.append(Fault("text", "text", "starts or ends with a blank; strip it (and move span offsets along)"))
         if _DOUBLE_BLANK.search(text):
             faults.append(Fault("text", "text", "has two blanks in a row; keep one (and move span offsets along)"))
+        self._check_marker(text, "text", faults)
+
+    def _check_marker(self, text: str, field: str, faults: list[Fault]) -> None:
         marker = check_text(text, self._registry) if "[" in text else None
         if marker:
-            faults.append(Fault("text", "marker", f"holds the marker {marker}, which could not be told from a real "
-                                "one; take it out of the transcript"))
+            faults.append(Fault(field, "marker", f"holds the marker {marker}, which could not be told from a real "
+                                f"one; take it out of the {'transcript' if field == 'text' else field}"))
 
     def _audio(self, row: Mapping[str, Any], faults: list[Fault]) -> Path | None:
         value = _string(row, "audio", faults)

@@ -72,9 +72,45 @@ class SimulationOptions:
         return replace(self, substitutions=self.substitutions * scale, deletions=self.deletions * scale,
                        insertions=self.insertions * scale)
 
+    def expected_frames(self, tokens: int) -> float:
+        """Mean number of frames of a text of so many tokens."""
+        heard = tokens * (1 - self.deletions + self.insertions)
+        return heard / (1 - self.repeat) + (heard + 1) * self.blanks
+
+
+@dataclass(frozen=True)
+class SparsePosteriors:
+    """Posteriors of which each frame has but a few, `(T, 3)` each: a class may come twice, its shares add up.
+
+    Args:
+        classes: int64. shares: fp32.
+    """
+
+    classes: Tensor
+    shares: Tensor
+
+    def __len__(self) -> int:
+        return len(self.shares)
+
+    def log_posteriors(self, size: int) -> Tensor:
+        """Dense and normalised, `(T, 1 + size)`."""
+        return densify(self.classes, self.shares, size)
+
+
+def densify(classes: Tensor, shares: Tensor, size: int) -> Tensor:
+    """Log-posteriors `(..., T, 1 + size)` of sparse ones `(..., T, n)`; what nothing speaks for has a floor."""
+    posterior = shares.new_full((*shares.shape[:-1], size + 1), _FLOOR).scatter_add(-1, classes, shares)
+    return (posterior / posterior.sum(-1, keepdim=True)).log()
+
 
 def simulate(classes: Sequence[int], size: int, options: SimulationOptions, generator: torch.Generator) -> Tensor:
-    """Log-posteriors `(T, 1 + size)`, at least one frame, of a text as a CTC projector might hear it.
+    """:func:`simulate_sparse` as log-posteriors `(T, 1 + size)`."""
+    return simulate_sparse(classes, size, options, generator).log_posteriors(size)
+
+
+def simulate_sparse(classes: Sequence[int], size: int, options: SimulationOptions,
+                    generator: torch.Generator) -> SparsePosteriors:
+    """Posteriors, at least one frame, of a text as a CTC projector might hear it.
 
     Args:
         classes: the text, 1 .. size. size: of the vocabulary, without blank. generator: on the CPU; the result follows from it.
@@ -93,13 +129,9 @@ def simulate(classes: Sequence[int], size: int, options: SimulationOptions, gene
     peak = (options.peak + options.peak_spread * torch.randn(len(frames), generator=generator)).sigmoid()
     peak = peak.clamp(0.5 + 1e-3, 1 - 1e-6)  # the best class stays the best
     rest = (1 - peak) * torch.rand(len(frames), generator=generator)
-    posterior = torch.full((len(frames), size + 1), _FLOOR)
-    place = torch.arange(len(frames))
-    posterior[place, other] += rest
     # What is left is blank's beside a token: doubt between tokens and doubt whether there is one.
-    posterior[place, torch.full_like(best, BLANK)] += (1 - peak - rest)
-    posterior[place, best] += peak
-    return (posterior / posterior.sum(-1, keepdim=True)).log()
+    blank = torch.full_like(best, BLANK)
+    return SparsePosteriors(torch.stack([best, other, blank], -1), torch.stack([peak, rest, 1 - peak - rest], -1))
 
 
 def _errors(classes: Sequence[int], size: int, options: SimulationOptions, generator: torch.Generator) -> list[tuple[int, int]]:
@@ -199,7 +231,7 @@ def fit_simulation(references: Sequence[Sequence[int]], log_posteriors: Sequence
     peak = torch.cat(peaks) if peaks else torch.zeros(0)
     substitutions, deletions = kinds["substitutions"] / n_ref, kinds["deletions"] / n_ref
     return SimulationOptions(
-        substitutions=substitutions, deletions=min(deletions, 1 - substitutions),
+        substitutions=min(substitutions, 0.99), deletions=min(deletions, 1 - substitutions, 0.99),
         insertions=min(kinds["insertions"] / n_ref, 0.99),
         burst=min(lost_again / max(lost, 1), 0.99), repeat=1 - labels / frames if frames else 0.0,
         blanks=blanks / max(labels + len(references), 1),

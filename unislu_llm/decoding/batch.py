@@ -7,16 +7,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 
-from unislu_llm.data.collate import Collator
+from unislu_llm.data.collate import Batch, Collator
 from unislu_llm.data.targets import Sample, TextCodec
+from unislu_llm.decoding.drafts import complete_drafts, given_draft
 from unislu_llm.decoding.grammar import grammar_of
 from unislu_llm.decoding.options import DecodeOptions
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.state import Encoded
 from unislu_llm.tasks import SEPARATOR
 from unislu_llm.utterance import Utterance
+
+_ENCODED_TOGETHER = 4
+"""Clips that a CPU encodes at one time."""
 
 
 class LengthBound(StoppingCriteria):
@@ -55,12 +60,33 @@ class ForcedControl(LogitsProcessor):
         return torch.where(rows[:, None], forced, scores)
 
 
-def encode_waves(model: SLUModel, waves: Sequence[Tensor], collator: Collator | None = None) -> Encoded:
-    """Audio `(S,)` each, at 16 kHz, as the decoder takes it in."""
-    blank = Sample(Utterance("", None, "", {}), None)
-    batch = (collator or model.collator())([(blank, wave) for wave in waves]).to(model.device)
+def encode_waves(model: SLUModel, waves: Sequence[Tensor], collator: Collator | None = None,
+                 drafts: Sequence[str | None] | None = None) -> Encoded:
+    """Audio `(S,)` each, at 16 kHz, as the decoder takes it in.
+
+    Args:
+        drafts: of each clip, for a model that reads drafts; those that lack are made (:mod:`unislu_llm.decoding.drafts`).
+    """
+    blanks = [Sample(Utterance("", None, "", draft=d), None) for d in complete_drafts(model, waves, drafts)]
+    batch = (collator or model.collator())(list(zip(blanks, waves, strict=True))).to(model.device)
     with torch.inference_mode():
-        return model.encode(batch.mel, batch.mel_lengths)
+        if model.device.type != "cpu" or len(batch) <= _ENCODED_TOGETHER:
+            return model.encode(batch.mel, batch.mel_lengths, **batch.drafts())
+        return _encode_by_length(model, batch)
+
+
+def _encode_by_length(model: SLUModel, batch: Batch) -> Encoded:
+    """Encode a few clips of like length at one time: a CPU gains nothing from more, and would pay for their padding."""
+    order = batch.mel_lengths.argsort(descending=True)
+    parts = []
+    for rows in order.split(_ENCODED_TOGETHER):
+        mel, drafts = batch.mel[rows], {name: value[rows] for name, value in batch.drafts().items()}
+        width = mel.shape[-1] if model.config.pad_to_30s else int(batch.mel_lengths[rows].max())
+        parts.append(model.encode(mel[..., :width], batch.mel_lengths[rows], **drafts))
+    back = order.argsort()
+    frames = pad_sequence([row for part in parts for row in part.frames], batch_first=True)[back]
+    lengths = torch.cat([part.lengths for part in parts])[back]
+    return Encoded(frames, lengths, batch.draft_ids, batch.draft_lengths)
 
 
 def decode_batch(model: SLUModel, samples: Sequence[Sample], waves: Sequence[Tensor], options: DecodeOptions,
@@ -69,14 +95,15 @@ def decode_batch(model: SLUModel, samples: Sequence[Sample], waves: Sequence[Ten
 
     Args:
         model: either decoder, in eval mode.
-        samples: what is decoded; transcripts and labels are not looked at.
+        samples: what is decoded; transcripts and labels are not looked at (transcripts are, where they are the draft).
         waves: audio of each, `(S,)` at 16 kHz.
 
     Raises:
         UserError: with the grammar, `max_new_tokens` is below the shortest answer.
     """
     durations = [len(w) / 16_000 for w in waves]
-    found = decode_encoded(model, encode_waves(model, waves, collator), durations, [s.task for s in samples], options)
+    encoded = encode_waves(model, waves, collator, [given_draft(s, model.config.draft) for s in samples])
+    found = decode_encoded(model, encoded, durations, [s.task for s in samples], options)
     return [answers[0] for answers in found]
 
 

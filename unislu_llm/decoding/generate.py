@@ -15,6 +15,7 @@ from unislu_llm.decoding.options import DecodeOptions
 from unislu_llm.decoding.rows import prediction_row
 from unislu_llm.decoding.understand import understand
 from unislu_llm.models.base import SLUModel
+from unislu_llm.models.ctc import CTCProjector
 
 
 def predict(model: SLUModel, samples: Sequence[Sample], options: DecodeOptions | None = None, *, progress: str = "",
@@ -29,7 +30,8 @@ def predict(model: SLUModel, samples: Sequence[Sample], options: DecodeOptions |
         on_rows: called with the finished rows of every batch.
 
     Returns:
-        One prediction row a sample; see `eval/README.md` for its fields.
+        One prediction row a sample; see `eval/README.md` for its fields. A model with a `ctc` projector adds `ctc_text`, the greedy
+        CTC transcript, which the encoder's pass gives anyway.
 
     Raises:
         UserError: unreadable audio; the message names manifest line and file.
@@ -38,6 +40,7 @@ def predict(model: SLUModel, samples: Sequence[Sample], options: DecodeOptions |
     cut = options.cut_loops and bool(options.grammar or options.grounded)
     dataset = SpeechDataset(samples)
     collator = model.collator()
+    by_ctc = isinstance(getattr(model, "projector", None), CTCProjector) and model.config.use_speech
     rows: list[dict[str, Any]] = [{} for _ in samples]
     was_training = model.training
     model.eval()
@@ -48,6 +51,9 @@ def predict(model: SLUModel, samples: Sequence[Sample], options: DecodeOptions |
             ids = decode_batch(model, [s for s, _ in items], [w for _, w in items], options, collator)
             for i, answer, (sample, wave) in zip(indices, ids, items, strict=True):
                 rows[i] = prediction_row(model.codec, sample, answer, len(wave) / 16_000, cut_loops=cut)
+            if by_ctc:
+                for i, heard in zip(indices, model.projector.heard, strict=True):  # type: ignore[union-attr, arg-type]
+                    rows[i]["ctc_text"] = model.codec.decode(heard)
             if on_rows:
                 on_rows([rows[i] for i in indices])
     finally:

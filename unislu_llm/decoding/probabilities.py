@@ -21,7 +21,7 @@ _ROWS = 128
 
 
 def label_probabilities(model: SLUModel, waves: Sequence[Tensor], transcripts: Sequence[str | Sequence[int]], task: str, *,
-                        batch_size: int = 16) -> Tensor:
+                        batch_size: int = 16, drafts: Sequence[str | None] | None = None) -> Tensor:
     """Probability of every label of a single-label task, given that the answer is one of them.
 
     Each label is scored whole, closing marker included, after `transcript[T/L][TASK][open]`: its likeliest label is the
@@ -34,7 +34,7 @@ def label_probabilities(model: SLUModel, waves: Sequence[Tensor], transcripts: S
         waves: audio of each utterance, `(S,)` at 16 kHz.
         transcripts: of each, as text or as the token ids that were decoded (these are scored as they are).
         task: name of a label task with one label an utterance.
-        batch_size: utterances at one time.
+        batch_size: utterances at one time. drafts: see :func:`~unislu_llm.decoding.batch.encode_waves`.
 
     Returns:
         `(utterances, labels)` fp32 on the CPU, labels in the task's order; rows sum to one.
@@ -52,7 +52,8 @@ def label_probabilities(model: SLUModel, waves: Sequence[Tensor], transcripts: S
     out = torch.zeros(len(waves), len(spec.labels))
     for first in range(0, len(order), batch_size):
         some = order[first:first + batch_size]
-        state = read(model, encode_waves(model, [waves[i] for i in some]), [ids[i] for i in some])
+        given = None if drafts is None else [drafts[i] for i in some]
+        state = read(model, encode_waves(model, [waves[i] for i in some], drafts=given), [ids[i] for i in some])
         out[some] = label_scores(model, state, spec).softmax(-1).cpu()
     return out
 

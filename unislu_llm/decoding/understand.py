@@ -14,6 +14,7 @@ from unislu_llm.data.collate import SpeechDataset
 from unislu_llm.data.targets import Sample
 from unislu_llm.decoding.batch import encode_waves
 from unislu_llm.decoding.confidence import confidence, score, token_probabilities
+from unislu_llm.decoding.drafts import complete_drafts
 from unislu_llm.decoding.options import DecodeOptions
 from unislu_llm.decoding.rows import prediction_row
 from unislu_llm.decoding.shared import Answers, decode_tasks
@@ -38,6 +39,7 @@ def understand(model: SLUModel, files: Sequence[str | Path], tasks: Sequence[str
     Returns:
         For each file `{"file", "text", <task>: outputs, "problems"}`, and
 
+        * `draft`, by a model that reads drafts: the one made for it (:mod:`unislu_llm.decoding.drafts`).
         * `probabilities`, with the grammar: by task with one label an utterance, the probability of each label, given that
           the answer is one of them; they sum to one and the likeliest is the answer. A task with several labels has no
           such distribution (:func:`~unislu_llm.decoding.probabilities.label_probabilities`), one with more than
@@ -49,7 +51,7 @@ def understand(model: SLUModel, files: Sequence[str | Path], tasks: Sequence[str
           first is the answer itself; in the others a label is the beam's (one that would come twice is left out).
 
     Raises:
-        UserError: unreadable audio, an unknown task, or more alternatives than beams.
+        UserError: unreadable audio, an unknown task, a model that reads reference transcripts, or more alternatives than beams.
     """
     for name in tasks:
         model.codec.registry[name]  # an unknown task is named before anything is decoded
@@ -67,12 +69,14 @@ def understand(model: SLUModel, files: Sequence[str | Path], tasks: Sequence[str
     try:
         for indices in sorted_batches(samples, how.batch_size):
             waves = [dataset[i][1] for i in indices]
-            encoded, durations = encode_waves(model, waves, collator), [len(w) / 16_000 for w in waves]
+            drafts = complete_drafts(model, waves)
+            encoded, durations = encode_waves(model, waves, collator, drafts), [len(w) / 16_000 for w in waves]
             answers = decode_tasks(model, encoded, durations, names, how, n_best)
             details = _details(model, encoded, answers) if confidences or n_best > 1 else {}
             for row, i in enumerate(indices):
-                results[i] = {"file": str(files[i])} | _result(model, answers, row, waves[row], how, details,
-                                                               confidences=confidences, n_best=n_best)
+                draft = {} if drafts[row] is None else {"draft": drafts[row]}
+                results[i] = {"file": str(files[i])} | draft | _result(model, answers, row, waves[row], how, details,
+                                                                       confidences=confidences, n_best=n_best)
     finally:
         model.train(was_training)
     return results

@@ -37,6 +37,10 @@ class SLUConfig(PreTrainedConfig):
         encoder_revision, encoder_hash: what it was at training time; a mismatch on loading is reported.
         encoder_mode: frozen, lora, top or full. encoder_top_layers: with `top`. encoder_lora: with `lora`.
         pad_to_30s: feed 30-second inputs instead of natural lengths.
+        draft: none, manifest (the row's draft; where there is none, one by `draft_checkpoint`) or gold (the reference).
+        draft_checkpoint: recogniser that makes drafts in use: a Whisper checkpoint, the folder of a saved model, or `ctc` for
+            the model's own `ctc` projector; empty: the encoder's checkpoint. draft_style: lower or as-is, how drafts are
+            written. draft_language: Whisper language code.
         tasks: the task registry as plain data.
     """
 
@@ -44,7 +48,8 @@ class SLUConfig(PreTrainedConfig):
 
     def __init__(self, encoder: str = "openai/whisper-base", encoder_revision: str | None = None,
                  encoder_hash: str | None = None, encoder_mode: str = "frozen", encoder_top_layers: int = 2,
-                 encoder_lora: dict[str, Any] | None = None, pad_to_30s: bool = False,
+                 encoder_lora: dict[str, Any] | None = None, pad_to_30s: bool = False, draft: str = "none",
+                 draft_checkpoint: str = "", draft_style: str = "lower", draft_language: str = "en",
                  tasks: list[dict[str, Any]] | None = None, **kwargs: Any) -> None:
         self.encoder = encoder
         self.encoder_revision = encoder_revision
@@ -53,6 +58,10 @@ class SLUConfig(PreTrainedConfig):
         self.encoder_top_layers = encoder_top_layers
         self.encoder_lora = encoder_lora
         self.pad_to_30s = pad_to_30s
+        self.draft = draft
+        self.draft_checkpoint = draft_checkpoint
+        self.draft_style = draft_style
+        self.draft_language = draft_language
         self.tasks = tasks if tasks is not None else TaskRegistry().to_dict()
         super().__init__(**kwargs)
 
@@ -86,7 +95,8 @@ class SLUModel(PreTrainedModel):
     # ---- the protocol ----------------------------------------------------------------------------------------------
 
     def forward(self, mel: Tensor, mel_lengths: Tensor, target_ids: Tensor, target_parts: Tensor,
-                frames: Tensor | None = None, frame_lengths: Tensor | None = None) -> Tensor:
+                frames: Tensor | None = None, frame_lengths: Tensor | None = None, draft_ids: Tensor | None = None,
+                draft_lengths: Tensor | None = None) -> Tensor:
         """Teacher-forced cross-entropy of every target token.
 
         Args:
@@ -94,6 +104,8 @@ class SLUModel(PreTrainedModel):
             target_ids: `(batch, L)`. target_parts: `(batch, L)`.
             frames: `(batch, T_enc, D)` encoder frames, where they are known; the mel is not looked at then.
             frame_lengths: `(batch,)` their valid lengths.
+            draft_ids: `(batch, L_draft)`, for a model that reads drafts. draft_lengths: `(batch,)`. See
+                :class:`~unislu_llm.data.collate.Batch`.
 
         Returns:
             `(batch, L)` in nats, fp32, zero at padding.
@@ -106,11 +118,12 @@ class SLUModel(PreTrainedModel):
         raise NotImplementedError
 
     def encode(self, mel: Tensor, mel_lengths: Tensor, frames: Tensor | None = None,
-               frame_lengths: Tensor | None = None) -> Encoded:
+               frame_lengths: Tensor | None = None, draft_ids: Tensor | None = None,
+               draft_lengths: Tensor | None = None) -> Encoded:
         """What :meth:`begin` and :meth:`generate` start from, so that the encoder runs once for several answers.
 
         Args:
-            mel: `(batch, n_mels, T_mel)`. mel_lengths: `(batch,)`. frames, frame_lengths: see :meth:`forward`.
+            mel: `(batch, n_mels, T_mel)`. mel_lengths: `(batch,)`. The others: see :meth:`forward`.
         """
         raise NotImplementedError
 
@@ -143,10 +156,11 @@ class SLUModel(PreTrainedModel):
 
     # ---- shared ----------------------------------------------------------------------------------------------------
 
-    def token_counts(self, n_samples: int, n_target: int) -> tuple[int, int]:
+    def token_counts(self, n_samples: int, n_target: int, n_draft: int = 0) -> tuple[int, int]:
         """Tokens that a clip of `n_samples` (16 kHz) with a target of `n_target` ids is for the decoder: of speech, of text.
 
-        The one length that batches are planned by. Text includes the prompt and leaves out the last id, which is not read.
+        The one length that batches are planned by. Text includes the prompt and the `n_draft` ids of a draft, and leaves out the
+        last id, which is not read.
         """
         raise NotImplementedError
 
@@ -163,7 +177,8 @@ class SLUModel(PreTrainedModel):
 
     def losses(self, batch: Batch) -> Tensor:
         """:meth:`forward` of a batch."""
-        return self(batch.mel, batch.mel_lengths, batch.target_ids, batch.target_parts, batch.frames, batch.frame_lengths)
+        return self(batch.mel, batch.mel_lengths, batch.target_ids, batch.target_parts, batch.frames, batch.frame_lengths,
+                    **batch.extras())
 
     def trainable_groups(self) -> dict[str, list[tuple[str, nn.Parameter]]]:
         """Trainable parameters by group, each parameter once."""

@@ -134,6 +134,9 @@ class CTCProjector(Projector):
         blank_bias: logit of blank at the start.
         residual: share of the acoustic residual at the start, of the embeddings' RMS.
 
+    Attributes:
+        heard: token ids of the greedy CTC transcripts of the last clips that went through in eval mode.
+
     Raises:
         UserError: an option out of range.
     """
@@ -163,6 +166,7 @@ class CTCProjector(Projector):
         # Not persistent: its size is unknown before `attach`; a saved model has the ids in its configuration.
         self.register_buffer("token_ids", torch.zeros(0, dtype=torch.long), persistent=False)
         self._embeddings: tuple[nn.Module, ...] = ()
+        self.heard: list[list[int]] = []
 
     def attach(self, embeddings: nn.Module, token_ids: Sequence[int]) -> None:
         """Give the projector the LLM's input embedding and the ids of the tokens that it predicts.
@@ -213,7 +217,12 @@ class CTCProjector(Projector):
     def forward(self, frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         states, out = self.encode(frames, lengths)
         residual = self.gate * self.norm(self.to_residual(states))
-        return self.mix(self.logits(states), out, residual)
+        logits = self.logits(states)
+        if not self.training:
+            tokens = self.token_ids.tolist()
+            self.heard = [[tokens[c - 1] for c in collapse(row[:n])]
+                          for row, n in zip(logits.argmax(-1), out.tolist(), strict=True)]
+        return self.mix(logits, out, residual)
 
     def mix(self, logits: Tensor, lengths: Tensor, residual: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What the LLM gets for posteriors, of speech or simulated from text.

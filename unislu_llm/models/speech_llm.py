@@ -1,4 +1,4 @@
-"""A Whisper encoder, a projector and a causal LLM: `[prompt prefix][speech][prompt suffix][target]`."""
+"""A Whisper encoder, a projector and a causal LLM: `[prompt prefix][speech][draft][prompt suffix][target]`."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, PreT
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from unislu_llm.data.audio import encoder_length, mel_length
+from unislu_llm.data.collate import Collator
+from unislu_llm.data.simulate import densify
 from unislu_llm.data.targets import TextCodec
 from unislu_llm.errors import UserError
 from unislu_llm.loss import NO_PART
@@ -37,6 +39,8 @@ class SpeechLLMConfig(SLUConfig):
         prompt_prefix, prompt_suffix: text around the speech, special tokens written out; the same at training and
             inference.
         quantization: none, 8bit or 4bit (bitsandbytes).
+        draft_prompt: text before a draft, which stands between the speech and `prompt_suffix`.
+        use_speech: False gives the LLM the draft alone: no speech positions, and the encoder does not run.
         ctc_tokens: ids that the `ctc` projector predicts; :meth:`SpeechLLM.learn_vocabulary` fills them in.
     """
 
@@ -45,7 +49,8 @@ class SpeechLLMConfig(SLUConfig):
     def __init__(self, llm: str = "HuggingFaceTB/SmolLM2-135M-Instruct", llm_revision: str | None = None,
                  llm_hash: str | None = None, projector: str = "mlp", projector_options: dict[str, Any] | None = None,
                  lora: dict[str, Any] | None = None, prompt_prefix: str = "", prompt_suffix: str = "",
-                 quantization: str = "none", ctc_tokens: list[int] | None = None, **kwargs: Any) -> None:
+                 draft_prompt: str = "\nDraft:", use_speech: bool = True, quantization: str = "none",
+                 ctc_tokens: list[int] | None = None, **kwargs: Any) -> None:
         self.llm = llm
         self.llm_revision = llm_revision
         self.llm_hash = llm_hash
@@ -54,6 +59,8 @@ class SpeechLLMConfig(SLUConfig):
         self.lora = lora
         self.prompt_prefix = prompt_prefix
         self.prompt_suffix = prompt_suffix
+        self.draft_prompt = draft_prompt
+        self.use_speech = use_speech
         self.quantization = quantization
         self.ctc_tokens = ctc_tokens
         super().__init__(**kwargs)
@@ -92,6 +99,14 @@ class SpeechLLM(SLUModel):
             self._attach(config.ctc_tokens)
         self.prefix = self._prompt(config.prompt_prefix, first=True)
         self.suffix = self._prompt(config.prompt_suffix)
+        self.draft_prompt = self._prompt(config.draft_prompt)
+        if not config.use_speech:
+            if config.draft == "none":
+                raise UserError("model.use_speech false leaves nothing to go by without a draft; set model.draft too")
+            if not (self.prefix or self.suffix or self.draft_prompt):
+                raise UserError("model.use_speech false needs some prompt before an answer; set model.draft_prompt")
+            self.encoder.requires_grad_(False)
+            self.projector.requires_grad_(False)
         self._finish(llm)
 
     @classmethod
@@ -158,13 +173,41 @@ class SpeechLLM(SLUModel):
             return "markers"
         return "lora" if ".lora_" in name else "decoder"
 
-    def token_counts(self, n_samples: int, n_target: int) -> tuple[int, int]:
-        speech = int(self.projector.output_length(encoder_length(mel_length(n_samples))))
-        return speech, len(self.prefix) + len(self.suffix) + n_target - 1
+    def collator(self) -> Collator:
+        draft_prompt = None if self.config.draft == "none" else self.draft_prompt
+        return Collator(self.codec, self.n_mels, self.config.pad_to_30s, draft_prompt)
 
-    def speech(self, mel: Tensor, mel_lengths: Tensor, frames: Tensor | None = None,
-               frame_lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def token_counts(self, n_samples: int, n_target: int, n_draft: int = 0) -> tuple[int, int]:
+        speech = int(self.projector.output_length(encoder_length(mel_length(n_samples)))) if self.config.use_speech else 0
+        return speech, len(self.prefix) + n_draft + len(self.suffix) + n_target - 1
+
+    def speech(self, mel: Tensor, mel_lengths: Tensor, frames: Tensor | None = None, frame_lengths: Tensor | None = None,
+               simulated_classes: Tensor | None = None, simulated_shares: Tensor | None = None,
+               simulated_lengths: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Speech embeddings `(batch, T_sp, H)` and their lengths `(batch,)`; arguments as in :meth:`forward`."""
+        if simulated_classes is None or simulated_shares is None or simulated_lengths is None:
+            return self._heard(mel, mel_lengths, frames, frame_lengths)
+        # Rows of text stand for speech that nobody heard: their posteriors go where the projector's go.
+        texts = simulated_lengths > 0
+        projector: Any = self.projector
+        read, counts = projector.mix(densify(simulated_classes, simulated_shares, len(projector.token_ids)),
+                                     simulated_lengths[texts])
+        if bool(texts.all()):
+            # Under DDP every process has to use every parameter in every step.
+            idle = sum(p.sum() for part in (self.projector, self.encoder) for p in part.parameters() if p.requires_grad)
+            return read + 0.0 * idle, counts
+        heard = ~texts
+        speech, lengths = self._heard(mel, mel_lengths[heard], None if frames is None else frames[heard],
+                                      None if frame_lengths is None else frame_lengths[heard])
+        both = speech.new_zeros(len(texts), max(speech.shape[1], read.shape[1]), speech.shape[2])
+        both[heard, :speech.shape[1]] = speech
+        both[texts, :read.shape[1]] = read.to(both.dtype)
+        out = torch.zeros_like(simulated_lengths)
+        out[heard], out[texts] = lengths.to(out.dtype), counts.to(out.dtype)
+        return both, out
+
+    def _heard(self, mel: Tensor, mel_lengths: Tensor, frames: Tensor | None,
+               frame_lengths: Tensor | None) -> tuple[Tensor, Tensor]:
         frames, lengths = self._encoder_frames(mel, mel_lengths, frames, frame_lengths)
         embeddings, out = self.projector(frames[:, : int(lengths.max())], lengths)
         return embeddings, out
@@ -174,17 +217,16 @@ class SpeechLLM(SLUModel):
         return self.llm.get_input_embeddings()(torch.as_tensor(ids, dtype=torch.long, device=device))
 
     def forward(self, mel: Tensor, mel_lengths: Tensor, target_ids: Tensor, target_parts: Tensor,
-                frames: Tensor | None = None, frame_lengths: Tensor | None = None) -> Tensor:
-        speech, lengths = self.speech(mel, mel_lengths, frames, frame_lengths)
+                frames: Tensor | None = None, frame_lengths: Tensor | None = None, draft_ids: Tensor | None = None,
+                draft_lengths: Tensor | None = None, **simulated: Tensor) -> Tensor:
+        encoded = self.encode(mel, mel_lengths, frames, frame_lengths, draft_ids, draft_lengths, **simulated)
         supervised = target_parts != NO_PART
         target = self._embed(target_ids.masked_fill(~supervised, self.codec.eos_id))
-        prefix, suffix = self._embed(self.prefix), self._embed(self.suffix)
-        n_target = supervised.sum(-1)
-        speech = speech.to(target.dtype)
-        rows = [torch.cat([prefix, speech[i, : int(lengths[i])], suffix, target[i, : int(n_target[i]) - 1]])
-                for i in range(len(target))]
+        openings = self._beginnings(encoded, self._embed(self.suffix))
+        rows = [torch.cat([opening, target[i, : n - 1]])
+                for i, (opening, n) in enumerate(zip(openings, supervised.sum(-1).tolist(), strict=True))]
         hidden, starts = self._read_rows(rows)
-        before = starts + len(self.prefix) + lengths + len(self.suffix) - 1
+        before = starts + torch.tensor([len(opening) for opening in openings], device=starts.device) - 1
         index = before[:, None] + torch.arange(target_ids.shape[1], device=before.device)
         losses = token_losses(self.llm, hidden.index_select(0, index[supervised]), target_ids[supervised])
         return losses.new_zeros(target_ids.shape).masked_scatter(supervised, losses)
@@ -210,15 +252,30 @@ class SpeechLLM(SLUModel):
         return self.llm
 
     def encode(self, mel: Tensor, mel_lengths: Tensor, frames: Tensor | None = None,
-               frame_lengths: Tensor | None = None) -> Encoded:
-        return Encoded(*self.speech(mel, mel_lengths, frames, frame_lengths))
+               frame_lengths: Tensor | None = None, draft_ids: Tensor | None = None,
+               draft_lengths: Tensor | None = None, **simulated: Tensor) -> Encoded:
+        if self.config.use_speech:
+            speech, lengths = self.speech(mel, mel_lengths, frames, frame_lengths, **simulated)
+        else:
+            lengths = torch.zeros_like(mel_lengths)
+            speech = torch.zeros(len(lengths), 0, self.projector.out_dim, device=lengths.device)
+        return Encoded(speech, lengths, draft_ids, draft_lengths)
+
+    def _beginnings(self, encoded: Encoded, suffix: Tensor) -> list[Tensor]:
+        """`[prefix][speech][draft][suffix]` of every row, `(length, H)` each."""
+        prefix = self._embed(self.prefix)
+        speech = encoded.frames.to(prefix.dtype)
+        rows = [[prefix, speech[i, : int(n)]] for i, n in enumerate(encoded.lengths)]
+        if encoded.drafts is not None and encoded.draft_lengths is not None:
+            drafts = self._embed(encoded.drafts)
+            for i, (row, n) in enumerate(zip(rows, encoded.draft_lengths.tolist(), strict=True)):
+                row.append(drafts[i, :n])
+        return [torch.cat([*row, suffix]) for row in rows]
 
     def _opening(self, encoded: Encoded, forced: list[int]) -> tuple[Tensor, Tensor]:
-        """Embeddings `(batch, length, H)` of prompt and speech, padded on the left, and their mask."""
-        prefix, suffix = self._embed(self.prefix), self._embed([*self.suffix, *forced])
-        speech = encoded.frames.to(prefix.dtype)
-        rows = [torch.cat([prefix, speech[i, : int(n)], suffix]) for i, n in enumerate(encoded.lengths)]
-        total = torch.tensor([len(row) for row in rows], device=speech.device)
+        """Embeddings `(batch, length, H)` of prompt, speech and draft, padded on the left, and their mask."""
+        rows = self._beginnings(encoded, self._embed([*self.suffix, *forced]))
+        total = torch.tensor([len(row) for row in rows], device=rows[0].device)
         embeds = pad_sequence(rows, batch_first=True, padding_side="left")
         return embeds, valid_mask(total, int(total.max())).flip(-1)
 

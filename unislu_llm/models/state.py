@@ -17,10 +17,14 @@ class Encoded:
     Args:
         frames: `(rows, frames, dim)`, projected for an LLM; what stands beyond the lengths does not matter.
         lengths: `(rows,)` valid frames.
+        drafts: `(rows, L)` ids of the draft and the text before it, padded on the right, where the model reads drafts.
+        draft_lengths: `(rows,)` how many count.
     """
 
     frames: Tensor
     lengths: Tensor
+    drafts: Tensor | None = None
+    draft_lengths: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)

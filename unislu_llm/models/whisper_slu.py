@@ -63,6 +63,8 @@ class WhisperSLU(SLUModel):
     def __init__(self, config: WhisperSLUConfig, whisper: WhisperForConditionalGeneration,
                  tokenizer: PreTrainedTokenizerBase) -> None:
         super().__init__(config)
+        if config.draft != "none":
+            raise UserError("model.draft: Whisper's decoder takes no draft; drafts are for an LLM (kind speech_llm)")
         self.codec = TextCodec(tokenizer, config.registry, eos_id=int(whisper.config.eos_token_id))  # type: ignore[arg-type]
         self.n_mels = int(whisper.config.num_mel_bins)
         self.whisper = whisper
@@ -82,7 +84,7 @@ class WhisperSLU(SLUModel):
         self._cross_bias: Tensor | None = None
         for layer in whisper.model.decoder.layers:
             layer.encoder_attn.register_forward_pre_hook(self._mask_cross_attention, with_kwargs=True)
-        self.prompt = _prompt(whisper, tokenizer, config.language)
+        self.prompt = whisper_prompt(whisper, tokenizer, config.language)
         self._finish(whisper)
 
     @classmethod
@@ -134,7 +136,8 @@ class WhisperSLU(SLUModel):
         return self.whisper
 
     def encode(self, mel: Tensor, mel_lengths: Tensor, frames: Tensor | None = None,
-               frame_lengths: Tensor | None = None) -> Encoded:
+               frame_lengths: Tensor | None = None, draft_ids: Tensor | None = None,
+               draft_lengths: Tensor | None = None) -> Encoded:
         return Encoded(*self._encoder_frames(mel, mel_lengths, frames, frame_lengths))
 
     def _bias(self, encoded: Encoded) -> Tensor | None:
@@ -155,12 +158,13 @@ class WhisperSLU(SLUModel):
             past_key_values=state.cache, use_cache=True).last_hidden_state
         return hidden
 
-    def token_counts(self, n_samples: int, n_target: int) -> tuple[int, int]:
+    def token_counts(self, n_samples: int, n_target: int, n_draft: int = 0) -> tuple[int, int]:
         """Speech counts as encoder frames, which the decoder attends to as they are."""
         return encoder_length(mel_length(n_samples)), len(self.prompt) + n_target - 1
 
     def forward(self, mel: Tensor, mel_lengths: Tensor, target_ids: Tensor, target_parts: Tensor,
-                frames: Tensor | None = None, frame_lengths: Tensor | None = None) -> Tensor:
+                frames: Tensor | None = None, frame_lengths: Tensor | None = None, draft_ids: Tensor | None = None,
+                draft_lengths: Tensor | None = None) -> Tensor:
         encoded = self.encode(mel, mel_lengths, frames, frame_lengths)
         frames, self._cross_bias = encoded.frames, self._bias(encoded)
         n = len(self.prompt)
@@ -193,7 +197,7 @@ class WhisperSLU(SLUModel):
         return out[:, start.shape[1]:]
 
 
-def _prompt(whisper: Any, tokenizer: PreTrainedTokenizerBase, language: str) -> list[int]:
+def whisper_prompt(whisper: Any, tokenizer: PreTrainedTokenizerBase, language: str) -> list[int]:
     """Start-of-transcript ids, `<|startoftranscript|><|en|><|transcribe|><|notimestamps|>` where they exist."""
     start = [int(whisper.config.decoder_start_token_id)]
     vocabulary = tokenizer.get_vocab()

@@ -6,6 +6,7 @@ import dataclasses
 import logging
 import math
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,18 +16,20 @@ import torch
 from unislu_llm.data.audio import SAMPLE_RATE
 from unislu_llm.data.batching import BatchPlan, TokenPlan, seconds
 from unislu_llm.data.cache import FrameCache
+from unislu_llm.data.draft_dropout import DraftDropout
 from unislu_llm.data.long_audio import LongAudio, handle_long
 from unislu_llm.data.manifest import read_manifest
 from unislu_llm.data.mixture import Mixture, group_samples, manifest_name, target_shares
 from unislu_llm.data.targets import Sample, make_samples
+from unislu_llm.data.text_rows import TextSimulator
 from unislu_llm.errors import UserError, hint
-from unislu_llm.models.base import WEIGHTS_FILE, SLUModel
+from unislu_llm.models.base import SLUModel
 from unislu_llm.models.frames import open_cache
 from unislu_llm.models.speech_llm import SpeechLLM, SpeechLLMConfig
 from unislu_llm.models.whisper_slu import WhisperSLU, WhisperSLUConfig
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.training.config import Config, ModelConfig
-from unislu_llm.training.state import BEST, LAST
+from unislu_llm.training.vocabulary import check_tokens, find_model, inherited_tokens, learn_tokens
 
 log = logging.getLogger(__name__)
 
@@ -64,6 +67,46 @@ def load_samples(manifests: list[str], registry: TaskRegistry, limit: int = 0, f
     return samples
 
 
+def add_drafts(samples: list[Sample], m: ModelConfig, flag: str = "data.train") -> list[Sample]:
+    """Training samples with the drafts that a run asks for: those of their rows, or the references.
+
+    Args:
+        flag: config key they come from, for messages.
+
+    Raises:
+        UserError: the model reads drafts and no row has one, or it does not hear speech and a row has none.
+    """
+    if m.draft == "none":
+        return samples
+    if m.draft == "gold":
+        return [Sample(dataclasses.replace(s.utterance, draft=s.utterance.text), s.task) for s in samples]
+    lacking = [s.utterance for s in samples if s.utterance.draft is None]
+    if lacking and (len(lacking) == len(samples) or not m.use_speech):
+        raise UserError(f"{flag}: {len(lacking)} of {len(samples)} samples have no draft, the first {lacking[0].source}; add "
+                        "them with `unislu draft`")
+    if lacking:
+        log.warning("%s: %d of %d samples have no draft; they train without, as with train.draft_dropout", flag, len(lacking),
+                    len(samples))
+    return samples
+
+
+def build_dropout(config: Config, samples: list[Sample]) -> DraftDropout | None:
+    """What is left of the drafts in training; None where they stay whole.
+
+    Raises:
+        UserError: parts that are none, or without a draft or speech.
+    """
+    train, m = config.train, config.model
+    drafts = (s.utterance.draft for s in samples if s.utterance.draft)
+    dropout = DraftDropout(train.draft_dropout, train.draft_word_dropout, drafts)
+    if dropout.active and m.draft == "none":
+        raise UserError("train.draft_dropout, train.draft_word_dropout: the model reads no draft; set model.draft, or these to 0")
+    if train.draft_dropout and not m.use_speech:
+        raise UserError("train.draft_dropout: without draft and speech (model.use_speech false) there is nothing to go by; set "
+                        "it to 0")
+    return dropout if dropout.active else None
+
+
 def build_mixture(config: Config, samples: list[Sample]) -> Mixture:
     """How the corpora of a run are mixed: by `data.weights`, else by `data.temperature`.
 
@@ -80,17 +123,21 @@ def is_mixed(config: Config) -> bool:
     return bool(config.data.weights or config.data.temperature != 1 or config.data.epoch_samples)
 
 
-def build_plan(config: Config, model: SLUModel, samples: list[Sample], mixture: Mixture, parts: int) -> BatchPlan:
+def build_plan(config: Config, model: SLUModel, samples: list[Sample], mixture: Mixture, parts: int,
+               simulator: TextSimulator | None = None) -> BatchPlan:
     """Batches of a run: by samples, or by tokens with `train.batch_tokens`.
+
+    Args:
+        simulator: of the samples without audio; they count as the audio that it makes of them.
 
     Raises:
         UserError: sizes that do not fit each other.
     """
-    train, mixed = config.train, mixture if is_mixed(config) else None
-    lengths = [seconds(s.utterance) for s in samples]
+    train, mixed, collator = config.train, mixture if is_mixed(config) else None, model.collator()
+    lengths = [simulator.seconds(s) if simulator and s.utterance.audio is None else seconds(s.utterance) for s in samples]
     if not train.batch_tokens:
         return BatchPlan(lengths, train.batch_size, parts, train.seed, train.bucket, mixed)
-    sizes = [model.token_counts(math.ceil(length * SAMPLE_RATE), len(model.codec.target(sample)))
+    sizes = [model.token_counts(math.ceil(length * SAMPLE_RATE), len(model.codec.target(sample)), len(collator.draft(sample)))
              for length, sample in zip(lengths, samples, strict=True)]
     return TokenPlan(np.array(sizes), train.batch_tokens, parts, train.seed, train.bucket, mixed)
 
@@ -100,20 +147,27 @@ def model_config(kind: str, m: ModelConfig, registry: TaskRegistry) -> SpeechLLM
     shared: dict[str, Any] = {
         "encoder": m.encoder, "encoder_mode": m.encoder_mode, "encoder_top_layers": m.encoder_top_layers,
         "encoder_lora": dataclasses.asdict(m.encoder_lora) if m.encoder_mode == "lora" else None,
-        "pad_to_30s": m.pad_to_30s, "tasks": registry.to_dict()}
+        "pad_to_30s": m.pad_to_30s, "draft": m.draft, "draft_checkpoint": m.draft_checkpoint, "draft_style": m.draft_style,
+        "draft_language": m.language, "tasks": registry.to_dict()}
     lora = dataclasses.asdict(m.lora)
     if kind == "speech_llm":
         return SpeechLLMConfig(llm=m.llm, projector=m.projector, projector_options=m.projector_options,
                                lora=lora if m.lora.rank else None, prompt_prefix=m.prompt_prefix,
-                               prompt_suffix=m.prompt_suffix, quantization=m.quantization, **shared)
+                               prompt_suffix=m.prompt_suffix, draft_prompt=m.draft_prompt, use_speech=m.use_speech,
+                               quantization=m.quantization, **shared)
     if kind == "whisper_slu":
+        if not m.use_speech:
+            raise UserError("model.use_speech false: Whisper's decoder has nothing to go by but speech")
         return WhisperSLUConfig(language=m.language, decoder_mode=m.decoder_mode,
                                 lora=lora if m.decoder_mode == "lora" else None, **shared)
     raise ValueError(f"kind must be one of {KINDS}, found {kind!r}")
 
 
-def build_model(kind: str, config: Config, registry: TaskRegistry) -> SLUModel:
+def build_model(kind: str, config: Config, registry: TaskRegistry, texts: Iterable[str] | None = None) -> SLUModel:
     """The untrained model of a run; frozen weights in bf16 when the run computes in bf16.
+
+    Args:
+        texts: training transcripts; a `ctc` projector without a vocabulary (`model.init` brings one along) learns it from them.
 
     Raises:
         UserError: a checkpoint that cannot be had, an unknown projector, a LoRA target that matches nothing, `model.init`
@@ -125,11 +179,14 @@ def build_model(kind: str, config: Config, registry: TaskRegistry) -> SLUModel:
     torch.manual_seed(config.train.seed)
     dtype = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
     settings = model_config(kind, config.model, registry)
+    if isinstance(settings, SpeechLLMConfig) and settings.projector == "ctc":
+        settings.ctc_tokens = inherited_tokens(config)
     model: SLUModel = (SpeechLLM.build(settings, dtype) if isinstance(settings, SpeechLLMConfig)
                        else WhisperSLU.build(settings, dtype))
     for parameter in model.parameters():  # what trains, trains in fp32
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
+    learn_tokens(model, texts, config.train.ctc.min_count)
     if config.model.init:
         start_from(model, Path(config.model.init))
     select_groups(model, config.train.groups)
@@ -154,7 +211,7 @@ def build_cache(config: Config, model: Any) -> FrameCache | None:
         UserError: the encoder trains, or augmentation changes what it hears.
     """
     data = config.data
-    if not data.encoder_cache:
+    if not data.encoder_cache or not config.model.use_speech:
         return None
     if config.augment.active:
         raise UserError("data.encoder_cache: augmentation gives every epoch other audio, so there is nothing to keep; "
@@ -169,9 +226,10 @@ def start_from(model: SLUModel, folder: Path) -> None:
     Raises:
         UserError: no such model, or weights of other names or shapes.
     """
-    found = next((p for p in (folder, folder / BEST, folder / LAST) if (p / WEIGHTS_FILE).is_file()), None)
+    found = find_model(folder)
     if found is None:
         raise UserError(f"model.init: {folder} is neither a saved model nor a run with one")
+    check_tokens(model, found)
     lacking = model.load_trained(found, partial=True)
     if lacking:
         groups = Counter(model.parameter_group(name) for name in lacking)

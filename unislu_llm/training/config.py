@@ -54,7 +54,7 @@ class ModelConfig:
     llm: Annotated[str, tyro.conf.arg(aliases=["--llm"])] = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """Causal LM, any of transformers: a folder or a name."""
     projector: Annotated[str, tyro.conf.arg(aliases=["--projector"])] = "mlp"
-    """linear, mlp, conv or qformer."""
+    """linear, mlp, conv, qformer or ctc (docs/ctc.md)."""
     projector_options: Options = field(default_factory=dict)
     """Keyword arguments of the projector, e.g. {"stack": 4}."""
     lora: LoraOptions = field(default_factory=LoraOptions)
@@ -62,13 +62,23 @@ class ModelConfig:
     prompt_prefix: str = ""
     """Text before the speech; special tokens may be written out."""
     prompt_suffix: str = ""
-    """Text between the speech and the answer."""
+    """Text between the speech (and the draft) and the answer."""
+    draft: Literal["none", "manifest", "gold"] = "none"
+    """LLM only: a recogniser's transcript in the prompt beside the speech: the manifest's, or (upper bound) the reference."""
+    draft_prompt: str = "\nDraft:"
+    """Text before the draft; both stand between the speech and prompt_suffix."""
+    draft_checkpoint: str = ""
+    """What makes drafts where a row has none, and of files: Whisper or saved model; ctc: own projector; empty: the encoder's."""
+    draft_style: Literal["lower", "as-is"] = "lower"
+    """How these are written, as `unislu draft --style` wrote the manifest's."""
+    use_speech: bool = True
+    """False: the LLM reads the draft alone, without speech, and the encoder does not run (recogniser, then text LLM)."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
     """Frozen LLM weights in 8 or 4 bits (bitsandbytes)."""
     init: str = ""
     """Folder of a saved model (or of a run: its best) that this run starts from; parts it lacks start untrained."""
     language: str = "en"
-    """Whisper decoder only: language code of its prompt."""
+    """Language code of Whisper's prompt: of the Whisper decoder, and where Whisper makes drafts."""
     decoder_mode: Literal["full", "lora", "frozen"] = "full"
     """Whisper decoder only: what trains in it."""
 
@@ -111,6 +121,8 @@ class DataConfig:
     """How frames are kept: fp16, bf16 or fp32."""
     cache_gib: float = 20.0
     """Size of the folder at most; frames beyond it are computed each time."""
+    simulate: Options = field(default_factory=dict)
+    """How rows without audio are simulated for a ctc model, laid over the rates fitted by its ctc stage (docs/ctc.md)."""
 
 
 @dataclass
@@ -125,15 +137,41 @@ class LearningRates:
 
 
 @dataclass
+class CtcConfig:
+    """CTC training of the `ctc` projector alone (train.objective ctc); rates and sizes beside these are those of `train`."""
+
+    min_count: int = 1
+    """Tokens that the training transcripts have less often are spelt with smaller ones."""
+    samples: int = 700
+    """Tokens beside the batch's own in the softmax."""
+    time_masks: int = 0
+    """SpecAugment on encoder frames: time masks per 5 s of a clip..."""
+    time_width: int = 20
+    """...and frames (50 Hz) that one covers at most."""
+    feature_masks: int = 0
+    """SpecAugment on encoder frames: feature masks a clip..."""
+    feature_width: float = 0.1
+    """...and share of the features that one covers at most."""
+
+
+@dataclass
 class TrainConfig:
     """Optimisation."""
 
+    objective: Literal["unified", "ctc"] = "unified"
+    """unified: the unified targets. ctc: transcripts by CTC, the `ctc` projector alone, on frames of the frozen encoder."""
+    ctc: CtcConfig = field(default_factory=CtcConfig)
+    """With objective ctc, and for the vocabulary of a `ctc` projector."""
     loss: LossMode = "dynamic"
     """dynamic (the paper's), fixed or uniform."""
     asr_floor: float = 0.0
     """Least share of the transcript in the dynamic or fixed loss, 0 to 1; the paper has none. 0 switches it off."""
     asr_floor_steps: int = 0
     """The floor falls linearly from 1, the transcript alone, to asr_floor over so many steps; 0 is no schedule."""
+    draft_dropout: float = 0.0
+    """Part of the samples whose draft is left out, so that the model listens too; 0 to 1."""
+    draft_word_dropout: float = 0.0
+    """Part of the drafts' words deleted or replaced by other words of the drafts; 0 to 1."""
     groups: list[str] = field(default_factory=list)
     """Parameter groups that train (projector, lora, markers, encoder, decoder); none named: all that can."""
     epochs: int = 10

@@ -27,9 +27,9 @@ from unislu_llm.models.ctc import CTCProjector
 from unislu_llm.models.ctc_loss import ctc_loss
 from unislu_llm.scoring.wer import corpus_wer
 from unislu_llm.training.optim import factor
-from unislu_llm.training.state import append_json
+from unislu_llm.training.state import CTC_LAST, append_json
 
-LAST, BEST, LOG = "ctc_last.pt", "ctc_best.pt", "ctc_log.jsonl"
+LAST, BEST, LOG = CTC_LAST, "ctc_best.pt", "ctc_log.jsonl"
 
 
 class Indexable(Protocol):
@@ -67,6 +67,7 @@ class CtcOptions:
         time_masks, time_width: stretches of frames (50 Hz) zeroed per 5 s of a clip, and their greatest length.
         feature_masks, feature_width: stretches of features zeroed, and their greatest share of the features.
         precision: fp32, or bf16 for the layers (the loss is fp32 always). seed: of everything drawn.
+        max_steps: stop after so many steps; 0 stops by epochs alone.
     """
 
     epochs: int = 10
@@ -83,6 +84,7 @@ class CtcOptions:
     feature_width: float = 0.1
     precision: str = "fp32"
     seed: int = 0
+    max_steps: int = 0
 
 
 def train_ctc(projector: CTCProjector, train: CtcData, dev: CtcData | None, decode: Callable[[list[int]], str],
@@ -96,7 +98,7 @@ def train_ctc(projector: CTCProjector, train: CtcData, dev: CtcData | None, deco
         projector: attached to embeddings and vocabulary. decode: token ids to text, such as `TextCodec.decode`.
 
     Returns:
-        a row an epoch: loss a token, infeasible targets, dev WER in percent, seconds.
+        a row an epoch: steps, loss a token, infeasible targets, dev WER in percent, seconds.
 
     Raises:
         UserError: the folder belongs to a run with other options or vocabulary, or the loss is not finite.
@@ -104,7 +106,7 @@ def train_ctc(projector: CTCProjector, train: CtcData, dev: CtcData | None, deco
     options = options or CtcOptions()
     run = _Run(projector, train, options, Path(folder))
     run.resume()
-    for epoch in range(len(run.history), options.epochs):
+    for epoch in range(len(run.history), run.epochs):
         started = time.perf_counter()
         row = {"epoch": epoch + 1, **run.epoch(epoch)}
         row["seconds"] = time.perf_counter() - started
@@ -125,6 +127,9 @@ class _Run:
         self.optimizer = AdamW([{"params": decayed, "weight_decay": options.weight_decay},
                                 {"params": plain, "weight_decay": 0.0}], lr=options.lr, betas=(0.9, 0.98))
         total = options.epochs * len(self.plan)
+        if options.max_steps:
+            total = min(total, options.max_steps)
+        self.total, self.epochs = total, -(-total // len(self.plan))
         self.schedule = LambdaLR(self.optimizer, partial(factor, kind="cosine", warmup=min(options.warmup_steps, total // 4) or 1,
                                                          total=total))
         self.history: list[dict[str, Any]] = []
@@ -134,7 +139,8 @@ class _Run:
         if not (self.folder / LAST).exists():
             return
         state = torch.load(self.folder / LAST, map_location="cpu", weights_only=True)
-        if state["options"] != asdict(self.options) or state["token_ids"] != self.projector.token_ids.tolist():
+        same = CtcOptions(**state["options"]) == self.options
+        if not same or state["token_ids"] != self.projector.token_ids.tolist():
             raise UserError(f"{self.folder / LAST} is of a run with other options or another vocabulary; give another folder")
         self.projector.load_state_dict(state["projector"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -147,7 +153,8 @@ class _Run:
         draw = torch.Generator().manual_seed(options.seed * 1_000_003 + epoch)
         projector.train()
         total = tokens = infeasible = 0.0
-        bar = tqdm(self.plan.epoch(epoch), desc=f"ctc epoch {epoch + 1}/{options.epochs}", unit="step")
+        steps = self.plan.epoch(epoch)[:self.total - epoch * len(self.plan)]
+        bar = tqdm(steps, desc=f"ctc epoch {epoch + 1}/{options.epochs}", unit="step")
         for indices in bar:
             frames, lengths = _batch(self.train, indices, projector)
             frames = mask_frames(frames, lengths, options, draw)
@@ -166,7 +173,7 @@ class _Run:
             self.schedule.step()
             total, tokens, infeasible = total + float(loss.detach()) * n, tokens + n, infeasible + result.infeasible
             bar.set_postfix(loss=f"{total / max(tokens, 1):.3f}", refresh=False)
-        return {"loss": total / max(tokens, 1), "infeasible": infeasible}
+        return {"steps": len(steps), "loss": total / max(tokens, 1), "infeasible": infeasible}
 
     def finish(self, row: dict[str, Any]) -> None:
         """Log an epoch and write where the run stands, each file whole or not at all."""

@@ -22,21 +22,17 @@ def run_recipe(kind: str, configure: Callable[[], Config]) -> None:
     warnings.filterwarnings("ignore", message=".*pin_memory.*")
     try:
         config = configure()
-        from unislu_llm.training.loop import Trainer  # after --help, which should not wait for torch
-        from unislu_llm.training.stages import train_stages
+        from unislu_llm.training.stages import train_run, train_stages  # after --help, which should not wait for torch
 
         name = Path(sys.argv[0]).stem
         if config.stages:
             run = train_stages(kind, config, name)
             if os.environ.get("RANK", "0") == "0":
-                print(f"best of the last stage: {run / 'best'}\nscore it with: python eval/evaluate.py {run}")
-            return
-        trainer = Trainer(kind, config, name)
-        trainer.fit()
-        if trainer.accelerator.is_main_process:
-            p = trainer.progress
-            best = f"best (step {p.best_step}): {trainer.run / 'best'}; " if p.best_step >= 0 else ""
-            print(f"{best}last: {trainer.run / 'last'}\nscore it with: python eval/evaluate.py {trainer.run}")
+                print(f"best of the last stage: {run / 'best'}")
+        else:
+            run = train_run(kind, config, name)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"score it with: python eval/evaluate.py {run}")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None

@@ -26,8 +26,10 @@ from unislu_llm.data.audio import MAX_SECONDS
 from unislu_llm.data.augment import AugmentedCollator, AugmentedSpeech, Augmenter
 from unislu_llm.data.cache import FrameCache
 from unislu_llm.data.collate import Batch, CachedSpeech, SpeechDataset
+from unislu_llm.data.draft_dropout import DroppedDrafts
 from unislu_llm.data.mixture import Tally, describe_mixture
 from unislu_llm.data.targets import Sample
+from unislu_llm.data.text_rows import WithText
 from unislu_llm.decoding.generate import DecodeOptions, predict
 from unislu_llm.errors import UserError
 from unislu_llm.loss import ASR_PART, TASK_PART, Counts, floor_at, sample_shares, weighted_loss
@@ -36,11 +38,21 @@ from unislu_llm.models.frames import complete
 from unislu_llm.scoring.slue import format_table, score_rows
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.training import state
-from unislu_llm.training.build import build_cache, build_mixture, build_model, build_plan, build_registry, load_samples
+from unislu_llm.training.build import (
+    add_drafts,
+    build_cache,
+    build_dropout,
+    build_mixture,
+    build_model,
+    build_plan,
+    build_registry,
+    load_samples,
+)
 from unislu_llm.training.config import Config
 from unislu_llm.training.monitors import flat_scores, loss_summary, validation_warnings
 from unislu_llm.training.optim import build_optimizer, build_schedule, group_rates
 from unislu_llm.training.plan import accumulation, describe, peak_memory, use_threads
+from unislu_llm.training.simulation import build_simulator, keep_simulation
 
 log = logging.getLogger(__name__)
 
@@ -60,27 +72,34 @@ class Trainer:
 
     def __init__(self, kind: str, config: Config, name: str = "run", model: SLUModel | None = None) -> None:
         self.config = config
+        if config.train.objective == "ctc":
+            raise UserError("train.objective ctc is trained by unislu_llm.training.ctc_run.run_ctc, not by Trainer")
         use_threads(config.train.threads)
         self.registry = build_registry(config)
         self.train_samples = load_samples(config.data.train, self.registry, max_seconds=config.data.max_seconds,
                                           long_audio=config.data.long_audio)
+        self.train_samples = add_drafts(self.train_samples, config.model)
+        self.dropout = build_dropout(config, self.train_samples)
         self.mixture = build_mixture(config, self.train_samples)
         self.augmenter = Augmenter(config.augment, config.data.max_seconds) if config.augment.active else None
         self.dev_samples = []
         if config.data.dev:
             self.dev_samples = load_samples(config.data.dev, self.registry, config.data.dev_limit, "data.dev", MAX_SECONDS,
                                             config.data.long_audio)
-        self.model = model or build_model(kind, config, self.registry)
+        self.model = model or build_model(kind, config, self.registry, (s.utterance.text for s in self.train_samples))
         self.accelerator = Accelerator(mixed_precision="bf16" if config.train.precision == "bf16" else "no",
                                        log_with=config.train.trackers or None, project_dir=".")
         world = self.accelerator.num_processes
         self.per_rank = accumulation(config, world)
-        self.plan = build_plan(config, self.model, self.train_samples, self.mixture, world * self.per_rank)
+        self.simulator = build_simulator(config, self.model, self.train_samples)
+        self.plan = build_plan(config, self.model, self.train_samples, self.mixture, world * self.per_rank, self.simulator)
         self.total_steps = self.plan.steps(config.train.epochs)
         if config.train.max_steps:
             self.total_steps = min(self.total_steps, config.train.max_steps)
         self.cache = build_cache(config, self.model)
         self.run = self._run_folder(name)
+        if self.accelerator.is_main_process:
+            keep_simulation(config, self.simulator, self.run)
         set_seed(config.train.seed, device_specific=True)
         self._prepare()
         self.progress = state.Progress()
@@ -126,6 +145,14 @@ class Trainer:
         if self.augmenter is not None:
             dataset = AugmentedSpeech(dataset, self.augmenter, self.config.train.seed, epoch)
             collate = AugmentedCollator(collate, self.augmenter)
+            steps = self.plan.draws(epoch, rank, world)[skip:]
+        if self.simulator is not None:
+            dataset = WithText(dataset, self.train_samples, self.simulator, self.config.train.seed, epoch,
+                               draws=self.augmenter is not None)
+            steps = self.plan.draws(epoch, rank, world)[skip:]
+        if self.dropout is not None:
+            drawn = self.augmenter is not None or self.simulator is not None
+            dataset = DroppedDrafts(dataset, self.dropout, self.config.train.seed, epoch, draws=drawn)
             steps = self.plan.draws(epoch, rank, world)[skip:]
         flat = [indices for step in steps for indices in step]
         workers = self.config.data.num_workers
@@ -184,7 +211,7 @@ class Trainer:
                     if batch.missing and self.cache is not None:
                         batch = self._complete(batch, self.cache)
                     losses = self.wrapped(batch.mel, batch.mel_lengths, batch.target_ids, batch.target_parts,
-                                          batch.frames, batch.frame_lengths)
+                                          batch.frames, batch.frame_lengths, **batch.extras())
                 loss = weighted_loss(losses, batch.target_parts, self.config.train.loss, total, self.floor)
                 # Processes' gradients are averaged; the normalizer is global already.
                 self.accelerator.backward(loss * self.accelerator.num_processes)

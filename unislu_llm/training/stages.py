@@ -1,6 +1,7 @@
 """Training in stages: a list in one config; each stage starts from the best of the one before.
 
     stages:
+      - {name: ctc, train: {objective: ctc, epochs: 10}}             # the projector alone, see docs/ctc.md
       - {name: align, train: {groups: [projector, markers], epochs: 2}}
       - {name: adapt, train: {epochs: 4, lr: {lora: 1e-4}}, data: {train: [more.jsonl]}}
       - {name: joint, model: {encoder_mode: lora}, train: {epochs: 1}}
@@ -18,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import PartialState
 
 from unislu_llm.errors import UserError, hint
 from unislu_llm.training import state
 from unislu_llm.training.config import Config, apply
+from unislu_llm.training.ctc_run import run_ctc
 from unislu_llm.training.loop import Trainer
 
 _SECTIONS = ("model", "data", "augment", "train", "decode")
@@ -85,22 +88,48 @@ def train_stages(kind: str, config: Config, name: str) -> Path:
             print(f"stage {stage}: finished before", flush=True)
             continue
         own.resume = state.can_resume(folder)
-        if folder.exists() and not own.resume:  # stopped before its first checkpoint: nothing of it can be used
+        process = PartialState()
+        if process.is_main_process and folder.exists() and not own.resume:  # stopped before anything of it could be used
             folder.rename(folder.with_name(f"{folder.name}.stopped-{len(list(run.glob('*.stopped-*')))}"))
+        process.wait_for_everyone()
         print(f"stage {stage}", flush=True)
-        trainer = Trainer(kind, own, stage)
-        trainer.fit(final=stage == config.stages[-1]["name"])
-        if trainer.accelerator.is_main_process:
+        last = stage == config.stages[-1]["name"]
+        main = process.is_main_process
+        train_run(kind, own, stage, final=last)
+        if main:
             publish(folder, run)
-            if stage == config.stages[-1]["name"]:
+            if last:
                 done = [state.read_finished(run / str(s["name"])) for s in config.stages]
                 state.write_finished(run, {key: sum(d[key] for d in done) for key in ("step", "train_seconds")})
     return run
 
 
+def train_run(kind: str, config: Config, name: str, *, final: bool = True) -> Path:
+    """Train one model by the objective of its config; returns the run folder.
+
+    Args:
+        kind: speech_llm or whisper_slu. name: start of the default run folder's name.
+        final: nothing is trained in these processes afterwards.
+
+    Raises:
+        UserError: as training.
+    """
+    if config.train.objective == "ctc":
+        run = run_ctc(kind, config, name)
+        if final:
+            PartialState().destroy_process_group()
+        return run
+    trainer = Trainer(kind, config, name)
+    trainer.fit(final=final)
+    if final and trainer.accelerator.is_main_process:
+        p = trainer.progress
+        best = f"best (step {p.best_step}): {trainer.run / 'best'}; " if p.best_step >= 0 else ""
+        print(f"{best}last: {trainer.run / 'last'}")
+    return trainer.run
+
+
 def _claim(config: Config, name: str) -> Path:
     """The run folder, made by the main process; the others take its name from it."""
-    from accelerate import PartialState
     from accelerate.utils import broadcast_object_list
 
     process = PartialState()
@@ -126,4 +155,4 @@ def publish(stage: Path, run: Path) -> None:
     state.write_text(run / "stage.yaml", yaml.safe_dump({"best": f"{stage.name}/{source.name}"}))
 
 
-__all__ = ["publish", "stage_configs", "train_stages"]
+__all__ = ["publish", "stage_configs", "train_run", "train_stages"]

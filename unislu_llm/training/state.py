@@ -24,6 +24,7 @@ from unislu_llm.errors import UserError
 from unislu_llm.training.config import Config
 
 LAST, BEST = "last", "best"
+CTC_LAST, FRAMES = "ctc_last.pt", "frames"
 _STATE = "trainer_state.pt"
 _FINISHED = "finished.json"
 
@@ -43,7 +44,7 @@ class Progress:
 
 def can_resume(folder: Path) -> bool:
     """Whether a run folder holds a checkpoint to go on from."""
-    return (folder / LAST / _STATE).is_file()
+    return (folder / LAST / _STATE).is_file() or (folder / CTC_LAST).is_file() or (folder / FRAMES).is_dir()
 
 
 def is_finished(folder: Path) -> bool:

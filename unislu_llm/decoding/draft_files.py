@@ -1,0 +1,178 @@
+"""Copies of manifests with drafts; work that was stopped goes on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from unislu_llm.data import audio
+from unislu_llm.data.batching import seconds
+from unislu_llm.data.clean import moved
+from unislu_llm.data.manifest import Row, iter_rows
+from unislu_llm.data.shards import JsonLines
+from unislu_llm.decoding.drafts import Drafter
+from unislu_llm.errors import UserError
+from unislu_llm.tasks import TaskRegistry
+from unislu_llm.utterance import Utterance
+
+KEPT = ".drafts"
+"""Subfolder of the copies that remembers drafts: by recogniser and settings, then by contents of the audio."""
+
+_SHOWN = 10
+
+
+@dataclass
+class Report:
+    """What became of one manifest.
+
+    Args:
+        manifest: read. copy: written.
+        made, known: drafts made now and remembered from a run before. without: rows without audio or over 30 s, kept as they are.
+        pairs: transcript and draft of each row that has one.
+    """
+
+    manifest: Path
+    copy: Path
+    made: int
+    known: int
+    without: int
+    pairs: list[tuple[str, str]]
+
+
+def write_drafts(drafter: Drafter, settings: Mapping[str, Any], manifests: Sequence[Path], folder: Path,
+                 registry: TaskRegistry, *, language: str = "en", progress: bool = True) -> list[Report]:
+    """Write a copy of each manifest in `folder`, its rows with a `draft` each; all else in them stays, audio paths follow.
+
+    Drafts are kept as they are made: a call that was stopped, or whose manifests share clips with an earlier one's, goes on
+    from there. Copies appear whole or not at all.
+
+    Args:
+        settings: what drafts follow from besides the audio: others make others.
+        language: Whisper language code of rows that name none.
+
+    Raises:
+        UserError: a manifest with problems, two of one name, unreadable audio, or a file in the way of a copy.
+    """
+    copies = {manifest: folder / manifest.name for manifest in manifests}
+    if len(set(copies.values())) < len(manifests):
+        raise UserError("two of the manifests have one file name; give them --out folders of their own")
+    for manifest, copy in copies.items():
+        if copy.resolve() == manifest.resolve():
+            raise UserError(f"--out {folder} is the folder of {manifest.name}; name another")
+    kept = _Kept(folder, settings)
+    every = {manifest: _read(manifest, registry) for manifest in manifests}
+    return [_copy(drafter, kept, manifest, copies[manifest], rows, language, progress) for manifest, rows in every.items()]
+
+
+class _Kept:
+    """Drafts on disk, by contents of the audio."""
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+        digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
+        self._lines = JsonLines(folder / KEPT / digest[:16])
+        self._texts = {str(row["audio"]): str(row["draft"]) for _, row in self._lines.new() if "draft" in row}
+        self._files: dict[Path, str] = {}
+
+    def key(self, u: Utterance, language: str) -> str:
+        assert u.audio is not None
+        if u.audio not in self._files:
+            try:
+                with u.audio.open("rb") as stream:
+                    self._files[u.audio] = hashlib.file_digest(stream, "sha256").hexdigest()
+            except OSError as error:
+                raise UserError(f"{u.source}: field 'audio': {u.audio} cannot be read ({error.strerror})") from error
+        return hashlib.sha256(f"{self._files[u.audio]} {u.start} {u.end} {language}".encode()).hexdigest()[:40]
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._texts
+
+    def __getitem__(self, key: str) -> str:
+        return self._texts[key]
+
+    def add(self, drafts: Mapping[str, str]) -> None:
+        try:
+            self._lines.append({"audio": key, "draft": text} for key, text in drafts.items())
+        except OSError as error:
+            raise UserError(f"--out: {self._lines.folder} cannot be written ({error.strerror or error})") from error
+        self._texts |= drafts
+
+
+def _read(manifest: Path, registry: TaskRegistry) -> list[Row]:
+    rows = list(iter_rows(manifest, registry, check_audio=True))
+    problems = [problem for row in rows for problem in row.problems]
+    if problems:
+        listed = "\n".join(map(str, problems[:_SHOWN]))
+        raise UserError(f"{manifest}: {len(problems)} problem{'s' * (len(problems) > 1)}; correct the manifest:\n{listed}")
+    return rows
+
+
+def _copy(drafter: Drafter, kept: _Kept, manifest: Path, copy: Path, rows: Sequence[Row], language: str,
+          progress: bool) -> Report:
+    asked: dict[str, tuple[Utterance, str]] = {}
+    keys: list[str | None] = []
+    for row in rows:
+        u = row.utterance
+        assert u is not None
+        if u.audio is None or seconds(u) > audio.MAX_SECONDS:
+            keys.append(None)
+            continue
+        code = (u.language or language).lower().split("-")[0]
+        keys.append(kept.key(u, code))
+        asked.setdefault(str(keys[-1]), (u, code))
+    new = {key: value for key, value in asked.items() if key not in kept}
+    _make(drafter, kept, new, manifest.name if progress else "")
+    made = sum(key in new for key in keys)
+    pairs: list[tuple[str, str]] = []
+    lines: list[bytes] = []
+    for row, key in zip(rows, keys, strict=True):
+        assert row.utterance is not None
+        assert row.content is not None
+        raw = moved(row.raw, row.content, manifest.parent, copy.parent)
+        if key is not None:
+            pairs.append((row.utterance.text, kept[key]))
+            raw = json.dumps(json.loads(raw) | {"draft": kept[key]}, ensure_ascii=False).encode("utf-8")
+        lines.append(raw + b"\n")
+    _write(copy, b"".join(lines))
+    without = sum(key is None for key in keys)
+    return Report(manifest, copy, made, len(keys) - made - without, without, pairs)
+
+
+def _make(drafter: Drafter, kept: _Kept, new: Mapping[str, tuple[Utterance, str]], label: str) -> None:
+    """Drafts of clips, batched by language and length, each batch kept when it is made."""
+    order = sorted(new, key=lambda key: (new[key][1], -seconds(new[key][0])))
+    with tqdm(total=len(order), desc=label, unit="clip", disable=not label) as bar:
+        while order:
+            language = new[order[0]][1]
+            some = [key for key in order[:drafter.batch_size] if new[key][1] == language]
+            order = order[len(some):]
+            kept.add(dict(zip(some, drafter([_wave(new[key][0]) for key in some], language), strict=True)))
+            bar.update(len(some))
+
+
+def _wave(u: Utterance) -> Any:
+    assert u.audio is not None
+    try:
+        return audio.load(u.audio, u.start, u.end, max_seconds=audio.MAX_SECONDS)
+    except UserError as error:
+        raise UserError(f"{u.source}: field 'audio': {error}") from error
+
+
+def _write(copy: Path, text: bytes) -> None:
+    """The copy, whole or not at all; one that is there already and says the same stays."""
+    try:
+        if copy.exists():
+            if copy.is_file() and copy.read_bytes() == text:
+                return
+            raise UserError(f"{copy} exists and differs (other drafts, or an older manifest); remove it, or give another --out")
+        partial = copy.with_name(f".{copy.name}.{os.getpid()}.partial")
+        partial.write_bytes(text)
+        partial.replace(copy)
+    except OSError as error:
+        raise UserError(f"{copy}: cannot be written ({error.strerror or error})") from error
