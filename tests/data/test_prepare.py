@@ -167,3 +167,12 @@ def test_every_source_has_help(source: str, capsys: pytest.CaptureFixture[str]) 
     assert stop.value.code == 0
     printed = capsys.readouterr().out
     assert all(flag in printed for flag in ("--out", "--voice", "--tasks-file"))
+
+
+def test_excluded_manifests_lose_their_rows_by_id_and_by_text(csv: Path, tmp_path: Path) -> None:
+    dev = tmp_path / "dev.jsonl"
+    dev.write_text(json.dumps({"id": "a", "text": "else"}) + "\n" + json.dumps({"id": "x", "text": "WE  met"}) + "\n")
+    rows = tmp_path / "more.csv"
+    rows.write_text("id,text,ner\na,in paris,3:8:PLACE\nb,we met,[]\nc,we met again,[]\n")
+    assert main_prepare(["csv", "--file", str(rows), "--out", str(tmp_path / "out.jsonl"), "--exclude", str(dev)]) == 0
+    assert [u.id for u in read_manifest(tmp_path / "out.jsonl", REGISTRY)] == ["c"]

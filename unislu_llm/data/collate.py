@@ -206,13 +206,13 @@ class Collator:
     def _cached(self, samples: list[Sample], clips: Sequence[Clip | None], ids: Tensor, parts: Tensor) -> Batch:
         """A batch of clips (None: no audio): the frames that are there, and the log-mel of the others."""
         silent = [i for i, clip in enumerate(clips) if clip is None]
-        clips = [Clip(0) if clip is None else clip for clip in clips]
-        missing = {i: clip.key for i, clip in enumerate(clips) if clip.frames is None and i not in silent}
-        waves = [clip.wave for clip in clips if clip.wave is not None]
+        every = [Clip(0) if clip is None else clip for clip in clips]
+        missing = {i: clip.key for i, clip in enumerate(every) if clip.frames is None and i not in silent}
+        waves = [clip.wave for clip in every if clip.wave is not None]
         mel = self._mel(waves)[0] if waves else torch.zeros(0, self.n_mels, 0)
-        known = next((c.frames for c in clips if c.frames is not None), torch.zeros(0, 0))
-        frames = pad_sequence([known[:0] if c.frames is None else c.frames for c in clips], batch_first=True)
-        n_mel = torch.tensor([clip.n_mel for clip in clips])
+        known = next((c.frames for c in every if c.frames is not None), torch.zeros(0, 0))
+        frames = pad_sequence([known[:0] if c.frames is None else c.frames for c in every], batch_first=True)
+        n_mel = torch.tensor([clip.n_mel for clip in every])
         lengths = audio.encoder_length(n_mel)
         lengths[[*missing, *silent]] = 0
         return Batch(samples, mel, n_mel, ids, parts, frames, lengths, missing)

@@ -105,5 +105,6 @@ def with_options(fitted: SimulationOptions | None, given: dict[str, Any]) -> Sim
                             f"{hint(name, [*known, 'error_rate'])}")
         if isinstance(value, bool) or not isinstance(value, int | float):
             raise UserError(f"data.simulate: {name}={value!r} must be a number")
-    options = dataclasses.replace(fitted or SimulationOptions(), **{n: float(v) for n, v in given.items() if n != "error_rate"})
+    rates: dict[str, Any] = {name: float(value) for name, value in given.items() if name != "error_rate"}
+    options = dataclasses.replace(fitted or SimulationOptions(), **rates)
     return options.at_error_rate(float(given["error_rate"])) if "error_rate" in given else options

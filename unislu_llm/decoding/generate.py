@@ -30,8 +30,8 @@ def predict(model: SLUModel, samples: Sequence[Sample], options: DecodeOptions |
         on_rows: called with the finished rows of every batch.
 
     Returns:
-        One prediction row a sample; see `eval/README.md` for its fields. A model with a `ctc` projector adds `ctc_text`, the greedy
-        CTC transcript, which the encoder's pass gives anyway.
+        One prediction row a sample; see `eval/README.md` for its fields. A model with a `ctc` projector adds `ctc_text`, the
+        greedy CTC transcript, which the encoder's pass gives anyway.
 
     Raises:
         UserError: unreadable audio; the message names manifest line and file.

@@ -63,8 +63,8 @@ def run_ctc(kind: str, config: Config, name: str = "run") -> Path:
     if kind != "speech_llm" or config.model.projector != "ctc":
         raise UserError("train.objective ctc trains the projector 'ctc' of an LLM; set model.projector ctc")
     if config.model.encoder_mode != "frozen" or config.augment.active:
-        raise UserError("train.objective ctc goes by the frames of a frozen encoder, computed once: set model.encoder_mode frozen "
-                        "and switch the augment section off in this stage (it has masks: train.ctc.time_masks, feature_masks)")
+        raise UserError("train.objective ctc goes by the frames of a frozen encoder, computed once: set model.encoder_mode "
+                        "frozen and switch the augment section off in this stage (it has masks of its own, train.ctc)")
     process = PartialState()
     if process.is_main_process:
         return _Stage(config, name, process.device).train()
@@ -94,10 +94,10 @@ class _Stage:
         model.encoder.to(device)
         self.projector.to(device)
         # A cache of the user's own is checked before the run folder is made.
-        self.cache = build_cache(config, model)
+        own = build_cache(config, model)
         self.run = state.create_run(config, name)
-        self.cache = self.cache or open_cache(self.run / state.FRAMES, model.encoder, config.train.precision, data.cache_dtype,
-                                              data.cache_gib, config.model.encoder)
+        self.cache: FrameCache = own or open_cache(self.run / state.FRAMES, model.encoder, config.train.precision,
+                                                   data.cache_dtype, data.cache_gib, config.model.encoder)
         (self.run / state.FRAMES).mkdir(exist_ok=True)  # from here on it can be resumed
         texts = sum(s.utterance.audio is None for s in train)
         print(f"ctc: {len(self.train_clips)} clips to train on, {len(self.dev_clips)} dev clips, {len(self.vocabulary)} tokens, "

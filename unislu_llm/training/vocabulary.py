@@ -48,5 +48,5 @@ def check_tokens(model: SLUModel, folder: Path) -> None:
     """
     own, saved = getattr(model.config, "ctc_tokens", None), saved_tokens(folder)
     if own and saved and list(own) != list(saved):
-        raise UserError(f"model.init: {folder} predicts {len(saved)} tokens by CTC and this model {len(own)} "
-                        "others; its vocabulary was learned from other transcripts: build the model with `ctc_tokens` of that model's config.json")
+        raise UserError(f"model.init: {folder} predicts {len(saved)} tokens by CTC and this model {len(own)} others, learned "
+                        "from other transcripts; build the model with `ctc_tokens` of that model's config.json")
