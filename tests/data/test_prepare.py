@@ -171,7 +171,7 @@ def test_every_source_has_help(source: str, capsys: pytest.CaptureFixture[str]) 
 
 def test_excluded_manifests_lose_their_rows_by_id_and_by_text(csv: Path, tmp_path: Path) -> None:
     dev = tmp_path / "dev.jsonl"
-    dev.write_text(json.dumps({"id": "a", "text": "else"}) + "\n" + json.dumps({"id": "x", "text": "WE  met"}) + "\n")
+    dev.write_text(json.dumps({"id": "a", "text": "else"}) + "\n" + json.dumps({"id": "x", "text": "WE met"}) + "\n")
     rows = tmp_path / "more.csv"
     rows.write_text("id,text,ner\na,in paris,3:8:PLACE\nb,we met,[]\nc,we met again,[]\n")
     assert main_prepare(["csv", "--file", str(rows), "--out", str(tmp_path / "out.jsonl"), "--exclude", str(dev)]) == 0

@@ -96,8 +96,10 @@ class _Stage:
         # A cache of the user's own is checked before the run folder is made.
         own = build_cache(config, model)
         self.run = state.create_run(config, name)
-        self.cache: FrameCache = own or open_cache(self.run / state.FRAMES, model.encoder, config.train.precision,
-                                                   data.cache_dtype, data.cache_gib, config.model.encoder)
+        # Not `own or`: a cache that has no entries yet is false.
+        self.cache: FrameCache = own if own is not None else open_cache(
+            self.run / state.FRAMES, model.encoder, config.train.precision, data.cache_dtype, data.cache_gib,
+            config.model.encoder)
         (self.run / state.FRAMES).mkdir(exist_ok=True)  # from here on it can be resumed
         texts = sum(s.utterance.audio is None for s in train)
         print(f"ctc: {len(self.train_clips)} clips to train on, {len(self.dev_clips)} dev clips, {len(self.vocabulary)} tokens, "
