@@ -80,7 +80,8 @@ def _encode_by_length(model: SLUModel, batch: Batch) -> Encoded:
     """Encode a few clips of like length at one time: a CPU gains nothing from more, and would pay for their padding."""
     order = batch.mel_lengths.argsort(descending=True)
     parts = []
-    projector, heard = getattr(model, "projector", None), []  # greedy CTC text is put together as the frames are
+    projector: Any = getattr(model, "projector", None)
+    heard: list[list[int]] = []  # greedy CTC text is put together as the frames are
     for rows in order.split(_ENCODED_TOGETHER):
         mel, drafts = batch.mel[rows], {name: value[rows] for name, value in batch.drafts().items()}
         width = mel.shape[-1] if model.config.pad_to_30s else int(batch.mel_lengths[rows].max())
