@@ -32,11 +32,10 @@ from unislu_llm.data.targets import Sample
 from unislu_llm.data.text_rows import WithText
 from unislu_llm.decoding.generate import DecodeOptions, predict
 from unislu_llm.errors import UserError
-from unislu_llm.loss import ASR_PART, TASK_PART, Counts, floor_at, sample_shares, weighted_loss
+from unislu_llm.loss import Counts, floor_at, weighted_loss
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.frames import complete
 from unislu_llm.scoring.slue import format_table, score_rows
-from unislu_llm.tasks import TaskRegistry
 from unislu_llm.training import state
 from unislu_llm.training.build import (
     add_drafts,
@@ -49,6 +48,7 @@ from unislu_llm.training.build import (
     load_samples,
 )
 from unislu_llm.training.config import Config
+from unislu_llm.training.figures import micro_sums, read_sums, sum_names
 from unislu_llm.training.monitors import flat_scores, loss_summary, validation_warnings
 from unislu_llm.training.optim import build_optimizer, build_schedule, group_rates
 from unislu_llm.training.plan import accumulation, describe, peak_memory, use_threads
@@ -136,24 +136,9 @@ class Trainer:
     def batches(self, epoch: int, skip: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches, a list a step, from step `skip` of the epoch on."""
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        dataset: Any = SpeechDataset(self.train_samples, self.config.data.max_seconds)
-        if self.cache is not None:
-            self.cache.refresh()
-            dataset = CachedSpeech(self.train_samples, self.cache, self.config.data.max_seconds)
-        collate: Any = self.model.collator()
-        steps: list[list[list[Any]]] = self.plan.micro_batches(epoch, rank, world)[skip:]
-        if self.augmenter is not None:
-            dataset = AugmentedSpeech(dataset, self.augmenter, self.config.train.seed, epoch)
-            collate = AugmentedCollator(collate, self.augmenter)
-            steps = self.plan.draws(epoch, rank, world)[skip:]
-        if self.simulator is not None:
-            dataset = WithText(dataset, self.train_samples, self.simulator, self.config.train.seed, epoch,
-                               draws=self.augmenter is not None)
-            steps = self.plan.draws(epoch, rank, world)[skip:]
-        if self.dropout is not None:
-            drawn = self.augmenter is not None or self.simulator is not None
-            dataset = DroppedDrafts(dataset, self.dropout, self.config.train.seed, epoch, draws=drawn)
-            steps = self.plan.draws(epoch, rank, world)[skip:]
+        dataset, collate, counted = self._dataset(epoch)
+        deal = self.plan.draws if counted else self.plan.micro_batches
+        steps: list[list[list[Any]]] = deal(epoch, rank, world)[skip:]
         flat = [indices for step in steps for indices in step]
         workers = self.config.data.num_workers
         # A generator of its own: the loader must not draw from the one that dropout uses, or a resumed run would differ.
@@ -166,6 +151,27 @@ class Trainer:
             micro = [next(batches) for _ in step]
             self.waited = time.perf_counter() - started
             yield micro
+
+    def _dataset(self, epoch: int) -> tuple[Any, Any, bool]:
+        """Samples of an epoch, their collator, and whether they are asked for with how often each was drawn before.
+
+        They are, where something random is done to them: it follows from that count, so that a resumed run repeats it.
+        """
+        seed = self.config.train.seed
+        dataset: Any = SpeechDataset(self.train_samples, self.config.data.max_seconds)
+        if self.cache is not None:
+            self.cache.refresh()
+            dataset = CachedSpeech(self.train_samples, self.cache, self.config.data.max_seconds)
+        collate: Any = self.model.collator()
+        counted = False
+        if self.augmenter is not None:
+            dataset, counted = AugmentedSpeech(dataset, self.augmenter, seed, epoch), True
+            collate = AugmentedCollator(collate, self.augmenter)
+        if self.simulator is not None:
+            dataset, counted = WithText(dataset, self.train_samples, self.simulator, seed, epoch, draws=counted), True
+        if self.dropout is not None:
+            dataset, counted = DroppedDrafts(dataset, self.dropout, seed, epoch, draws=counted), True
+        return dataset, collate, counted
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
@@ -201,7 +207,7 @@ class Trainer:
 
     def backward(self, micro: list[Batch], total: Counts) -> Tensor:
         """Accumulate gradients of the global loss; returns this rank's sums for the log (see :meth:`figures`)."""
-        sums = torch.zeros(len(_sum_names(self.registry)), dtype=torch.float64)
+        sums = torch.zeros(len(sum_names(self.registry)), dtype=torch.float64)
         for i, cpu_batch in enumerate(micro):
             last = i == len(micro) - 1
             batch = cpu_batch.to(self.accelerator.device)
@@ -215,7 +221,7 @@ class Trainer:
                 loss = weighted_loss(losses, batch.target_parts, self.config.train.loss, total, self.floor)
                 # Processes' gradients are averaged; the normalizer is global already.
                 self.accelerator.backward(loss * self.accelerator.num_processes)
-            sums += _micro_sums(losses.detach(), loss.detach(), cpu_batch, self.registry, self.floor)
+            sums += micro_sums(losses.detach(), loss.detach(), cpu_batch, self.registry, self.floor)
         return sums
 
     def _complete(self, batch: Batch, cache: FrameCache) -> Batch:
@@ -236,19 +242,19 @@ class Trainer:
         return floor_at(self.progress.step, self.config.train.asr_floor, self.config.train.asr_floor_steps)
 
     def figures(self, sums: Tensor, norm: float) -> dict[str, float]:
-        values = dict(zip(_sum_names(self.registry), self._sum(sums).tolist(), strict=True))
-        if not math.isfinite(values["loss"]):
-            raise UserError(f"loss is {values['loss']} at step {self.progress.step}; lower train.lr or max_grad_norm; "
+        """What the log says of a step, over all processes.
+
+        Args:
+            sums: of this process, from :meth:`backward`. norm: of the gradient before clipping.
+
+        Raises:
+            UserError: the loss is not finite.
+        """
+        figures = read_sums(self._sum(sums), self.registry, self.accelerator.num_processes * self.per_rank)
+        if not math.isfinite(figures["loss"]):
+            raise UserError(f"loss is {figures['loss']} at step {self.progress.step}; lower train.lr or max_grad_norm; "
                             f"the last good weights are in {self.run}")
-        tokens, micro = values["n_asr"] + values["n_task"], self.accelerator.num_processes * self.per_rank
-        figures = {"loss": values["loss"], "loss_asr": values["asr"] / max(values["n_asr"], 1), "grad_norm": norm,
-                   "tokens": tokens, "audio_seconds": values["n_mel"] / 100, "padding": 1.0 - values["filled"] / micro}
-        if values["n_task"]:
-            w_asr = values["w_asr"] / values["tasked"]
-            figures |= {"loss_task": values["task"] / values["n_task"], "w_asr": w_asr, "w_task": 1.0 - w_asr}
-        figures |= {f"loss_{t.name}": values[f"sum_{t.name}"] / values[f"n_{t.name}"] for t in self.registry
-                    if values[f"n_{t.name}"]}
-        return figures
+        return figures | {"grad_norm": norm}
 
     # ---- the run ---------------------------------------------------------------------------------------------------
 
@@ -422,24 +428,6 @@ class Trainer:
         self.tally.add(chain.from_iterable(self.plan.epoch(p.epoch)[:p.step_in_epoch]))
         if len(saved["rng"]) == self.accelerator.num_processes:
             state.set_rng_state(saved["rng"][self.accelerator.process_index])
-
-
-def _sum_names(registry: TaskRegistry) -> list[str]:
-    return ["loss", "asr", "task", "n_asr", "n_task", "w_asr", "tasked", "n_mel", "filled",
-            *(f"{kind}_{t.name}" for t in registry for kind in ("sum", "n"))]
-
-
-def _micro_sums(losses: Tensor, loss: Tensor, batch: Batch, registry: TaskRegistry, floor: float) -> Tensor:
-    """Figures of one micro-batch that add up over micro-batches and processes, in the order of :func:`_sum_names`."""
-    parts, cpu = batch.target_parts, losses.double().cpu()
-    is_task, is_asr = parts == TASK_PART, parts == ASR_PART
-    shares, tasked = sample_shares(parts, floor)[0], is_task.any(-1)
-    sums: list[Any] = [float(loss), cpu[is_asr].sum(), cpu[is_task].sum(), is_asr.sum(), is_task.sum(), shares[tasked].sum(),
-            tasked.sum(), batch.mel_lengths.sum(), 1.0 - batch.padding_share]
-    for task in registry:
-        mine = is_task & torch.tensor([s.task == task.name for s in batch.samples])[:, None]
-        sums += [cpu[mine].sum(), mine.sum()]
-    return torch.tensor([float(v) for v in sums], dtype=torch.float64)
 
 
 def _sharded(accelerator: Accelerator) -> bool:
