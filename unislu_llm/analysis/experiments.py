@@ -13,8 +13,8 @@ from unislu_llm.errors import UserError, hint
 from unislu_llm.training.config import Config, apply, read_yaml
 
 RECIPES = ("train_llm", "train_whisper")
-_KEYS = ("title", "output", "results", "common", "tests", "systems")
-_SYSTEM_KEYS = ("name", "title", "recipe", "config", "seeds")
+_KEYS = ("title", "output", "results", "common", "tests", "evaluate", "systems")
+_SYSTEM_KEYS = ("name", "title", "recipe", "prepare", "config", "seeds")
 
 @dataclass(frozen=True)
 class System:
@@ -23,6 +23,8 @@ class System:
     Args:
         name: of its folders. title: in the table. recipe: one of :data:`RECIPES`.
         config: sections over the common ones. seeds: one run each.
+        prepare: `unislu` commands before its training, each a command line without the program's name; they must be such that
+            running them again is cheap, as `draft` and `prepare` are.
     """
 
     name: str
@@ -30,6 +32,7 @@ class System:
     recipe: str
     config: dict[str, Any]
     seeds: tuple[int, ...]
+    prepare: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Experiment:
         common: config sections of every system.
         tests: further manifests by name, scored on their own beside the dev sets.
         systems: rows, in order.
+        evaluate: flags of `eval/evaluate.py` for every system, in one string.
     """
 
     title: str
@@ -50,6 +54,7 @@ class Experiment:
     common: dict[str, Any]
     tests: dict[str, list[str]]
     systems: list[System]
+    evaluate: str = ""
 
 
 @dataclass(frozen=True)
@@ -103,13 +108,18 @@ def read_experiment(path: Path, data: str = "") -> Experiment:
     """Read an experiment file.
 
     Args:
-        data: what `${data}` in it stands for: the folder of the corpora.
+        data: what `${data}` in it stands for: the folder of the corpora. `${output}` stands for the file's own `output`, so that
+            a system can start from another's run.
 
     Raises:
-        UserError: no such file, not YAML, an unknown key, a system without a name, two of one name, an unknown recipe.
+        UserError: no such file, not YAML, an unknown key, a system without a name, two of one name, an unknown recipe, commands
+            or flags that are no text.
     """
-    values = _filled(read_yaml(path), data, str(path))
+    values = read_yaml(path)
     _known(values, _KEYS, str(path))
+    output = str(values.get("output", f"runs/{path.stem}"))
+    words = {"data": str(Path(data).resolve()) if data else "", "output": str(Path(output).resolve())}
+    values = _filled(values, words, str(path))
     systems: list[System] = []
     for i, entry in enumerate(values.get("systems") or []):
         where = f"{path}: systems[{i}]"
@@ -120,14 +130,18 @@ def read_experiment(path: Path, data: str = "") -> Experiment:
             raise UserError(f"{where}: there are two systems '{entry['name']}'; rename one")
         if entry.get("recipe") not in RECIPES:
             raise UserError(f"{where}.recipe: {entry.get('recipe')!r} is not one of {', '.join(RECIPES)}")
+        prepare = entry.get("prepare") or []
+        if not isinstance(prepare, list) or not all(isinstance(line, str) for line in prepare):
+            raise UserError(f"{where}.prepare: must be a list of command lines, e.g. 'draft openai/whisper-base a.jsonl --out F'")
         systems.append(System(entry["name"], entry.get("title", entry["name"]), entry["recipe"], entry.get("config") or {},
-                              tuple(entry.get("seeds") or (1,))))
+                              tuple(entry.get("seeds") or (1,)), tuple(prepare)))
+    if not isinstance(values.get("evaluate", ""), str):
+        raise UserError(f"{path}: evaluate: must be flags in one string, e.g. '--decode.grammar'")
     if not systems:
         raise UserError(f"{path}: lists no systems")
     stem = path.stem
-    return Experiment(values.get("title", stem), Path(values.get("output", f"runs/{stem}")),
-                      Path(values.get("results", f"eval/results/{stem}")), values.get("common") or {},
-                      values.get("tests") or {}, systems)
+    return Experiment(values.get("title", stem), Path(output), Path(values.get("results", f"eval/results/{stem}")),
+                      values.get("common") or {}, values.get("tests") or {}, systems, values.get("evaluate", ""))
 
 
 def _known(values: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
@@ -136,16 +150,17 @@ def _known(values: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
             raise UserError(f"{where}: unknown key '{key}'; known: {', '.join(keys)}{hint(key, keys)}")
 
 
-def _filled(value: Any, data: str, where: str) -> Any:
-    """`${data}` replaced in every string."""
+def _filled(value: Any, words: Mapping[str, str], where: str) -> Any:
+    """`${data}` and `${output}` replaced in every string."""
     if isinstance(value, Mapping):
-        return {k: _filled(v, data, where) for k, v in value.items()}
+        return {k: _filled(v, words, where) for k, v in value.items()}
     if isinstance(value, list):
-        return [_filled(v, data, where) for v in value]
-    if isinstance(value, str) and "${data}" in value:
-        if not data:
-            raise UserError(f"{where}: needs the folder of the corpora; give --data FOLDER")
-        return value.replace("${data}", str(Path(data).resolve()))
+        return [_filled(v, words, where) for v in value]
+    if isinstance(value, str):
+        for name, word in words.items():
+            if "${" + name + "}" in value and not word:
+                raise UserError(f"{where}: needs the folder of the corpora; give --data FOLDER")
+            value = value.replace("${" + name + "}", word)
     return value
 
 

@@ -6,6 +6,7 @@ command line, so that a row of the table can be repeated alone. Whatever is fini
 
 from __future__ import annotations
 
+import shlex
 import subprocess
 import sys
 import time
@@ -40,6 +41,9 @@ def run_job(job: Job, runner: Runner = run_command) -> None:
     folder, log = job.folder, job.experiment.output / f"{job.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     if not state.is_finished(folder):
+        for line in job.system.prepare:
+            command = [sys.executable, "-m", "unislu_llm.cli", *shlex.split(line)]
+            _run(runner, command, log, f"{job.name}: {line.partition(' ')[0]}")
         config = log.with_suffix(".yaml")
         state.write_text(config, yaml.safe_dump(job.config(), sort_keys=False))
         command = [sys.executable, "-m", "accelerate.commands.launch", f"recipes/{job.system.recipe}.py", "--config", str(config),
@@ -50,6 +54,7 @@ def run_job(job: Job, runner: Runner = run_command) -> None:
         _run(runner, [*command, "--resume"] if resumable else command, log, f"{job.name}: training")
     for test, manifests in [("", []), *job.experiment.tests.items()]:
         command = [sys.executable, "eval/evaluate.py", str(folder), "--out", str(job.experiment.results)]
+        command += shlex.split(job.experiment.evaluate)
         command += ["--manifest", *manifests, "--label", test] if manifests else []
         if not job.scores(test).is_file():
             _run(runner, command, log, f"{job.name}: scoring{f' of {test}' if test else ''}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import statistics
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from tabulate import tabulate
@@ -85,10 +86,12 @@ def _results(experiment: Experiment, system: System) -> dict[int, dict[str, Any]
 
 
 def _note_training(job: Job) -> None:
-    """Put the run's training time into its score file, which outlives the run folder."""
+    """Put the run's training time into its score file, which outlives the run folder; with that of the run it starts from."""
     seconds = state.read_finished(job.folder).get("train_seconds")
     if seconds is None or not job.scores().is_file():
         return
+    init = job.config().get("model", {}).get("init")
+    seconds += state.read_finished(Path(init)).get("train_seconds", 0.0) if init else 0.0
     result = load_scores(job.scores())
     if result.get("train_seconds") != seconds:
         state.write_text(job.scores(), json.dumps(result | {"train_seconds": seconds}, indent=1, ensure_ascii=False) + "\n")
