@@ -212,6 +212,7 @@ def test_predictions_carry_the_greedy_ctc_text(tiny_config: Callable[..., Config
     from unislu_llm.data.audio import load as load_audio
     from unislu_llm.decoding.drafts import CtcRecogniser
     from unislu_llm.decoding.generate import DecodeOptions, predict
+    from unislu_llm.scoring.slue import score_rows
     from unislu_llm.scoring.wer import corpus_wer
 
     config = tiny_config(model=MODEL)
@@ -221,6 +222,6 @@ def test_predictions_carry_the_greedy_ctc_text(tiny_config: Callable[..., Config
     alone = [CtcRecogniser(trainer.model.eval())([wave], "en")[0] for wave in waves]
     assert [row["ctc_text"] for row in rows] == alone
     assert len(set(alone)) > 1
-    scores: dict[str, Any] = {"slue": {}, "whisper": {}}
+    scores = score_rows(rows, trainer.registry)
     add_ctc_wer(scores, rows)
-    assert scores["whisper"]["ctc_wer"] == corpus_wer([r["ref_text"] for r in rows], alone, "whisper").wer
+    assert scores["protocols"]["whisper"]["ctc_wer"] == corpus_wer([r["ref_text"] for r in rows], alone, "whisper").wer

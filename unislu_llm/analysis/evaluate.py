@@ -188,7 +188,7 @@ def add_ctc_wer(scores: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> No
     spoken = list({(row["corpus"], row["id"]): row for row in rows if "ctc_text" in row}.values())
     for protocol in PROTOCOLS if spoken else ():
         found = corpus_wer([row["ref_text"] for row in spoken], [row["ctc_text"] for row in spoken], protocol)
-        scores[protocol]["ctc_wer"] = found.wer
+        scores["protocols"][protocol]["ctc_wer"] = found.wer
         print(f"  WER of the greedy CTC text ({protocol}): {found.wer:.2f}")
 
 

@@ -39,6 +39,8 @@ def columns(results: Sequence[Mapping[str, Any]]) -> list[Column]:
 
     return [
         *((f"WER {corpus}", protocol("wer", "by_corpus", corpus, "wer")) for corpus in corpora),
+        *([("WER of CTC text", protocol("ctc_wer"))] if any(_dig(r, "scores", "protocols", p, "ctc_wer") is not None
+                                                            for r in results for p in PROTOCOLS) else []),
         ("NER F1", protocol("tasks", "ner", "entity", "f1")),
         ("NER label-F1", protocol("tasks", "ner", "label", "f1")),
         ("NER position F1", anywhere("scores", "position", "ner", "f1")),
