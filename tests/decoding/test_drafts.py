@@ -146,6 +146,34 @@ def test_the_command_writes_what_is_heard(whisper: str, make_utterances: Callabl
     assert "saved model" in capsys.readouterr().err
 
 
+def test_rows_of_text_have_their_transcript_as_draft(make_utterances: Callable[..., list[Utterance]], waves: list[Tensor],
+                                                     tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    texts = [Utterance("a", None, "The Council met."), Utterance("b", None, "Thanks", draft="tanks"),
+             Utterance("c", None, "A Law")]
+    write_manifest(tmp_path / "text.jsonl", texts)
+    write_manifest(tmp_path / "both.jsonl", [*make_utterances(), *texts])
+
+    def drafts(out: str, name: str) -> list[str | None]:
+        return [u.draft for u in read_manifest(tmp_path / out / name, REGISTRY)]
+
+    # No recogniser is loaded for text alone: none is there.
+    call = ["draft", str(tmp_path / "nothing"), str(tmp_path / "text.jsonl"), "--threads", "1", "--text-rows", "copy"]
+    for out, copied in (("lower", ["the council met.", "a law"]), ("as-is", ["The Council met.", "A Law"])):
+        assert main([*call, "--out", str(tmp_path / out), "--style", out]) == 0
+        assert drafts(out, "text.jsonl") == [copied[0], "tanks", copied[1]]
+    table = [line.split() for line in capsys.readouterr().out.splitlines() if "text.jsonl" in line]
+    assert {tuple(line[1:]) for line in table} == {("0", "0", "2", "1", "0", "-")}  # copied: 2; one had a draft; no WER
+
+    heard = [f"heard {len(wave)} en" for wave in waves]
+    expected = {"skip": ([None, "tanks", None], (4, 0, 0, 3)), "copy": (["the council met.", "tanks", "a law"], (4, 0, 2, 1))}
+    for text_rows, (rest, counts) in expected.items():
+        report = write_drafts(Drafter(Heard(), REGISTRY), {}, [tmp_path / "both.jsonl"], tmp_path / text_rows, REGISTRY,
+                              progress=False, text_rows=text_rows)[0]  # type: ignore[arg-type]
+        assert drafts(text_rows, "both.jsonl") == [*heard, *rest]
+        assert (report.made, report.known, report.copied, report.without) == counts
+        assert [made for _, made in report.pairs] == heard
+
+
 def test_models_make_the_drafts_that_they_lack(whisper: str, make_utterances: Callable[..., list[Utterance]], waves: list[Tensor],
                                                tiny_speech_llm: Build) -> None:
     model = tiny_speech_llm(draft="manifest", encoder=whisper, whisper_options={"init_std": 0.3})

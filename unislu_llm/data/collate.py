@@ -36,7 +36,8 @@ class Batch:
             drafts. draft_lengths: `(batch,)`, 0 for a sample without.
         simulated_classes, simulated_shares: `(texts, T_ctc, 3)` posteriors of the samples without audio, in order, see
             :class:`~unislu_llm.data.simulate.SparsePosteriors`. simulated_lengths: `(batch,)` frames, 0 for a sample with audio.
-            Where there are such samples, `mel` holds the others alone, in order, and `mel_lengths` is 0 for them.
+            Where there are such samples, `mel` holds the others alone, in order, and `mel_lengths` is 0 for them. For a model
+            that does not listen nothing is simulated, and the same holds of `mel`.
     """
 
     samples: list[Sample]
@@ -129,8 +130,8 @@ def _named(utterance: Utterance) -> Iterator[None]:
     """Name the manifest line in errors about its audio."""
     where = utterance.source or utterance.id
     if utterance.audio is None:
-        raise UserError(f"{where}: field 'audio': the row has no audio; it can train an LLM with the projector "
-                        "'ctc' (docs/ctc.md), and nothing else")
+        raise UserError(f"{where}: field 'audio': the row has no audio; it can train some models (docs/ctc.md, docs/drafts.md), "
+                        "but nothing is predicted for it")
     try:
         yield
     except UserError as error:
@@ -162,7 +163,7 @@ class Collator:
         return [*self.draft_prompt, *(self.codec.text_ids(draft) if draft else [])]
 
     def __call__(self, items: Sequence[tuple[Sample, Any]]) -> Batch:
-        """Batch `(sample, audio (S,))` or `(sample, clip)` pairs, or for text `(sample, posteriors)`; order is kept."""
+        """Batch `(sample, audio (S,))` or `(sample, clip)` pairs, or for text `(sample, posteriors or None)`; order is kept."""
         batch = self._batch(items)
         if self.draft_prompt is None:
             return batch
@@ -177,7 +178,7 @@ class Collator:
         parts = pad_sequence([torch.tensor(t.parts) for t in targets], batch_first=True, padding_value=NO_PART)
         sounds: list[Any] = [sound for _, sound in items]
         texts = {i: sound for i, sound in enumerate(sounds) if isinstance(sound, SparsePosteriors)}
-        if texts:
+        if texts or any(sound is None for sound in sounds):
             return self._with_texts(samples, sounds, texts, ids, parts)
         if all(isinstance(sound, Tensor) for sound in sounds):
             return Batch(samples, *self._mel(sounds), ids, parts)
@@ -186,7 +187,7 @@ class Collator:
     def _with_texts(self, samples: list[Sample], sounds: list[Any], texts: Mapping[int, SparsePosteriors], ids: Tensor,
                     parts: Tensor) -> Batch:
         """A batch in which some samples have no audio."""
-        heard = {i: sound for i, sound in enumerate(sounds) if i not in texts}
+        heard = {i: sound for i, sound in enumerate(sounds) if i not in texts and sound is not None}
         if any(isinstance(sound, Clip) for sound in heard.values()):
             batch = self._cached(samples, [heard.get(i) for i in range(len(sounds))], ids, parts)
         else:
@@ -194,6 +195,8 @@ class Collator:
             if heard:
                 mel, lengths[list(heard)] = self._mel(list(heard.values()))
             batch = Batch(samples, mel, lengths, ids, parts)
+        if not texts:
+            return batch
         counts = torch.zeros(len(sounds), dtype=torch.long)
         counts[list(texts)] = torch.tensor([len(text) for text in texts.values()])
         return replace(batch, simulated_classes=pad_sequence([t.classes for t in texts.values()], batch_first=True),

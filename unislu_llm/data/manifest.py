@@ -12,6 +12,7 @@ looks like a misspelt field that the row lacks: that is a problem, because the a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
@@ -262,10 +263,8 @@ def _plain(value: LabelValue) -> str | list[str] | list[dict[str, Any]]:
 
 def relative(audio: Path, folder: Path) -> str:
     """Path from `folder`; absolute where there is none (another drive)."""
-    try:
+    with contextlib.suppress(ValueError):
         return audio.absolute().relative_to(folder.absolute()).as_posix()
-    except ValueError:
-        pass
     target = audio.parent.resolve() / audio.name  # `..` is only safe on paths without symbolic links
     try:
         return Path(os.path.relpath(target, folder.resolve())).as_posix()

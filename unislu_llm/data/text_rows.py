@@ -1,4 +1,5 @@
-"""Rows without audio as training samples of a `ctc` model: posteriors simulated from their transcripts. See docs/ctc.md.
+"""Rows without audio as training samples: of a `ctc` model, which has posteriors simulated from their transcripts (docs/ctc.md),
+or of a model without speech, which reads their drafts alone (docs/drafts.md).
 
 What is simulated for a sample follows from (seed, epoch, sample, how often the epoch has drawn it before) alone, as in
 :mod:`unislu_llm.data.augment`.
@@ -22,6 +23,7 @@ from unislu_llm.errors import UserError, hint
 
 SIMULATION_FILE = "simulation.json"
 _SIMULATE = 208  # last word of a seed, beside those of augment.py and draft_dropout.py
+_CHARACTERS_PER_SECOND = 15.0  # a guess at speech; it only decides which samples share a batch
 
 
 class TextSimulator:
@@ -45,16 +47,27 @@ class TextSimulator:
         return self.frame_seconds * self.options.expected_frames(len(self.classes(sample.utterance.text)))
 
 
+class DraftsAlone:
+    """In place of a :class:`TextSimulator` for a model that does not listen: nothing stands for the audio of its samples."""
+
+    def __call__(self, sample: Sample, key: Key) -> None:
+        """Nothing."""
+
+    def seconds(self, sample: Sample) -> float:
+        """Audio that a sample is sorted by, among those that have some."""
+        return len(sample.utterance.text) / _CHARACTERS_PER_SECOND
+
+
 class WithText(Dataset[tuple[Any, ...]]):
     """A data set in which items without audio have simulated posteriors. It is asked for `(index, times drawn before)`.
 
     Args:
         dataset: the samples' audio; asked for an index, or with `draws` for the pair itself, and gives the pair's key then.
-        samples: all. simulator: of those without audio. seed, epoch: source of randomness.
+        samples: all. simulator: of those without audio; what it gives stands for audio. seed, epoch: source of randomness.
     """
 
-    def __init__(self, dataset: Any, samples: Sequence[Sample], simulator: TextSimulator, seed: int, epoch: int, *,
-                 draws: bool = False) -> None:
+    def __init__(self, dataset: Any, samples: Sequence[Sample], simulator: TextSimulator | DraftsAlone, seed: int,
+                 epoch: int, *, draws: bool = False) -> None:
         self.dataset, self.samples, self.simulator = dataset, samples, simulator
         self.seed, self.epoch, self.draws = seed, epoch, draws
 

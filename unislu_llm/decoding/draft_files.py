@@ -8,7 +8,7 @@ import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tqdm import tqdm
 
@@ -25,6 +25,8 @@ from unislu_llm.utterance import Utterance
 KEPT = ".drafts"
 """Subfolder of the copies that remembers drafts: by recogniser and settings, then by contents of the audio."""
 
+TextRows = Literal["skip", "copy"]
+
 _SHOWN = 10
 
 
@@ -34,28 +36,33 @@ class Report:
 
     Args:
         manifest: read. copy: written.
-        made, known: drafts made now and remembered from a run before. without: rows without audio or over 30 s, kept as they are.
-        pairs: transcript and draft of each row that has one.
+        made, known: drafts made now and remembered from a run before. copied: transcripts that are drafts of rows without audio.
+        without: rows without audio or over 30 s, kept as they are.
+        pairs: transcript and draft of each row whose draft was heard.
     """
 
     manifest: Path
     copy: Path
     made: int
     known: int
+    copied: int
     without: int
     pairs: list[tuple[str, str]]
 
 
 def write_drafts(drafter: Drafter, settings: Mapping[str, Any], manifests: Sequence[Path], folder: Path,
-                 registry: TaskRegistry, *, language: str = "en", progress: bool = True) -> list[Report]:
+                 registry: TaskRegistry, *, language: str = "en", progress: bool = True,
+                 text_rows: TextRows = "skip") -> list[Report]:
     """Write a copy of each manifest in `folder`, its rows with a `draft` each; all else in them stays, audio paths follow.
 
     Drafts are kept as they are made: a call that was stopped, or whose manifests share clips with an earlier one's, goes on
     from there. Copies appear whole or not at all.
 
     Args:
+        drafter: with a recogniser, if a row has audio.
         settings: what drafts follow from besides the audio: others make others.
         language: Whisper language code of rows that name none.
+        text_rows: rows without audio stay as they are, or have their transcript, styled, as a draft if they have none.
 
     Raises:
         UserError: a manifest with problems, two of one name, unreadable audio, or a file in the way of a copy.
@@ -68,7 +75,8 @@ def write_drafts(drafter: Drafter, settings: Mapping[str, Any], manifests: Seque
             raise UserError(f"--out {folder} is the folder of {manifest.name}; name another")
     kept = _Kept(folder, settings)
     every = {manifest: _read(manifest, registry) for manifest in manifests}
-    return [_copy(drafter, kept, manifest, copies[manifest], rows, language, progress) for manifest, rows in every.items()]
+    return [_copy(drafter, kept, manifest, copies[manifest], rows, language, progress, text_rows == "copy")
+            for manifest, rows in every.items()]
 
 
 class _Kept:
@@ -114,7 +122,7 @@ def _read(manifest: Path, registry: TaskRegistry) -> list[Row]:
 
 
 def _copy(drafter: Drafter, kept: _Kept, manifest: Path, copy: Path, rows: Sequence[Row], language: str,
-          progress: bool) -> Report:
+          progress: bool, from_text: bool) -> Report:
     asked: dict[str, tuple[Utterance, str]] = {}
     keys: list[str | None] = []
     for row in rows:
@@ -131,23 +139,28 @@ def _copy(drafter: Drafter, kept: _Kept, manifest: Path, copy: Path, rows: Seque
     made = sum(key in new for key in keys)
     pairs: list[tuple[str, str]] = []
     lines: list[bytes] = []
+    copied = 0
     for row, key in zip(rows, keys, strict=True):
-        assert row.utterance is not None
+        u = row.utterance
+        assert u is not None
         assert row.content is not None
         raw = moved(row.raw, row.content, manifest.parent, copy.parent)
-        if key is not None:
-            pairs.append((row.utterance.text, kept[key]))
-            raw = json.dumps(json.loads(raw) | {"draft": kept[key]}, ensure_ascii=False).encode("utf-8")
+        draft = None if key is None else kept[key]
+        if draft is not None:
+            pairs.append((u.text, draft))
+        elif from_text and u.audio is None and u.draft is None:
+            draft, copied = drafter.styled(u.text), copied + 1
+        if draft is not None:
+            raw = json.dumps(json.loads(raw) | {"draft": draft}, ensure_ascii=False).encode("utf-8")
         lines.append(raw + b"\n")
     _write(copy, b"".join(lines))
-    without = sum(key is None for key in keys)
-    return Report(manifest, copy, made, len(keys) - made - without, without, pairs)
+    return Report(manifest, copy, made, len(pairs) - made, copied, len(keys) - len(pairs) - copied, pairs)
 
 
 def _make(drafter: Drafter, kept: _Kept, new: Mapping[str, tuple[Utterance, str]], label: str) -> None:
     """Drafts of clips, batched by language and length, each batch kept when it is made."""
     order = sorted(new, key=lambda key: (new[key][1], -seconds(new[key][0])))
-    with tqdm(total=len(order), desc=label, unit="clip", disable=not label) as bar:
+    with tqdm(total=len(order), desc=label, unit="clip", disable=not (label and order)) as bar:
         while order:
             language = new[order[0]][1]
             some = [key for key in order[:drafter.batch_size] if new[key][1] == language]
@@ -172,6 +185,7 @@ def _write(copy: Path, text: bytes) -> None:
                 return
             raise UserError(f"{copy} exists and differs (other drafts, or an older manifest); remove it, or give another --out")
         partial = copy.with_name(f".{copy.name}.{os.getpid()}.partial")
+        copy.parent.mkdir(parents=True, exist_ok=True)
         partial.write_bytes(text)
         partial.replace(copy)
     except OSError as error:

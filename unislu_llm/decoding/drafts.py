@@ -53,7 +53,7 @@ class WhisperRecogniser:
     """Plain Whisper, greedy, every clip padded to 30 s as it was trained (at natural length it repeats itself).
 
     Args:
-        checkpoint: name or folder. revision: of a name. device: where it runs.
+        checkpoint: name or folder. revision: of a name. device: where it runs. dtype: what it computes in.
 
     Attributes:
         path: folder of the weights.
@@ -62,10 +62,11 @@ class WhisperRecogniser:
         UserError: no such checkpoint.
     """
 
-    def __init__(self, checkpoint: str, revision: str | None = None, device: torch.device | str = "cpu") -> None:
+    def __init__(self, checkpoint: str, revision: str | None = None, device: torch.device | str = "cpu",
+                 dtype: torch.dtype = torch.float32) -> None:
         self.path = weights.resolve(checkpoint, revision=revision).path
         try:
-            whisper: Any = WhisperForConditionalGeneration.from_pretrained(self.path, dtype=torch.float32,
+            whisper: Any = WhisperForConditionalGeneration.from_pretrained(self.path, dtype=dtype,
                                                                            attn_implementation="sdpa")
         except (ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"{checkpoint} cannot make drafts: it is no Whisper checkpoint ({error})") from error
@@ -144,19 +145,22 @@ class CtcRecogniser:
 
 
 def load_recogniser(name: str, source: Source = "decoder", *, revision: str | None = None,
-                    device: torch.device | str = "cpu") -> Recogniser:
+                    device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> Recogniser:
     """The recogniser in a folder of a saved model, or a Whisper checkpoint by name or folder.
+
+    Args:
+        dtype: of a Whisper checkpoint, and of a saved model's frozen weights, which needs autocast around its calls then.
 
     Raises:
         UserError: there is none, or `source` is ctc and it has no such projector.
     """
     if is_saved_model(Path(name)):
-        model = SLUModel.from_pretrained(name)
+        model = SLUModel.from_pretrained(name, dtype=dtype)
         model.to(device)  # type: ignore[arg-type]
         return CtcRecogniser(model.eval()) if source == "ctc" else ModelRecogniser(model.eval())
     if source == "ctc":
         raise UserError(f"{name}: drafts by `ctc` need a saved model with the projector 'ctc'")
-    return WhisperRecogniser(name, revision, device)
+    return WhisperRecogniser(name, revision, device, dtype)
 
 
 def is_saved_model(folder: Path) -> bool:
@@ -172,12 +176,12 @@ class Drafter:
     """A recogniser whose transcripts are styled, and remembered by what was heard.
 
     Args:
-        recogniser: of the transcripts. registry: tasks whose markers a draft must not hold.
+        recogniser: of the transcripts; None where drafts are styled alone. registry: tasks whose markers a draft must not hold.
         style: `lower` puts them in lower case (as VoxPopuli's and SLUE's transcripts are), `as-is` leaves them.
         batch_size: clips at one time.
     """
 
-    def __init__(self, recogniser: Recogniser, registry: TaskRegistry, style: str = "lower", batch_size: int = 8) -> None:
+    def __init__(self, recogniser: Recogniser | None, registry: TaskRegistry, style: str = "lower", batch_size: int = 8) -> None:
         if style not in ("lower", "as-is"):
             raise UserError(f"draft style '{style}' is not one of lower, as-is")
         self.recogniser, self.registry, self.style, self.batch_size = recogniser, registry, style, batch_size
@@ -190,6 +194,7 @@ class Drafter:
         order = sorted(new, key=lambda key: -len(new[key]))  # similar lengths together
         for i in range(0, len(order), self.batch_size):
             some = order[i:i + self.batch_size]
+            assert self.recogniser is not None
             texts = self.recogniser([new[key] for key in some], language)
             self._known |= {key: self.styled(text) for key, text in zip(some, texts, strict=True)}
         return [self._known[key] for key in keys]
@@ -238,8 +243,10 @@ def drafter_of(model: SLUModel) -> Drafter:
     if kept is None or kept[0] != model.device:
         name = config.draft_checkpoint or config.encoder
         revision = None if config.draft_checkpoint else config.encoder_revision
-        recogniser: Recogniser = (CtcRecogniser(model) if name == "ctc"
-                                  else load_recogniser(name, revision=revision, device=model.device))
+        half = any(p.dtype == torch.bfloat16 for p in model.parameters())  # as the model computes
+        recogniser: Recogniser = (
+            CtcRecogniser(model) if name == "ctc" else
+            load_recogniser(name, revision=revision, device=model.device, dtype=torch.bfloat16 if half else torch.float32))
         kept = model.device, Drafter(recogniser, model.codec.registry, config.draft_style)
         model.__dict__["_drafter"] = kept
     drafter: Drafter = kept[1]

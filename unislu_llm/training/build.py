@@ -21,7 +21,7 @@ from unislu_llm.data.long_audio import LongAudio, handle_long
 from unislu_llm.data.manifest import read_manifest
 from unislu_llm.data.mixture import Mixture, group_samples, manifest_name, target_shares
 from unislu_llm.data.targets import Sample, make_samples
-from unislu_llm.data.text_rows import TextSimulator
+from unislu_llm.data.text_rows import DraftsAlone, TextSimulator
 from unislu_llm.errors import UserError, hint
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.frames import open_cache
@@ -42,7 +42,7 @@ def build_registry(config: Config) -> TaskRegistry:
 
 
 def load_samples(manifests: list[str], registry: TaskRegistry, limit: int = 0, flag: str = "data.train",
-                 max_seconds: float | None = None, long_audio: LongAudio = "refuse") -> list[Sample]:
+                 max_seconds: float | None = None, long_audio: LongAudio = "refuse", scored: bool = False) -> list[Sample]:
     """Samples of some manifests.
 
     Args:
@@ -50,9 +50,10 @@ def load_samples(manifests: list[str], registry: TaskRegistry, limit: int = 0, f
         flag: config key they come from, for messages.
         max_seconds: length of a row at most; None leaves that to whoever reads the audio.
         long_audio: what becomes of longer rows.
+        scored: rows without audio are refused.
 
     Raises:
-        UserError: no manifest is named, or one has problems or rows that are too long.
+        UserError: no manifest is named, or one has problems, rows that are too long, or rows that cannot be scored.
     """
     if not manifests:
         raise UserError(f"{flag} names no manifest; list JSON-lines files in the config or give --{flag} FILE...")
@@ -61,6 +62,10 @@ def load_samples(manifests: list[str], registry: TaskRegistry, limit: int = 0, f
         utterances = read_manifest(path, registry, corpus=manifest_name(path), check_audio=True)
         if max_seconds is not None:
             utterances = handle_long(utterances, registry, max_seconds, long_audio)
+        mute = next((u for u in utterances if u.audio is None), None) if scored else None
+        if mute is not None:
+            raise UserError(f"{mute.source}: field 'audio': the row has no audio, so nothing can be predicted for it; take it "
+                            f"out of {flag}")
         found = make_samples(utterances, registry)
         step = len(found) / limit if limit and len(found) > limit else 1.0
         samples += [found[int(i * step)] for i in range(int(len(found) / step))]
@@ -82,8 +87,10 @@ def add_drafts(samples: list[Sample], m: ModelConfig, flag: str = "data.train") 
         return [Sample(dataclasses.replace(s.utterance, draft=s.utterance.text), s.task) for s in samples]
     lacking = [s.utterance for s in samples if s.utterance.draft is None]
     if lacking and (len(lacking) == len(samples) or not m.use_speech):
+        texts = any(u.audio is None for u in lacking)
+        how = "`unislu draft --text-rows copy`, which takes the transcript where there is no audio" if texts else "`unislu draft`"
         raise UserError(f"{flag}: {len(lacking)} of {len(samples)} samples have no draft, the first {lacking[0].source}; add "
-                        "them with `unislu draft`")
+                        f"them with {how}")
     if lacking:
         log.warning("%s: %d of %d samples have no draft; they train without, as with train.draft_dropout", flag, len(lacking),
                     len(samples))
@@ -98,9 +105,10 @@ def build_dropout(config: Config, samples: list[Sample]) -> DraftDropout | None:
     """
     train, m = config.train, config.model
     drafts = (s.utterance.draft for s in samples if s.utterance.draft)
-    dropout = DraftDropout(train.draft_dropout, train.draft_word_dropout, drafts)
+    dropout = DraftDropout(train.draft_dropout, train.draft_word_dropout, drafts, text_words=train.text_draft_word_dropout)
     if dropout.active and m.draft == "none":
-        raise UserError("train.draft_dropout, train.draft_word_dropout: the model reads no draft; set model.draft, or these to 0")
+        raise UserError("train.draft_dropout, train.draft_word_dropout, train.text_draft_word_dropout: the model reads no draft; "
+                        "set model.draft, or these to 0")
     if train.draft_dropout and not m.use_speech:
         raise UserError("train.draft_dropout: without draft and speech (model.use_speech false) there is nothing to go by; set "
                         "it to 0")
@@ -124,11 +132,11 @@ def is_mixed(config: Config) -> bool:
 
 
 def build_plan(config: Config, model: SLUModel, samples: list[Sample], mixture: Mixture, parts: int,
-               simulator: TextSimulator | None = None) -> BatchPlan:
+               simulator: TextSimulator | DraftsAlone | None = None) -> BatchPlan:
     """Batches of a run: by samples, or by tokens with `train.batch_tokens`.
 
     Args:
-        simulator: of the samples without audio; they count as the audio that it makes of them.
+        simulator: of the samples without audio; they count as the audio that it says they stand for.
 
     Raises:
         UserError: sizes that do not fit each other.

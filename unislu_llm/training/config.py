@@ -172,6 +172,8 @@ class TrainConfig:
     """Part of the samples whose draft is left out, so that the model listens too; 0 to 1."""
     draft_word_dropout: float = 0.0
     """Part of the drafts' words deleted or replaced by other words of the drafts; 0 to 1."""
+    text_draft_word_dropout: float | None = None
+    """The same in rows without audio, whose drafts are often copies of the transcript; default: as draft_word_dropout."""
     groups: list[str] = field(default_factory=list)
     """Parameter groups that train (projector, lora, markers, encoder, decoder); none named: all that can."""
     epochs: int = 10
@@ -295,7 +297,8 @@ def _checked(value: Any, hint: Any, where: str) -> Any:
         if value not in args:
             raise UserError(f"{where}: {value!r} is not one of {', '.join(map(str, args))}")
         return value
-    if hint is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+    is_float = hint in (float, float | None)
+    if is_float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:  # YAML reads 1e-4 as a string
             return float(value)
         except ValueError:

@@ -19,22 +19,16 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
 from torch import Tensor
-from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from unislu_llm.data.audio import MAX_SECONDS
-from unislu_llm.data.augment import AugmentedCollator, AugmentedSpeech, Augmenter
-from unislu_llm.data.cache import FrameCache
-from unislu_llm.data.collate import Batch, CachedSpeech, SpeechDataset
-from unislu_llm.data.draft_dropout import DroppedDrafts
+from unislu_llm.data.augment import Augmenter
+from unislu_llm.data.collate import Batch
 from unislu_llm.data.mixture import Tally, describe_mixture
-from unislu_llm.data.targets import Sample
-from unislu_llm.data.text_rows import WithText
 from unislu_llm.decoding.generate import DecodeOptions, predict
 from unislu_llm.errors import UserError
 from unislu_llm.loss import Counts, floor_at, weighted_loss
 from unislu_llm.models.base import SLUModel
-from unislu_llm.models.frames import complete
 from unislu_llm.scoring.slue import format_table, score_rows
 from unislu_llm.training import state
 from unislu_llm.training.build import (
@@ -49,6 +43,7 @@ from unislu_llm.training.build import (
 )
 from unislu_llm.training.config import Config
 from unislu_llm.training.figures import micro_sums, read_sums, sum_names
+from unislu_llm.training.loading import Loader, is_sharded
 from unislu_llm.training.monitors import flat_scores, loss_summary, validation_warnings
 from unislu_llm.training.optim import build_optimizer, build_schedule, group_rates
 from unislu_llm.training.plan import accumulation, describe, peak_memory, use_threads
@@ -85,7 +80,7 @@ class Trainer:
         self.dev_samples = []
         if config.data.dev:
             self.dev_samples = load_samples(config.data.dev, self.registry, config.data.dev_limit, "data.dev", MAX_SECONDS,
-                                            config.data.long_audio)
+                                            config.data.long_audio, scored=True)
         self.model = model or build_model(kind, config, self.registry, (s.utterance.text for s in self.train_samples))
         self.accelerator = Accelerator(mixed_precision="bf16" if config.train.precision == "bf16" else "no",
                                        log_with=config.train.trackers or None, project_dir=".")
@@ -97,13 +92,14 @@ class Trainer:
         if config.train.max_steps:
             self.total_steps = min(self.total_steps, config.train.max_steps)
         self.cache = build_cache(config, self.model)
+        self.loader = Loader(config, self.accelerator, self.model, self.train_samples, self.plan, self.cache, self.augmenter,
+                             self.simulator, self.dropout)
         self.run = self._run_folder(name)
         if self.accelerator.is_main_process:
             keep_simulation(config, self.simulator, self.run)
         set_seed(config.train.seed, device_specific=True)
         self._prepare()
         self.progress = state.Progress()
-        self.waited = 0.0  # seconds for the data of the last step
         self.tally = Tally(self.mixture, self.train_samples)
         self.history: list[dict[str, float]] = []
         if config.resume:
@@ -131,47 +127,9 @@ class Trainer:
             deepspeed.deepspeed_config["train_micro_batch_size_per_gpu"] = self.config.train.micro_batch_size
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)  # type: ignore[assignment]
 
-    # ---- batches ---------------------------------------------------------------------------------------------------
-
     def batches(self, epoch: int, skip: int) -> Iterator[list[Batch]]:
         """This rank's micro-batches, a list a step, from step `skip` of the epoch on."""
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        dataset, collate, counted = self._dataset(epoch)
-        deal = self.plan.draws if counted else self.plan.micro_batches
-        steps: list[list[list[Any]]] = deal(epoch, rank, world)[skip:]
-        flat = [indices for step in steps for indices in step]
-        workers = self.config.data.num_workers
-        # A generator of its own: the loader must not draw from the one that dropout uses, or a resumed run would differ.
-        own = torch.Generator().manual_seed(self.config.train.seed + epoch)
-        loader = DataLoader(dataset, batch_sampler=flat, collate_fn=collate, num_workers=workers, generator=own,
-                            pin_memory=self.accelerator.device.type == "cuda", prefetch_factor=4 if workers else None)
-        batches = iter(loader)
-        for step in steps:
-            started = time.perf_counter()
-            micro = [next(batches) for _ in step]
-            self.waited = time.perf_counter() - started
-            yield micro
-
-    def _dataset(self, epoch: int) -> tuple[Any, Any, bool]:
-        """Samples of an epoch, their collator, and whether they are asked for with how often each was drawn before.
-
-        They are, where something random is done to them: it follows from that count, so that a resumed run repeats it.
-        """
-        seed = self.config.train.seed
-        dataset: Any = SpeechDataset(self.train_samples, self.config.data.max_seconds)
-        if self.cache is not None:
-            self.cache.refresh()
-            dataset = CachedSpeech(self.train_samples, self.cache, self.config.data.max_seconds)
-        collate: Any = self.model.collator()
-        counted = False
-        if self.augmenter is not None:
-            dataset, counted = AugmentedSpeech(dataset, self.augmenter, seed, epoch), True
-            collate = AugmentedCollator(collate, self.augmenter)
-        if self.simulator is not None:
-            dataset, counted = WithText(dataset, self.train_samples, self.simulator, seed, epoch, draws=counted), True
-        if self.dropout is not None:
-            dataset, counted = DroppedDrafts(dataset, self.dropout, seed, epoch, draws=counted), True
-        return dataset, collate, counted
+        return self.loader.steps(epoch, skip)
 
     # ---- one step --------------------------------------------------------------------------------------------------
 
@@ -214,8 +172,7 @@ class Trainer:
             self.accelerator.sync_gradients = last
             with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
                 with self.accelerator.autocast():
-                    if batch.missing and self.cache is not None:
-                        batch = self._complete(batch, self.cache)
+                    batch = self.loader.complete(batch)
                     losses = self.wrapped(batch.mel, batch.mel_lengths, batch.target_ids, batch.target_parts,
                                           batch.frames, batch.frame_lengths, **batch.extras())
                 loss = weighted_loss(losses, batch.target_parts, self.config.train.loss, total, self.floor)
@@ -223,18 +180,6 @@ class Trainer:
                 self.accelerator.backward(loss * self.accelerator.num_processes)
             sums += micro_sums(losses.detach(), loss.detach(), cpu_batch, self.registry, self.floor)
         return sums
-
-    def _complete(self, batch: Batch, cache: FrameCache) -> Batch:
-        """The batch with the frames that the cache lacks, computed and stored.
-
-        Raises:
-            UserError: the model is sharded, so that its encoder cannot run on its own.
-        """
-        if _sharded(self.accelerator):
-            raise UserError("data.encoder_cache lacks frames, and under FSDP or DeepSpeed they cannot be added while training; "
-                            "store them before with `unislu cache build`")
-        encoder: Any = self.model.encoder
-        return complete(batch, encoder, cache)
 
     @property
     def floor(self) -> float:
@@ -338,7 +283,7 @@ class Trainer:
         if step % self.config.train.log_every or not self.accelerator.is_main_process:
             return
         row = {"step": step, "epoch": self.progress.epoch, **figures, "seconds": took, "tokens_per_s": figures["tokens"] / took,
-               "data_wait": self.waited / (self.waited + took),
+               "data_wait": self.loader.waited / (self.loader.waited + took),
                "memory_gib": peak_memory(), **{f"lr_{k}": v for k, v in group_rates(self.optimizer).items()},
                **self._norm_ratio(step), **self.tally.shares()}
         self._record("train", row)
@@ -391,7 +336,7 @@ class Trainer:
 
     def _gathered(self) -> dict[str, Tensor]:
         """Trained weights by name on every process, gathered from shards where there are any."""
-        full = self.accelerator.get_state_dict(self.wrapped) if _sharded(self.accelerator) else None
+        full = self.accelerator.get_state_dict(self.wrapped) if is_sharded(self.accelerator) else None
         if full is None:
             return self.model.trained_state()
         names = set(self.model.trained_state())
@@ -428,15 +373,3 @@ class Trainer:
         self.tally.add(chain.from_iterable(self.plan.epoch(p.epoch)[:p.step_in_epoch]))
         if len(saved["rng"]) == self.accelerator.num_processes:
             state.set_rng_state(saved["rng"][self.accelerator.process_index])
-
-
-def _sharded(accelerator: Accelerator) -> bool:
-    return str(accelerator.distributed_type).rpartition(".")[2] in ("FSDP", "DEEPSPEED")
-
-
-def train(kind: str, config: Config, name: str) -> dict[str, Any]:
-    """Train one model as `config` says; returns the last score report. See :class:`Trainer`."""
-    return Trainer(kind, config, name).fit()
-
-
-__all__ = ["Sample", "Trainer", "train"]
