@@ -10,6 +10,7 @@ from typing import Any
 import tyro
 
 from unislu_llm.cli_draft import draft
+from unislu_llm.cli_export import export
 from unislu_llm.cli_predict import predict
 from unislu_llm.cli_validate import validate
 from unislu_llm.errors import UserError
@@ -27,7 +28,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         from unislu_llm.cli_cache import main_cache
 
         return main_cache(args[1:])
-    commands: dict[str, Any] = {"predict": predict, "validate": validate, "prepare": prepare, "cache": cache, "draft": draft}
+    commands: dict[str, Any] = {"predict": predict, "validate": validate, "prepare": prepare, "cache": cache, "draft": draft,
+                                "export": export}
     try:
         status: int = tyro.extras.subcommand_cli_from_dict(
             commands, args=args, prog="unislu", config=(tyro.conf.FlagCreatePairsOff,),

@@ -205,6 +205,9 @@ class SLUModel(PreTrainedModel):
                 suppressed symbols) would forbid tokens that training supervises.
         """
         self._persistent = frozenset(name for name, p in self.named_parameters() if p.requires_grad)
+        for parameter in self.parameters():  # what trains is fp32 on any base; PEFT gives adapters the dtype of theirs
+            if parameter.requires_grad:
+                parameter.data = parameter.data.float()
         decoder.generation_config = GenerationConfig(
             do_sample=False, eos_token_id=self.codec.eos_id, pad_token_id=self.codec.pad_id,
             decoder_start_token_id=getattr(decoder.config, "decoder_start_token_id", None))
