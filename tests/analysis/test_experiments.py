@@ -50,6 +50,7 @@ class Fake:
             wer = {"overall": {"wer": 7.0}, "by_corpus": {"vp": {"wer": 10.0 + len(name)}}}
             tasks = {"ner": {"entity": {"f1": 50.0}}}
             scores = {"scores": {"protocols": {p: {"wer": wer, "tasks": tasks} for p in ("whisper", "slue")}},
+                      "intervals": {p: {"ner/f1": {"low": 41.0, "high": 59.0}} for p in ("whisper", "slue")},
                       "trainable_parameters": {"total": 2_000_000}, "decoding": {"rtf": 0.05}}
             self.experiment.results.mkdir(parents=True, exist_ok=True)
             (self.experiment.results / f"{name}{'-dev-read' if test else ''}.json").write_text(json.dumps(scores))
@@ -97,6 +98,8 @@ def test_the_table_has_a_row_a_system_and_says_what_was_not_run(experiment: Call
     rows = {line.split("|")[1].strip(): line for line in text.split("Protocol `slue`")[1].splitlines() if line.startswith("|")}
     assert "14.0 ± 0.0" in rows["Whisper"]  # three seeds
     assert "2.0" in rows["l"]
+    assert "50.0 [41.0, 59.0]" in rows["l"]  # one seed: the interval over utterances
+    assert "50.0 ± 0.0" in rows["Whisper"]
     assert rows["x"].count("not run") == rows["x"].count("|") - 2
     data = json.loads((asked.results / "table.json").read_text())
     assert data["protocols"]["whisper"]["w"]["training (min)"] == {"n": 3, "mean": 2.0, "sd": 0.0}

@@ -11,7 +11,7 @@ from unislu_llm.errors import UserError
 from unislu_llm.scoring.bootstrap import bootstrap, compare_counts
 from unislu_llm.scoring.rows import combine_labels, hyp_labels, read_rows, transcript_rows
 from unislu_llm.scoring.sentiment import UNKNOWN
-from unislu_llm.scoring.slue import format_table, score_rows, slue_score, utterance_counts
+from unislu_llm.scoring.slue import format_table, intervals, score_rows, slue_score, utterance_counts
 from unislu_llm.scoring.text import PROTOCOLS, Protocol
 from unislu_llm.tasks import NER, SA, LabelTask, TaskRegistry
 
@@ -203,6 +203,20 @@ def test_slue_scores_are_compared_corpus_by_corpus() -> None:
     assert got.p_value is not None
     assert got.p_value <= 2 / 501 + 1e-12
     assert "slue_score" not in utterance_counts(ROWS[:3], REGISTRY, "slue")
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_every_score_lies_in_its_interval_and_perfect_ones_have_none_to_speak_of(protocol: Protocol) -> None:
+    many = [{**r, "id": f"{r['id']}-{i}"} for i in range(20) for r in ROWS]
+    counts, found = utterance_counts(many, REGISTRY, protocol), intervals(many, REGISTRY, protocol)
+    assert found.keys() == counts.keys()
+    for name, span in found.items():
+        value = bootstrap(counts[name].matrix, counts[name].statistic, 1).value
+        assert span["low"] <= value <= span["high"], name
+    assert found["wer"]["low"] < found["wer"]["high"]
+    right = [{**r, "hyp_text": r["ref_text"]} for r in many]
+    assert intervals(right, REGISTRY, protocol)["wer"] == {"low": 0.0, "high": 0.0}
+    assert intervals(many, REGISTRY, protocol) == found  # the same draws again
 
 
 def test_table_has_a_row_for_each_run_and_a_part_for_each_protocol() -> None:

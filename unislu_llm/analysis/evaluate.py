@@ -28,7 +28,7 @@ from unislu_llm.decoding.probabilities import label_probabilities
 from unislu_llm.errors import UserError
 from unislu_llm.models.base import WEIGHTS_FILE, SLUModel
 from unislu_llm.scoring.calibration import FIELD, Calibration, calibrate_rows, has_probabilities
-from unislu_llm.scoring.slue import format_table, score_rows
+from unislu_llm.scoring.slue import format_table, intervals, score_rows
 from unislu_llm.scoring.text import PROTOCOLS
 from unislu_llm.scoring.wer import corpus_wer
 from unislu_llm.tasks import TaskRegistry
@@ -173,7 +173,8 @@ def evaluate_run(job: Job, out: Path, command: Sequence[str] = (), *, again: boo
     scores = score_rows(rows, registry)
     add_ctc_wer(scores, rows)
     result = _result(job, key, registry, rows, meta) | {"command": " ".join(map(shown, command))}
-    result |= {"predictions": portable(file.path), "predictions_sha256": meta["rows_sha256"], "scores": scores}
+    result |= {"predictions": portable(file.path), "predictions_sha256": meta["rows_sha256"], "scores": scores,
+               "intervals": {p: intervals(rows, registry, p) for p in PROTOCOLS}}
     out.mkdir(parents=True, exist_ok=True)
     if job.probabilities:
         result |= {"calibration": _calibrate(job, rows, registry, out)}

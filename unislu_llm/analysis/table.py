@@ -14,7 +14,8 @@ from unislu_llm.analysis.experiments import Experiment, Job, System, jobs, load_
 from unislu_llm.training import state
 
 PROTOCOLS = ("whisper", "slue")
-Column = tuple[str, Callable[[Mapping[str, Any], str], float | None]]
+Column = tuple[str, Callable[[Mapping[str, Any], str], float | None], str]
+"""Title, value of a score file under a protocol, and the name of its interval there (empty: it has none)."""
 
 
 def _dig(values: Any, *keys: str) -> Any:
@@ -37,19 +38,19 @@ def columns(results: Sequence[Mapping[str, Any]]) -> list[Column]:
             return None if found is None else found * scale
         return value
 
+    by_ctc = any(_dig(r, "scores", "protocols", p, "ctc_wer") is not None for r in results for p in PROTOCOLS)
     return [
-        *((f"WER {corpus}", protocol("wer", "by_corpus", corpus, "wer")) for corpus in corpora),
-        *([("WER of CTC text", protocol("ctc_wer"))] if any(_dig(r, "scores", "protocols", p, "ctc_wer") is not None
-                                                            for r in results for p in PROTOCOLS) else []),
-        ("NER F1", protocol("tasks", "ner", "entity", "f1")),
-        ("NER label-F1", protocol("tasks", "ner", "label", "f1")),
-        ("NER position F1", anywhere("scores", "position", "ner", "f1")),
-        ("SA macro-F1", protocol("tasks", "sa", "macro_f1")),
-        ("SLUE", protocol("slue_score")),
-        ("malformed", anywhere("scores", "malformed", "share")),
-        ("trainable (M)", anywhere("trainable_parameters", "total", scale=1e-6)),
-        ("training (min)", anywhere("train_seconds", scale=1 / 60)),
-        ("RTF", anywhere("decoding", "rtf")),
+        *((f"WER {corpus}", protocol("wer", "by_corpus", corpus, "wer"), f"wer/{corpus}") for corpus in corpora),
+        *([("WER of CTC text", protocol("ctc_wer"), "")] if by_ctc else []),
+        ("NER F1", protocol("tasks", "ner", "entity", "f1"), "ner/f1"),
+        ("NER label-F1", protocol("tasks", "ner", "label", "f1"), "ner/label_f1"),
+        ("NER position F1", anywhere("scores", "position", "ner", "f1"), "ner/position_f1"),
+        ("SA macro-F1", protocol("tasks", "sa", "macro_f1"), "sa/macro_f1"),
+        ("SLUE", protocol("slue_score"), "slue_score"),
+        ("malformed", anywhere("scores", "malformed", "share"), ""),
+        ("trainable (M)", anywhere("trainable_parameters", "total", scale=1e-6), ""),
+        ("training (min)", anywhere("train_seconds", scale=1 / 60), ""),
+        ("RTF", anywhere("decoding", "rtf"), ""),
     ]
 
 
@@ -58,20 +59,24 @@ def write_table(experiment: Experiment) -> None:
     for job in jobs(experiment):
         _note_training(job)
     rows = [(system, _results(experiment, system)) for system in experiment.systems]
-    blocks = [f"# {experiment.title}"]
+    blocks = [f"# {experiment.title}", "In brackets: 95 % interval of one run (bootstrap over utterances); ±: over seeds."]
     data: dict[str, Any] = {"title": experiment.title, "protocols": {}}
     shown = columns([r for _, results in rows for r in results.values()])
     extra: list[tuple[str, str]] = [(f"WER {test}", test) for test in experiment.tests]
     for protocol in PROTOCOLS:
         body, values = [], {}
         for system, results in rows:
-            cells = {name: _over_seeds([value(r, protocol) for r in results.values()]) for name, value in shown}
+            cells = {name: _over_seeds([value(r, protocol) for r in results.values()]) for name, value, _ in shown}
+            if len(results) == 1:  # over seeds there is a spread instead
+                only = next(iter(results.values()))
+                for name, _, key in shown:
+                    cells[name] |= _dig(only, "intervals", protocol, key) or {}
             own = _jobs_of(experiment, system)
             cells |= {name: _over_seeds([_wer(job, test, protocol) for job in own]) for name, test in extra}
             values[system.name] = {"seeds": list(results), **{k: c for k, c in cells.items() if c["n"]}}
             body.append([system.title, *(_cell(c) for c in cells.values())] if results
                         else [system.title, *["not run"] * len(cells)])
-        headers = ["system", *(name for name, _ in shown), *(name for name, _ in extra)]
+        headers = ["system", *(name for name, *_ in shown), *(name for name, _ in extra)]
         blocks.append(f"Protocol `{protocol}`\n\n{tabulate(body, headers=headers, tablefmt='github', disable_numparse=True)}")
         data["protocols"][protocol] = values
     experiment.results.mkdir(parents=True, exist_ok=True)
@@ -117,4 +122,5 @@ def _cell(cell: Mapping[str, Any]) -> str:
     if not cell["n"]:
         return "-"
     digits = 3 if cell["mean"] < 1 else 1
-    return f"{cell['mean']:.{digits}f}" + (f" ± {cell['sd']:.{digits}f}" if "sd" in cell else "")
+    spread = f" ± {cell['sd']:.{digits}f}" if "sd" in cell else ""
+    return f"{cell['mean']:.{digits}f}{spread}" + (f" [{cell['low']:.1f}, {cell['high']:.1f}]" if "low" in cell else "")

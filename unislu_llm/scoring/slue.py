@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
-from unislu_llm.scoring.bootstrap import Counts, error_rate, macro_f1, micro_f1, slue_statistic
+from unislu_llm.scoring.bootstrap import Counts, bootstrap, error_rate, macro_f1, micro_f1, slue_statistic
 from unislu_llm.scoring.ner import entity_counts, entity_f1, label_f1
 from unislu_llm.scoring.position import PositionItem, position_counts, position_scores
 from unislu_llm.scoring.rows import (
@@ -116,6 +116,24 @@ def utterance_counts(rows: Sequence[Row], registry: TaskRegistry, protocol: Prot
         if items is not None:
             counts[f"{task.name}/position_f1"] = Counts(keys, position_counts(items), micro_f1)
     return counts | _slue_counts(rows, counts)
+
+
+def intervals(rows: Sequence[Row], registry: TaskRegistry, protocol: Protocol, *, resamples: int = 1000,
+              seed: int = 0) -> dict[str, dict[str, float]]:
+    """95 % bootstrap interval of every score of :func:`utterance_counts`, as `{score: {low, high}}`.
+
+    Corpora are resampled each by itself, so that a score over several of them keeps their sizes.
+
+    Raises:
+        UserError: a row cannot be scored.
+    """
+    corpus = {utterance_key(row): str(row["corpus"]) for row in rows}
+    found = {}
+    for name, counts in utterance_counts(rows, registry, protocol).items():
+        strata = counts.strata if counts.strata is not None else tuple(corpus[key] for key in counts.keys)
+        interval = bootstrap(counts.matrix, counts.statistic, resamples, seed, strata=strata)
+        found[name] = {"low": interval.low, "high": interval.high}
+    return found
 
 
 def format_table(results: Mapping[str, Mapping[str, Any]], tablefmt: str = "github") -> str:
