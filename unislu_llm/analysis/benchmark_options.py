@@ -37,6 +37,8 @@ class CheckBatching:
     """Clips: speech of the manifests, cut and joined to lengths that are log-uniform between 0.2 and 30 seconds."""
     batch_sizes: list[int] = field(default_factory=lambda: [3, 16])
     """Compared with 1."""
+    orders: list[Literal["sorted", "random"]] = field(default_factory=lambda: ["sorted", "random"])
+    """How clips are dealt to batches: by length, as decoding does it, or at random, with the most padding."""
     beams: list[int] = field(default_factory=lambda: [1, 4])
     """Searches: 1 is greedy."""
     max_new_tokens: int = 24

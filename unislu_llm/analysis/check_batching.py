@@ -7,7 +7,7 @@ import math
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -113,7 +113,8 @@ class _Kept:
 
     def __init__(self, options: CheckBatching, weights: dict[str, str]) -> None:
         self.path = options.out.with_suffix(".partial.jsonl")
-        key = json.loads(json.dumps({"weights": weights, **asdict(options)}, default=str))
+        of_answers = {name: getattr(options, name) for name in ("clips", "seed", "manifest", "max_new_tokens")}
+        key = json.loads(json.dumps({"weights": weights, **of_answers}, default=str))
         self.rows: dict[tuple[str, str, int], list[int]] = {}
         lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.is_file() else []
         try:
@@ -137,7 +138,7 @@ class _Kept:
 
 
 def _check_model(label: str, model: SLUModel, waves: list[Tensor], options: CheckBatching, kept: _Kept) -> dict[str, Any]:
-    batches = [(1, "sorted"), *((size, order) for size in options.batch_sizes for order in ("sorted", "random"))]
+    batches = [(1, "sorted"), *((size, order) for size in options.batch_sizes for order in options.orders)]
     seconds: dict[str, float] = {}
     for size, order in batches:
         seconds |= _decode(label, model, waves, [Setting(beams, size, order) for beams in options.beams], options, kept)
