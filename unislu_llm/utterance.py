@@ -25,6 +25,7 @@ class Utterance:
         source: `file:line` of the manifest row, for messages.
         draft: a recogniser's transcript, for models that read one beside the speech; `""` where it heard nothing, None where
             there is none.
+        text_source: recogniser that wrote `text` (a pseudo-transcript); None where people did.
         segments: the row's `segments` as written, where it has them (:mod:`unislu_llm.data.long_audio`).
     """
 
@@ -41,3 +42,4 @@ class Utterance:
     source: str = ""
     segments: Sequence[Any] | None = None
     draft: str | None = None
+    text_source: str | None = None

@@ -33,12 +33,13 @@ class Heard:
     """A recogniser that says how long a clip is, and notes what it was asked."""
 
     def __init__(self, fail_after: int = 1000) -> None:
-        self.loops, self.batches, self.fail_after = 0, [], fail_after
+        self.looped, self.batches, self.fail_after = [], [], fail_after
 
     def __call__(self, waves: Sequence[Tensor], language: str) -> list[str]:
         if len(self.batches) == self.fail_after:
             raise KeyboardInterrupt
         self.batches.append([len(wave) for wave in waves])
+        self.looped = [False] * len(waves)
         return [f"  Heard {len(wave)}\n[NER] {language} " for wave in waves]
 
 
@@ -132,6 +133,7 @@ def test_a_stopped_call_goes_on_and_rows_stay(make_utterances: Callable[..., lis
 
 class _Other(Heard):
     def __call__(self, waves: Sequence[Tensor], language: str) -> list[str]:
+        self.looped = [False] * len(waves)
         return ["other"] * len(waves)
 
 

@@ -6,7 +6,8 @@
 stands under its name: a list of spans (`{"label", "start", "end"}`, offsets in characters of `text`, or `[label, start,
 end]`), a label, or (multi-label) a list of labels. `[]` says "annotated, there is none"; a missing task or `null` says "not
 annotated". `start`, `end` (crop) and `duration` (after the crop) are seconds; `speaker`, `language` and `corpus` are free
-strings; `draft` is a recogniser's transcript (`""`: it heard nothing). Any other key is metadata and ignored, unless it
+strings; `draft` is a recogniser's transcript (`""`: it heard nothing); `text_source` names the
+recogniser that wrote `text`, where no person did (docs/drafts.md). Any other key is metadata and ignored, unless it
 looks like a misspelt field that the row lacks: that is a problem, because the annotation would be lost in silence.
 """
 
@@ -107,11 +108,12 @@ def iter_manifest(path: str | Path, registry: TaskRegistry, *, corpus: str | Non
 
 
 def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = None, check_audio: bool = False,
-              earlier: Earlier | None = None) -> Iterator[Row]:
+              earlier: Earlier | None = None, without_text: bool = False) -> Iterator[Row]:
     """The same as :func:`iter_manifest` with the lines as they are written.
 
     Args:
         earlier: remembers ids; default: a dictionary of this file's ids.
+        without_text: also read rows with audio and no transcript, see :class:`unislu_llm.data.rows.RowReader`.
     """
     path = Path(path)
     if not path.is_file():
@@ -120,7 +122,8 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
     clash = [name for name in registry.names if name in FIELDS]
     if clash:
         raise UserError(f"task '{clash[0]}' has the name of a manifest field; rename the task")
-    return _read(path, RowReader(registry, path.parent, corpus or "default", check_audio), earlier or _dictionary())
+    reader = RowReader(registry, path.parent, corpus or "default", check_audio, without_text)
+    return _read(path, reader, earlier or _dictionary())
 
 
 def read_manifest(path: str | Path, registry: TaskRegistry, *, corpus: str | None = None,
@@ -251,7 +254,7 @@ def _as_row(u: Utterance, folder: Path) -> dict[str, Any]:
     row |= {name: _plain(value) for name, value in u.labels.items()}
     optional = {"start": u.start or None, "end": u.end, "speaker": u.speaker, "language": u.language,
                 "corpus": u.corpus if u.corpus != "default" else None, "duration": u.duration, "draft": u.draft,
-                "segments": u.segments}
+                "text_source": u.text_source, "segments": u.segments}
     return row | {key: value for key, value in optional.items() if value is not None}
 
 

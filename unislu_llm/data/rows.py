@@ -15,7 +15,7 @@ from unislu_llm.tasks import LabelTask, LabelValue, Span, SpanTask, Task, TaskRe
 from unislu_llm.unified import check_text
 from unislu_llm.utterance import Utterance
 
-FIELDS = ("id", "audio", "text", "start", "end", "speaker", "language", "corpus", "duration", "draft")
+FIELDS = ("id", "audio", "text", "start", "end", "speaker", "language", "corpus", "duration", "draft", "text_source")
 """Keys of a row that are not tasks."""
 
 _SYNONYMS = {
@@ -40,6 +40,13 @@ class Fault(NamedTuple):
     message: str
 
 
+class Phrase(NamedTuple):
+    """A span whose place is not known yet: there is no transcript to count characters in."""
+
+    label: str
+    text: str
+
+
 class RowReader:
     """Checks rows and makes utterances of them.
 
@@ -48,14 +55,17 @@ class RowReader:
         folder: folder of the manifest, from which audio paths start.
         corpus: corpus of rows that name none.
         check_audio: also look whether audio files exist.
+        without_text: rows with audio may lack `text`. Their utterance's text is empty then, and spans are :func:`read_phrases`,
+            checked and left out of `labels` where there are any.
     """
 
-    def __init__(self, registry: TaskRegistry, folder: Path, corpus: str, check_audio: bool) -> None:
+    def __init__(self, registry: TaskRegistry, folder: Path, corpus: str, check_audio: bool, without_text: bool = False) -> None:
         self._registry = registry
         self._tasks = tuple(registry)
         self._folder = folder
         self._corpus = corpus
         self._check_audio = check_audio
+        self._without_text = without_text
         self._known = frozenset({*FIELDS, *registry.names})
         self._lookalike = lru_cache(maxsize=4096)(self._find_lookalike)
 
@@ -63,22 +73,25 @@ class RowReader:
         """The utterance of a row; None when something is added to `faults`."""
         before = len(faults)
         name = _string(row, "id", faults, required=True)
-        text = _string(row, "text", faults, required=True, hint=self._hint(row, "text"))
-        if text is not None:
+        hint = self._hint(row, "text")
+        to_hear = self._without_text and not hint and row.get("text") in (None, "") and bool(row.get("audio"))
+        text = "" if to_hear else _string(row, "text", faults, required=True, hint=hint)
+        if text:
             self._check_text(text, faults)
         draft = self._draft(row, faults)
         audio = self._audio(row, faults)
         start, end, duration = _times(row, faults)
         self._check_keys(row, faults)
         labels = {task.name: value for task in self._tasks if row.get(task.name) is not None
-                  and (value := _annotation(row[task.name], task, text, faults)) is not None}
-        speaker, language, corpus = (_string(row, key, faults) for key in ("speaker", "language", "corpus"))
+                  and (value := _annotation(row[task.name], task, text, faults, to_hear)) is not None}
+        speaker, language, corpus, text_source = (_string(row, key, faults)
+                                                  for key in ("speaker", "language", "corpus", "text_source"))
         if len(faults) > before or name is None or text is None:
             return None
         corpus = corpus or self._corpus
         segments = row.get("segments")
         return Utterance(name, audio, text, labels, start, end, speaker, language, corpus, duration, source,
-                         segments if isinstance(segments, list) else None, draft)
+                         segments if isinstance(segments, list) else None, draft, text_source)
 
     def _draft(self, row: Mapping[str, Any], faults: list[Fault]) -> str | None:
         draft = "" if row.get("draft") == "" else _string(row, "draft", faults)  # empty: nothing was heard
@@ -133,6 +146,34 @@ class RowReader:
         return f"; rename '{like}'" if like is not None else ""
 
 
+def read_phrases(value: Any, task: SpanTask, faults: list[Fault]) -> list[Phrase]:
+    """Spans of a row without a transcript, given by what is said: `{"label", "phrase"}` or `[label, phrase]` each, or together
+    as an object of label and phrase (or a list of phrases). Those at fault are added to `faults`.
+    """
+    if isinstance(value, dict):
+        items = [(f"{task.name}.{shorten(label)}", label, phrase)
+                 for label, given in value.items() for phrase in (given if isinstance(given, list) else [given])]
+    elif isinstance(value, list):
+        items = [(f"{task.name}[{i}]", *_pair(item)) for i, item in enumerate(value)]
+    else:
+        faults.append(Fault(task.name, "type", f"must be a list of spans, found {_shown(value)}"))
+        return []
+    phrases = []
+    for field, label, phrase in items:
+        if not isinstance(phrase, str) or not phrase.strip():
+            faults.append(Fault(field, "span", "the row has no text that offsets could count in; give what is said, as "
+                                '{"label", "phrase"} or [label, phrase]'))
+        elif _is_label(label, task, field, faults):
+            phrases.append(Phrase(label, " ".join(phrase.split())))
+    return phrases
+
+
+def _pair(item: Any) -> tuple[Any, Any]:
+    if isinstance(item, dict):
+        return item.get("label"), item.get("phrase")
+    return (item[0], item[1]) if isinstance(item, list) and len(item) == 2 else (None, None)
+
+
 def resolve(folder: Path, name: str) -> Path:
     """Path of `name` seen from `folder`, leading `..` taken up after symbolic links of `folder` are followed."""
     if ".." not in name:
@@ -160,7 +201,9 @@ def _string(row: Mapping[str, Any], key: str, faults: list[Fault], required: boo
     if value is None or value == "":
         if required:
             what = "is empty" if value == "" else "is missing"
-            why = "the unified format needs a transcript" if key == "text" else "every row needs a unique id"
+            why = "every row needs a unique id" if key == "id" else "the unified format needs a transcript"
+            if key == "text" and not hint and row.get("audio"):
+                hint = "; `unislu draft --fill-text` writes a copy with a recogniser's"
             faults.append(Fault(key, "missing", f"{what}; {why}{hint}"))
         elif value == "":
             faults.append(Fault(key, "value", "is empty; leave the key out"))
@@ -203,8 +246,10 @@ def _seconds(row: Mapping[str, Any], key: str, faults: list[Fault]) -> float | N
     return None
 
 
-def _annotation(value: Any, task: Task, text: str | None, faults: list[Fault]) -> LabelValue | None:
+def _annotation(value: Any, task: Task, text: str | None, faults: list[Fault], to_hear: bool) -> LabelValue | None:
     if isinstance(task, SpanTask):
+        if to_hear:
+            return () if not read_phrases(value, task, faults) else None
         return _spans(value, task, text, faults)
     if task.multi:
         return _label_set(value, task, faults)

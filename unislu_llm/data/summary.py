@@ -25,6 +25,7 @@ class Summary:
     rows: int = 0
     bad_rows: int = 0
     text_only: int = 0
+    pseudo: int = 0
     unknown_length: int = 0
     bare: int = 0
     words: int = 0
@@ -49,6 +50,7 @@ class Summary:
         self.corpora[utterance.corpus] += 1
         if utterance.speaker:
             self.speakers.add(utterance.speaker)
+        self.pseudo += utterance.text_source is not None
         if utterance.audio is None:
             self.text_only += 1
         else:
@@ -80,6 +82,8 @@ class Summary:
             audio += f"; {self.unknown_length} rows of unknown length (--audio header measures them)"
         lines = [("rows", rows), ("text-only rows", str(self.text_only)), ("audio", audio), ("words", str(self.words)),
                  ("corpora", _counts(self.corpora)), ("speakers", str(len(self.speakers) or "not given"))]
+        if self.pseudo:
+            lines.insert(2, ("pseudo text", f"{self.pseudo} rows, whose transcript a recogniser wrote (`text_source`)"))
         lines += [(task.name, self._task_line(task)) for task in self.registry]
         lines.append(("no annotation", str(self.bare)))
         return "\n".join([*(f"{name:<15} {value}" for name, value in lines), *self._histogram()])

@@ -17,7 +17,7 @@ from unislu_llm.data.batching import seconds
 from unislu_llm.data.clean import moved
 from unislu_llm.data.manifest import Row, iter_rows
 from unislu_llm.data.shards import JsonLines
-from unislu_llm.decoding.drafts import Drafter
+from unislu_llm.decoding.drafts import Drafter, Heard
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.utterance import Utterance
@@ -67,25 +67,41 @@ def write_drafts(drafter: Drafter, settings: Mapping[str, Any], manifests: Seque
     Raises:
         UserError: a manifest with problems, two of one name, unreadable audio, or a file in the way of a copy.
     """
+    copies = plan_copies(manifests, folder)
+    kept = Kept(folder, settings)
+    every = {manifest: read_rows(manifest, registry) for manifest in manifests}
+    return [_copy(drafter, kept, manifest, copies[manifest], rows, language, progress, text_rows == "copy")
+            for manifest, rows in every.items()]
+
+
+def plan_copies(manifests: Sequence[Path], folder: Path) -> dict[Path, Path]:
+    """Where each manifest's copy goes.
+
+    Raises:
+        UserError: two manifests of one name, or a copy in place of a manifest.
+    """
     copies = {manifest: folder / manifest.name for manifest in manifests}
     if len(set(copies.values())) < len(manifests):
         raise UserError("two of the manifests have one file name; give them --out folders of their own")
     for manifest, copy in copies.items():
         if copy.resolve() == manifest.resolve():
             raise UserError(f"--out {folder} is the folder of {manifest.name}; name another")
-    kept = _Kept(folder, settings)
-    every = {manifest: _read(manifest, registry) for manifest in manifests}
-    return [_copy(drafter, kept, manifest, copies[manifest], rows, language, progress, text_rows == "copy")
-            for manifest, rows in every.items()]
+    return copies
 
 
-class _Kept:
-    """Drafts on disk, by contents of the audio."""
+class Kept:
+    """Drafts on disk, by contents of the audio.
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any]) -> None:
+    Args:
+        folder: of the copies. settings: what drafts follow from besides the audio.
+        loops: whether a draft repeats itself matters; older files that do not say so are passed over.
+    """
+
+    def __init__(self, folder: Path, settings: Mapping[str, Any], *, loops: bool = False) -> None:
         digest = hashlib.sha256(json.dumps(dict(settings), sort_keys=True).encode()).hexdigest()
         self._lines = JsonLines(folder / KEPT / digest[:16])
-        self._texts = {str(row["audio"]): str(row["draft"]) for _, row in self._lines.new() if "draft" in row}
+        self._heard = {str(row["audio"]): Heard(str(row["draft"]), bool(row.get("loop"))) for _, row in self._lines.new()
+                       if "draft" in row and ("loop" in row or not loops)}
         self._files: dict[Path, str] = {}
 
     def key(self, u: Utterance, language: str) -> str:
@@ -99,21 +115,26 @@ class _Kept:
         return hashlib.sha256(f"{self._files[u.audio]} {u.start} {u.end} {language}".encode()).hexdigest()[:40]
 
     def __contains__(self, key: str) -> bool:
-        return key in self._texts
+        return key in self._heard
 
-    def __getitem__(self, key: str) -> str:
-        return self._texts[key]
+    def __getitem__(self, key: str) -> Heard:
+        return self._heard[key]
 
-    def add(self, drafts: Mapping[str, str]) -> None:
+    def add(self, drafts: Mapping[str, Heard]) -> None:
         try:
-            self._lines.append({"audio": key, "draft": text} for key, text in drafts.items())
+            self._lines.append({"audio": key, "draft": heard.text, "loop": heard.loop} for key, heard in drafts.items())
         except OSError as error:
             raise UserError(f"--out: {self._lines.folder} cannot be written ({error.strerror or error})") from error
-        self._texts |= drafts
+        self._heard |= drafts
 
 
-def _read(manifest: Path, registry: TaskRegistry) -> list[Row]:
-    rows = list(iter_rows(manifest, registry, check_audio=True))
+def read_rows(manifest: Path, registry: TaskRegistry, *, without_text: bool = False) -> list[Row]:
+    """Rows of a manifest that has no problems; see :func:`unislu_llm.data.manifest.iter_rows`.
+
+    Raises:
+        UserError: it has some.
+    """
+    rows = list(iter_rows(manifest, registry, check_audio=True, without_text=without_text))
     problems = [problem for row in rows for problem in row.problems]
     if problems:
         listed = "\n".join(map(str, problems[:_SHOWN]))
@@ -121,31 +142,17 @@ def _read(manifest: Path, registry: TaskRegistry) -> list[Row]:
     return rows
 
 
-def _copy(drafter: Drafter, kept: _Kept, manifest: Path, copy: Path, rows: Sequence[Row], language: str,
+def _copy(drafter: Drafter, kept: Kept, manifest: Path, copy: Path, rows: Sequence[Row], language: str,
           progress: bool, from_text: bool) -> Report:
-    asked: dict[str, tuple[Utterance, str]] = {}
-    keys: list[str | None] = []
-    for row in rows:
-        u = row.utterance
-        assert u is not None
-        if u.audio is None or seconds(u) > audio.MAX_SECONDS:
-            keys.append(None)
-            continue
-        code = (u.language or language).lower().split("-")[0]
-        keys.append(kept.key(u, code))
-        asked.setdefault(str(keys[-1]), (u, code))
-    new = {key: value for key, value in asked.items() if key not in kept}
-    _make(drafter, kept, new, manifest.name if progress else "")
-    made = sum(key in new for key in keys)
+    utterances = [row.utterance for row in rows if row.utterance is not None]
+    drafts, made = hear(drafter, kept, utterances, language, manifest.name if progress else "")
     pairs: list[tuple[str, str]] = []
     lines: list[bytes] = []
     copied = 0
-    for row, key in zip(rows, keys, strict=True):
-        u = row.utterance
-        assert u is not None
+    for row, u, heard in zip(rows, utterances, drafts, strict=True):
         assert row.content is not None
         raw = moved(row.raw, row.content, manifest.parent, copy.parent)
-        draft = None if key is None else kept[key]
+        draft = None if heard is None else heard.text
         if draft is not None:
             pairs.append((u.text, draft))
         elif from_text and u.audio is None and u.draft is None:
@@ -153,11 +160,32 @@ def _copy(drafter: Drafter, kept: _Kept, manifest: Path, copy: Path, rows: Seque
         if draft is not None:
             raw = json.dumps(json.loads(raw) | {"draft": draft}, ensure_ascii=False).encode("utf-8")
         lines.append(raw + b"\n")
-    _write(copy, b"".join(lines))
-    return Report(manifest, copy, made, len(pairs) - made, copied, len(keys) - len(pairs) - copied, pairs)
+    write_copy(copy, b"".join(lines))
+    return Report(manifest, copy, made, len(pairs) - made, copied, len(rows) - len(pairs) - copied, pairs)
 
 
-def _make(drafter: Drafter, kept: _Kept, new: Mapping[str, tuple[Utterance, str]], label: str) -> None:
+def hear(drafter: Drafter, kept: Kept, utterances: Sequence[Utterance], language: str,
+         label: str) -> tuple[list[Heard | None], int]:
+    """What is heard in each utterance, None without audio or over 30 s; and how many of these were not known before.
+
+    Args:
+        language: Whisper language code of utterances that name none. label: of the progress bar; "" shows none.
+    """
+    asked: dict[str, tuple[Utterance, str]] = {}
+    keys: list[str | None] = []
+    for u in utterances:
+        if u.audio is None or seconds(u) > audio.MAX_SECONDS:
+            keys.append(None)
+            continue
+        code = (u.language or language).lower().split("-")[0]
+        keys.append(kept.key(u, code))
+        asked.setdefault(str(keys[-1]), (u, code))
+    new = {key: value for key, value in asked.items() if key not in kept}
+    _make(drafter, kept, new, label)
+    return [None if key is None else kept[key] for key in keys], sum(key in new for key in keys)
+
+
+def _make(drafter: Drafter, kept: Kept, new: Mapping[str, tuple[Utterance, str]], label: str) -> None:
     """Drafts of clips, batched by language and length, each batch kept when it is made."""
     order = sorted(new, key=lambda key: (new[key][1], -seconds(new[key][0])))
     with tqdm(total=len(order), desc=label, unit="clip", disable=not (label and order)) as bar:
@@ -165,7 +193,7 @@ def _make(drafter: Drafter, kept: _Kept, new: Mapping[str, tuple[Utterance, str]
             language = new[order[0]][1]
             some = [key for key in order[:drafter.batch_size] if new[key][1] == language]
             order = order[len(some):]
-            kept.add(dict(zip(some, drafter([_wave(new[key][0]) for key in some], language), strict=True)))
+            kept.add(dict(zip(some, drafter.hear([_wave(new[key][0]) for key in some], language), strict=True)))
             bar.update(len(some))
 
 
@@ -177,7 +205,7 @@ def _wave(u: Utterance) -> Any:
         raise UserError(f"{u.source}: field 'audio': {error}") from error
 
 
-def _write(copy: Path, text: bytes) -> None:
+def write_copy(copy: Path, text: bytes) -> None:
     """The copy, whole or not at all; one that is there already and says the same stays."""
     try:
         if copy.exists():

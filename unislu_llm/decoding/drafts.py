@@ -9,7 +9,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,10 +39,10 @@ class Recogniser(Protocol):
     """Speech to text.
 
     Attributes:
-        loops: transcripts so far that repeat themselves to the bound.
+        looped: of each clip of the last call, whether its transcript repeats itself (or was cut for it).
     """
 
-    loops: int
+    looped: list[bool]
 
     def __call__(self, waves: Sequence[Tensor], language: str) -> list[str]:
         """Transcripts of clips `(S,)` at 16 kHz, up to 30 s each, in a Whisper language code."""
@@ -73,7 +73,7 @@ class WhisperRecogniser:
         whisper.generation_config.max_length = None  # new tokens are bounded instead; both would warn
         self.whisper = whisper.eval().to(device)
         self.tokenizer = AutoTokenizer.from_pretrained(self.path)
-        self.loops = 0
+        self.looped: list[bool] = []
 
     @torch.inference_mode()
     def __call__(self, waves: Sequence[Tensor], language: str) -> list[str]:
@@ -95,7 +95,7 @@ class WhisperRecogniser:
         found = [ids[:bound] for ids, bound in zip(out[:, len(prompt):].tolist(), bounds, strict=True)]
         end = int(whisper.config.eos_token_id)
         found = [ids[:ids.index(end)] if end in ids else ids for ids in found]
-        self.loops += sum(map(has_loop, found))
+        self.looped = [has_loop(ids) for ids in found]
         return [str(self.tokenizer.decode(ids, skip_special_tokens=True)) for ids in found]
 
 
@@ -108,7 +108,7 @@ class ModelRecogniser:
 
     def __init__(self, model: SLUModel) -> None:
         self.model = model
-        self.loops = 0
+        self.looped: list[bool] = []
 
     @torch.inference_mode()
     def __call__(self, waves: Sequence[Tensor], language: str) -> list[str]:
@@ -119,7 +119,7 @@ class ModelRecogniser:
         options = DecodeOptions(grammar=True, force_task=True)
         answers = decode_batch(self.model, [blank] * len(waves), waves, options)
         rows = [prediction_row(self.model.codec, blank, ids, 0.0, cut_loops=True) for ids in answers]
-        self.loops += sum("loop" in row["problems"] for row in rows)
+        self.looped = ["loop" in row["problems"] for row in rows]
         return [str(row["hyp_text"]) for row in rows]
 
 
@@ -134,14 +134,16 @@ class CtcRecogniser:
         if not isinstance(getattr(model, "projector", None), CTCProjector):
             raise UserError("drafts by `ctc` need a model with the projector 'ctc'; this one has none")
         self.model: Any = model
-        self.loops = 0
+        self.looped: list[bool] = []
 
     @torch.inference_mode()
     def __call__(self, waves: Sequence[Tensor], language: str) -> list[str]:
         model = self.model
         mel, lengths = audio.batch_log_mel(waves, model.n_mels, pad_to_30s=model.config.pad_to_30s)
         frames, lengths = model.encoder(mel.to(model.device), lengths.to(model.device))
-        return [model.codec.decode(ids) for ids in model.projector.ctc_ids(frames[:, : int(lengths.max())], lengths)]
+        found = model.projector.ctc_ids(frames[:, : int(lengths.max())], lengths)
+        self.looped = [has_loop(ids) for ids in found]
+        return [model.codec.decode(ids) for ids in found]
 
 
 def load_recogniser(name: str, source: Source = "decoder", *, revision: str | None = None,
@@ -172,6 +174,13 @@ def is_saved_model(folder: Path) -> bool:
         return False
 
 
+class Heard(NamedTuple):
+    """A styled transcript, and whether it repeats itself (:mod:`unislu_llm.decoding.loops`)."""
+
+    text: str
+    loop: bool
+
+
 class Drafter:
     """A recogniser whose transcripts are styled, and remembered by what was heard.
 
@@ -179,16 +188,24 @@ class Drafter:
         recogniser: of the transcripts; None where drafts are styled alone. registry: tasks whose markers a draft must not hold.
         style: `lower` puts them in lower case (as VoxPopuli's and SLUE's transcripts are), `as-is` leaves them.
         batch_size: clips at one time.
+
+    Attributes:
+        loops: transcripts so far that repeat themselves.
     """
 
     def __init__(self, recogniser: Recogniser | None, registry: TaskRegistry, style: str = "lower", batch_size: int = 8) -> None:
         if style not in ("lower", "as-is"):
             raise UserError(f"draft style '{style}' is not one of lower, as-is")
         self.recogniser, self.registry, self.style, self.batch_size = recogniser, registry, style, batch_size
-        self._known: dict[bytes, str] = {}
+        self._known: dict[bytes, Heard] = {}
+        self.loops = 0
 
     def __call__(self, waves: Sequence[Tensor], language: str = "en") -> list[str]:
         """Drafts of clips `(S,)` at 16 kHz."""
+        return [heard.text for heard in self.hear(waves, language)]
+
+    def hear(self, waves: Sequence[Tensor], language: str = "en") -> list[Heard]:
+        """The same, and whether they repeat themselves."""
         keys = [hashlib.sha256(language.encode() + wave.cpu().numpy().tobytes()).digest() for wave in waves]
         new = {key: wave for key, wave in zip(keys, waves, strict=True) if key not in self._known}
         order = sorted(new, key=lambda key: -len(new[key]))  # similar lengths together
@@ -196,7 +213,9 @@ class Drafter:
             some = order[i:i + self.batch_size]
             assert self.recogniser is not None
             texts = self.recogniser([new[key] for key in some], language)
-            self._known |= {key: self.styled(text) for key, text in zip(some, texts, strict=True)}
+            self._known |= {key: Heard(self.styled(text), loop)
+                            for key, text, loop in zip(some, texts, self.recogniser.looped, strict=True)}
+            self.loops += sum(self.recogniser.looped)
         return [self._known[key] for key in keys]
 
     def styled(self, text: str) -> str:

@@ -7,6 +7,7 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -67,9 +68,18 @@ def load_samples(manifests: list[str], registry: TaskRegistry, limit: int = 0, f
             raise UserError(f"{mute.source}: field 'audio': the row has no audio, so nothing can be predicted for it; take it "
                             f"out of {flag}")
         found = make_samples(utterances, registry)
+        pseudo = sum(u.text_source is not None for u in utterances)
+        if pseudo and flag != "data.train":
+            _warn_of_pseudo_text(path, pseudo, len(utterances))
         step = len(found) / limit if limit and len(found) > limit else 1.0
         samples += [found[int(i * step)] for i in range(int(len(found) / step))]
     return samples
+
+
+@lru_cache  # once a manifest, however many runs are scored on it
+def _warn_of_pseudo_text(path: str, pseudo: int, rows: int) -> None:
+    log.warning("%s: the transcripts of %d of %d rows were written by a recogniser (`text_source`); WER and the phrases of "
+                "spans are measured against these pseudo-transcripts, not against what was said", path, pseudo, rows)
 
 
 def add_drafts(samples: list[Sample], m: ModelConfig, flag: str = "data.train") -> list[Sample]:
