@@ -16,7 +16,7 @@ from torch import Tensor
 from unislu_llm.data.targets import TextCodec
 from unislu_llm.decoding.automaton import END, Automaton
 from unislu_llm.decoding.grammar import Grammar, grammar_of
-from unislu_llm.decoding.vocabulary import vocabulary_of
+from unislu_llm.decoding.vocabulary import Brackets, vocabulary_of
 from unislu_llm.errors import UserError
 from unislu_llm.models.base import SLUModel
 from unislu_llm.tasks import SEPARATOR, LabelTask, SpanTask, TaskRegistry
@@ -95,6 +95,37 @@ def test_text_never_spells_a_marker(tokenizer_of: Callable[..., Any], metaspace:
         ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
     for row in ids.tolist():
         assert parse(codec.decode(row), registry, "ner").problems == ()
+
+
+def test_a_step_asks_nothing_of_the_device(tiny_tokenizer: Callable[..., Any], registry: TaskRegistry) -> None:
+    """Tensors without values: whatever would have to wait for a GPU's answer (`item`, `nonzero`, a mask as index) fails."""
+    codec = TextCodec(tiny_tokenizer(), registry)
+    processor = grammar_of(codec).processor([("ner", True), ("sa", False), (None, False)], [20] * 3)
+    scores = torch.zeros(3, len(codec.tokenizer), device="meta")
+    for length in range(4):
+        assert processor(torch.zeros(3, length, dtype=torch.long, device="meta"), scores).shape == scores.shape
+
+
+def test_brackets_follow_the_text(tokenizer_of: Callable[..., Any], registry: TaskRegistry) -> None:
+    """The node after a token is the longest end of the text that begins a marker, whatever tokens spell it."""
+    codec = TextCodec(tokenizer_of("never"), registry)
+    vocabulary = vocabulary_of(codec)
+    brackets = Brackets(vocabulary, list(codec.marker_ids))
+    starts = sorted({m[:k] for m in codec.marker_ids for k in range(1, len(m))})
+    generator = torch.Generator().manual_seed(0)
+    pieces = [i for i, text in enumerate(vocabulary.texts) if text and (set(text) <= set("[]TLS/NERA") or i % 50 == 0)]
+    seen = set()
+    for _ in range(300):
+        node, text = 0, ""
+        for n in torch.randint(0, len(pieces), (12,), generator=generator).tolist():
+            token = pieces[n]
+            row = brackets.longer_ids[node].tolist()
+            node = int(brackets.longer_nodes[node, row.index(token)]) if token in row else int(brackets.from_root[token])
+            text += vocabulary.texts[token]
+            tail = text[text.rfind("["):] if "[" in text else ""
+            assert node == (starts.index(tail) + 1 if tail in starts else 0), text
+            seen.add(node)
+    assert len(seen) > 5
 
 
 # Any registry

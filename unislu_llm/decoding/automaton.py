@@ -38,7 +38,7 @@ class Automaton:
         codec: tokenizer and registry.
 
     Attributes:
-        edge_ids, edge_next: `(states, edges)` tokens and the states they lead to; -1 fills up.
+        edge_ids, edge_next: `(states, edges)` tokens and the states they lead to; the first one fills up, -1 if none.
         blank_next, solid_next: `(states,)` state after plain text that is blank or is not; -1 where none may stand.
         need: `(states,)` tokens of the shortest completion, the end-of-text token included.
         groups, empty, inside: `(states,)` bool: between phrases, in a phrase without and with visible text.
@@ -134,7 +134,9 @@ class Automaton:
 
     def _tables(self) -> None:
         width = max(len(s.edges) for s in self._states)
-        rows = [list(s.edges.items()) + [(-1, -1)] * (width - len(s.edges)) for s in self._states]
+        # Filled up with a state's first edge, so that scores written to all of a row's edges agree.
+        full = [list(s.edges.items()) or [(-1, -1)] for s in self._states]
+        rows = [edges + [edges[0]] * (width - len(edges)) for edges in full]
         table = torch.tensor(rows, dtype=torch.long)
         self.edge_ids, self.edge_next = table[..., 0].contiguous(), table[..., 1].contiguous()
         self.blank_next = torch.tensor([s.blank for s in self._states])

@@ -73,7 +73,11 @@ class Grammar:
 
 @dataclass(frozen=True)
 class _Tables:
-    """Tensors of the automaton on one device; `kinds` `(3, width)`: no text, visible text alone, any text."""
+    """Tensors of the automaton on one device.
+
+    `text` `(3,)`, `odd` `(3, n)`: added to all scores and to those of the tokens `odd_ids` (the few that are no visible text),
+    0 or minus infinity, where there is no text, visible text alone, or any. `solid`, `plain` `(width,)`: see `Vocabulary`.
+    """
 
     edge_ids: Tensor
     edge_next: Tensor
@@ -83,8 +87,15 @@ class _Tables:
     groups: Tensor
     empty: Tensor
     phrase: Tensor
-    kinds: Tensor
+    solid: Tensor
+    plain: Tensor
+    text: Tensor
+    odd_ids: Tensor
+    odd: Tensor
     from_root: Tensor
+    longer_ids: Tensor
+    longer_nodes: Tensor
+    forbidden: Tensor
 
 
 def _tables(grammar: Grammar, device: torch.device, width: int) -> _Tables:
@@ -92,11 +103,18 @@ def _tables(grammar: Grammar, device: torch.device, width: int) -> _Tables:
     kinds = torch.zeros(3, width, dtype=torch.bool)
     size = min(width, len(v.plain))
     kinds[1, :size], kinds[2, :size] = v.solid[:size], v.plain[:size]
+    odd = (~kinds[1]).nonzero().flatten()
     from_root = torch.zeros(max(width, size), dtype=torch.long)
-    from_root[:size] = grammar.brackets.from_root[:size]
+    b = grammar.brackets
+    from_root[:size] = b.from_root[:size]
     moved = (t.to(device) for t in (a.edge_ids, a.edge_next, a.blank_next, a.solid_next, a.need, a.groups, a.empty,
-                                    a.empty | a.inside, kinds, from_root))
+                                    a.empty | a.inside, kinds[1], kinds[2], _closed(~kinds.any(-1)), odd, _closed(~kinds[:, odd]),
+                                    from_root, b.longer_ids, b.longer_nodes, b.forbidden))
     return _Tables(*moved)
+
+
+def _closed(where: Tensor) -> Tensor:
+    return torch.zeros(where.shape).masked_fill(where, float("-inf"))
 
 
 class GrammarProcessor(LogitsProcessor):
@@ -148,6 +166,8 @@ class GrammarProcessor(LogitsProcessor):
         seen, groups = self._seen, len(self._budgets)
         if seen is None or seen.shape[0] != answer.shape[0] or answer.shape[1] != seen.shape[1] + 1:
             return None
+        if groups == len(answer):  # without beams rows stay in place, and nothing is asked of the device
+            return torch.arange(groups, device=answer.device)
         new = answer[:, :-1].unflatten(0, (groups, -1))
         equal = (new[:, :, None] == seen.unflatten(0, (groups, -1))[:, None]).all(-1)
         if not bool(equal.any(-1).all()):
@@ -171,8 +191,8 @@ class GrammarProcessor(LogitsProcessor):
         tokens = answer[:, -1].clamp(min=0)
         edge = t.edge_ids[old] == tokens[:, None]
         by_edge = torch.where(edge, t.edge_next[old], 0).amax(-1)  # at most one matches
-        text = torch.where(t.kinds[1][tokens], t.solid_next[old], t.blank_next[old])
-        text = torch.where(t.kinds[2][tokens], text, END).clamp(min=END)
+        text = torch.where(t.solid[tokens], t.solid_next[old], t.blank_next[old])
+        text = torch.where(t.plain[tokens], text, END).clamp(min=END)
         new = torch.where(live, torch.where(edge.any(-1), by_edge, text), old)
         if self._ground is not None:
             by_byte = t.empty[old] & live  # its tokens are of a word, byte by byte
@@ -189,11 +209,9 @@ class GrammarProcessor(LogitsProcessor):
             self._counts = torch.where(live[:, None], self._loops.step(self._counts, answer), self._counts)
 
     def _brackets(self, tokens: Tensor) -> Tensor:
-        node = self._t.from_root[tokens]
-        rows = self._node.nonzero().flatten().tolist()
-        for row in rows:
-            node[row] = self.grammar.brackets.after(int(self._node[row]), int(tokens[row]))
-        return node
+        t = self._t
+        on = t.longer_ids[self._node] == tokens[:, None]
+        return torch.where(on.any(-1), torch.where(on, t.longer_nodes[self._node], 0).amax(-1), t.from_root[tokens])
 
     # ---- scores ----------------------------------------------------------------------------------------------------
 
@@ -212,15 +230,16 @@ class GrammarProcessor(LogitsProcessor):
             opens = t.groups[state][:, None] & t.empty[t.edge_next[state].clamp(min=0)]
             edges &= ~opens | room[:, None]
             edges &= ~grounded[:, None] | self._ground.closable[:, None]
-        out = scores.masked_fill(~t.kinds[kind], float("-inf"))
-        rows, columns = edges.nonzero(as_tuple=True)
-        _restore(out, scores, rows, t.edge_ids[state[rows], columns])
+        out = scores + t.text[kind].to(scores.dtype)[:, None]
+        out.index_add_(1, t.odd_ids, t.odd[kind].to(scores.dtype))
+        ids = t.edge_ids[state].clamp(min=0)
+        _write(out, ids, scores.gather(1, ids), edges)
         if self._ground is not None:
             rows, ids = self._ground.allowed(remaining)
             keep = grounded[rows]
-            _restore(out, scores, rows[keep], ids[keep])
-        for row in self._node.nonzero().flatten().tolist():
-            out[row, self.grammar.brackets.forbidden(int(self._node[row])).to(out.device)] = float("-inf")
+            out[rows[keep], ids[keep]] = scores[rows[keep], ids[keep]]
+        spelled = t.forbidden[self._node]
+        _write(out, spelled.clamp(min=0), float("-inf"), spelled >= 0)
         return out
 
 
@@ -229,8 +248,9 @@ def _fits(t: _Tables, following: Tensor, remaining: Tensor) -> Tensor:
     return (following >= 0) & (t.need[following.clamp(min=0)] < remaining)
 
 
-def _restore(out: Tensor, scores: Tensor, rows: Tensor, ids: Tensor) -> None:
-    out[rows, ids] = scores[rows, ids]
+def _write(out: Tensor, ids: Tensor, values: Tensor | float, where: Tensor) -> None:
+    """Write `values` to `out` `(rows, vocabulary)` at the `ids` `(rows, n)` that are meant; an id that comes twice agrees."""
+    out.scatter_(1, ids, torch.where(where, values, out.gather(1, ids)))
 
 
 @lru_cache(maxsize=4)

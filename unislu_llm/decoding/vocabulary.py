@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 
 import torch
@@ -79,39 +80,52 @@ def _texts(codec: TextCodec, size: int) -> list[str]:
 class Brackets:
     """Keeps plain tokens from spelling a marker between them (`[`, `T`, `/L]`): the decoded string could not be told.
 
-    A node is what the text so far could be the beginning of: 0 for nothing, else a proper prefix of some marker.
+    A node is what the text so far could be the beginning of: 0 for nothing, else a proper prefix of some marker. What a token
+    does at a node is in tables, so that a step of decoding asks nothing of the host.
 
     Args:
-        vocabulary: tokens. markers: what must not be spelled.
+        vocabulary: tokens. markers: what must not be spelled; `[` only begins them.
+
+    Attributes:
+        from_root: `(tokens,)` node after a token at node 0, and at every other node but for what follows.
+        longer_ids, longer_nodes: `(nodes, n)` tokens that go on with a node's prefix and where to; -1 fills up.
+        forbidden: `(nodes, n)` tokens that would complete a marker; the first one fills up, -1 where there is none.
     """
 
     def __init__(self, vocabulary: Vocabulary, markers: Sequence[str]) -> None:
-        self._texts = vocabulary.texts
-        self._markers = frozenset(markers)
-        self._prefixes = ["", *sorted({m[:k] for m in markers for k in range(1, len(m))})]
-        self._nodes = {prefix: node for node, prefix in enumerate(self._prefixes)}
-        self.from_root = torch.tensor([self._walk("", t) if "[" in t else 0 for t in self._texts])
-        self._closing = [(i, t[:t.index("]") + 1]) for i, t in enumerate(self._texts) if "]" in t]
-        self._forbidden: dict[int, Tensor] = {}
+        prefixes = ["", *sorted({m[:k] for m in markers for k in range(1, len(m))})]
+        nodes = {prefix: node for node, prefix in enumerate(prefixes)}
+        texts = vocabulary.texts
+        self.from_root = torch.tensor([_walk(nodes, t) if "[" in t else 0 for t in texts])
+        ends = {m[k:] for m in markers for k in range(1, len(m))}
+        spelled: defaultdict[str, list[int]] = defaultdict(list)
+        closing: defaultdict[str, list[int]] = defaultdict(list)
+        pieces = {q[k:] for q in prefixes for k in range(1, len(q))}
+        for i, text in enumerate(texts):
+            if text in pieces:
+                spelled[text].append(i)
+            if "]" in text and (end := text[:text.index("]") + 1]) in ends:
+                closing[end].append(i)
+        longer = [[(i, nodes[q]) for q in prefixes if p and q.startswith(p) for i in spelled[q[len(p):]]] for p in prefixes]
+        self.longer_ids = _table([[i for i, _ in row] for row in longer])
+        self.longer_nodes = _table([[node for _, node in row] for row in longer])
+        closed = [[m[len(p):] for m in sorted(set(markers)) if p and m.startswith(p)] for p in prefixes]
+        self.forbidden = _table([[i for end in row for i in closing[end]] for row in closed], repeat=True)
 
-    def _walk(self, prefix: str, text: str) -> int:
-        for char in text:
-            longer = prefix + char
-            prefix = longer if longer in self._nodes else "[" if char == "[" else ""
-        return self._nodes[prefix]
 
-    def after(self, node: int, token: int) -> int:
-        """Node after a token; a marker or special token starts anew."""
-        text = self._texts[token] if token < len(self._texts) else ""
-        return self._walk(self._prefixes[node], text) if text else 0
+def _walk(nodes: Mapping[str, int], text: str) -> int:
+    """Node after a text that begins at node 0."""
+    prefix = ""
+    for char in text:
+        longer = prefix + char
+        prefix = longer if longer in nodes else "[" if char == "[" else ""
+    return nodes[prefix]
 
-    def forbidden(self, node: int) -> Tensor:
-        """Ids that would complete a marker at `node`."""
-        if node not in self._forbidden:
-            prefix = self._prefixes[node]
-            self._forbidden[node] = torch.tensor([i for i, text in self._closing if prefix + text in self._markers],
-                                                 dtype=torch.long)
-        return self._forbidden[node]
+
+def _table(rows: Sequence[Sequence[int]], *, repeat: bool = False) -> Tensor:
+    """Rows of one width, at least 1, filled up with -1 or with their first value."""
+    width = max(1, *(len(row) for row in rows))
+    return torch.tensor([[*row, *[row[0] if row and repeat else -1] * (width - len(row))] for row in rows])
 
 
 @lru_cache(maxsize=4)
