@@ -55,6 +55,7 @@ def test_grammar_overhead_has_its_row(tiny_checkpoints: dict[str, str], tmp_path
     assert row["batch"] == 16
     assert row["vocabulary"] > 19
     assert set(row["overhead_percent"]) == {"median", "min", "max"}
+    assert row["inside_percent"]["min"] > 0
 
 
 def test_a_model_is_needed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

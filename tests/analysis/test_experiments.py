@@ -60,6 +60,7 @@ class Fake:
             return 1
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "finished.json").write_text(json.dumps({"step": 4, "train_seconds": 120.0}))
+        (folder / "config.yaml").write_text(Path(command[command.index("--config") + 1]).read_text())
         return 0
 
 
@@ -111,6 +112,7 @@ def test_configs_are_merged_and_checked(experiment: Callable[..., Experiment]) -
     assert config["train"] == {"epochs": 2, "lr": {"lora": 1e-3, "projector": 1e-2}, "seed": 1}
     assert Path(config["data"]["train"][0]).is_absolute()
     assert merge({"a": {"b": 1}}, {"a": 2}) == {"a": 2}
+    assert merge({"a": {"b": 1, "c": 2}}, {"a": {"b": None, "d": None}}) == {"a": {"c": 2}}
     with pytest.raises(UserError, match=r"system 'w'.train.*did you mean 'epochs'"):
         jobs(experiment(common={"train": {"epoch": 1}}))
 
@@ -119,7 +121,8 @@ def test_what_a_system_needs_is_made_before_it_trains(experiment: Callable[..., 
     asked = experiment(evaluate="--decode.grammar", systems=[
         {"name": "w", "recipe": "train_whisper"},
         {"name": "d", "recipe": "train_llm", "prepare": ["draft ${output}/w-s1 '${data}/a b.jsonl' --out ${output}/drafts"],
-         "config": {"model": {"init": "${output}/w-s1"}}}])
+         "config": {"model": {"init": "${output}/w-s1"}}},
+        {"name": "e", "recipe": "train_llm", "config": {"model": {"init": "${output}/d-s1"}}}])
     fake = Fake(asked)
     run_experiment(asked, runner=fake)
     made = next(i for i, c in enumerate(fake.commands) if "draft" in c)
@@ -128,7 +131,8 @@ def test_what_a_system_needs_is_made_before_it_trains(experiment: Callable[..., 
     assert "--output" in fake.commands[made + 1]
     assert all("--decode.grammar" in c for c in fake.commands if "eval/evaluate.py" in c)
     data = json.loads((asked.results / "table.json").read_text())
-    assert data["protocols"]["slue"]["d"]["training (min)"]["mean"] == 4.0  # its own, and that of the run it starts from
+    minutes = {name: data["protocols"]["slue"][name]["training (min)"]["mean"] for name in "wde"}
+    assert minutes == {"w": 2.0, "d": 4.0, "e": 6.0}  # its own, and those of the runs it starts from
     again = Fake(asked)
     run_experiment(asked, runner=again)
     assert again.commands == []

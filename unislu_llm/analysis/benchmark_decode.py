@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, WhisperFeatureExtractor
+from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor, WhisperFeatureExtractor
 from transformers.generation import GenerationMixin
 from transformers.utils.logging import set_verbosity_error
 
@@ -213,6 +213,9 @@ def _each(model: SLUModel, files: list[str], names: Sequence[str], how: DecodeOp
 def grammar_row(name: str, options: DecodeBenchmark) -> dict[str, Any]:
     """What the grammar adds to the time of an LLM's `generate`, in percent, on embeddings of a typical length.
 
+    Twice: `overhead_percent` from runs with and without it, which other work on the machine disturbs; `inside_percent` from the
+    time spent in it within one run, over the rest of that run (CPU alone: a GPU works behind the clock's back).
+
     Raises:
         UserError: the checkpoint cannot be had.
     """
@@ -227,18 +230,37 @@ def grammar_row(name: str, options: DecodeBenchmark) -> dict[str, Any]:
     ids = torch.randint(0, min(codec.marker_ids.values()), (GRAMMAR_BATCH, GRAMMAR_CONTEXT), generator=generator).to(device)
     embeds, mask = llm.get_input_embeddings()(ids), torch.ones_like(ids)
     grammar, requests = grammar_of(codec), [("ner", True)] * GRAMMAR_BATCH
+    clock, shares = CLOCKS[options.clock], list[float]()
 
     @torch.inference_mode()
     def decode(processors: list[Any]) -> Tensor:
         return llm.generate(inputs_embeds=embeds, attention_mask=mask, logits_processor=processors, **settings)
 
-    systems: dict[str, Callable[[], object]] = {
-        "plain": lambda: decode([]),
-        "grammar": lambda: decode([grammar.processor(requests, [options.new_tokens] * GRAMMAR_BATCH)])}
-    times = alternate(systems, options.repeats, clock=CLOCKS[options.clock])
+    def guided() -> Tensor:
+        timed = _Timed(grammar.processor(requests, [options.new_tokens] * GRAMMAR_BATCH), clock)
+        began = clock()
+        ids = decode([timed])
+        shares.append(100 * timed.seconds / (clock() - began - timed.seconds))
+        return ids
+
+    times = alternate({"plain": lambda: decode([]), "grammar": guided}, options.repeats, clock=clock)
     over = [100 * (a / b - 1) for a, b in zip(times["grammar"], times["plain"], strict=True)]
     return {"llm": name, "vocabulary": len(codec.tokenizer), "batch": GRAMMAR_BATCH, "device": device, "dtype": "fp32",
-            "seconds": spread(times["plain"]), "seconds_grammar": spread(times["grammar"]), "overhead_percent": spread(over)}
+            "seconds": spread(times["plain"]), "seconds_grammar": spread(times["grammar"]), "overhead_percent": spread(over),
+            "inside_percent": spread(shares[-options.repeats:]) if device == "cpu" else None}
+
+
+class _Timed(LogitsProcessor):
+    """Another processor, with the time spent in it."""
+
+    def __init__(self, inner: LogitsProcessor, clock: Callable[[], float]) -> None:
+        self.inner, self.clock, self.seconds = inner, clock, 0.0
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:  # type: ignore[override]
+        began = self.clock()
+        scores = self.inner(input_ids, scores)  # type: ignore[assignment]
+        self.seconds += self.clock() - began
+        return scores
 
 
 @contextmanager

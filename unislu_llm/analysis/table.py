@@ -12,6 +12,7 @@ from tabulate import tabulate
 
 from unislu_llm.analysis.experiments import Experiment, Job, System, jobs, load_scores
 from unislu_llm.training import state
+from unislu_llm.training.config import read_yaml
 
 PROTOCOLS = ("whisper", "slue")
 Column = tuple[str, Callable[[Mapping[str, Any], str], float | None], str]
@@ -93,12 +94,15 @@ def _results(experiment: Experiment, system: System) -> dict[int, dict[str, Any]
 
 
 def _note_training(job: Job) -> None:
-    """Put the run's training time into its score file, which outlives the run folder; with that of the run it starts from."""
+    """Put the run's training time into its score file, which outlives the run folder; with that of the runs it starts from."""
     seconds = state.read_finished(job.folder).get("train_seconds")
     if seconds is None or not job.scores().is_file():
         return
     init = job.config().get("model", {}).get("init")
-    seconds += state.read_finished(Path(init)).get("train_seconds", 0.0) if init else 0.0
+    while init:
+        seconds += state.read_finished(Path(init)).get("train_seconds", 0.0)
+        config = Path(init) / "config.yaml"
+        init = read_yaml(config).get("model", {}).get("init") if config.is_file() else None
     result = load_scores(job.scores())
     if result.get("train_seconds") != seconds:
         state.write_text(job.scores(), json.dumps(result | {"train_seconds": seconds}, indent=1, ensure_ascii=False) + "\n")

@@ -201,9 +201,6 @@ def build_model(kind: str, config: Config, registry: TaskRegistry, texts: Iterab
         settings.ctc_tokens = inherited_tokens(config)
     model: SLUModel = (SpeechLLM.build(settings, dtype) if isinstance(settings, SpeechLLMConfig)
                        else WhisperSLU.build(settings, dtype))
-    for parameter in model.parameters():  # what trains, trains in fp32
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
     learn_tokens(model, texts, config.train.ctc.min_count)
     if config.model.init:
         start_from(model, Path(config.model.init))
