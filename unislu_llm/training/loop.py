@@ -39,6 +39,7 @@ from unislu_llm.training.build import (
     build_model,
     build_plan,
     build_registry,
+    choose_attention,
     load_samples,
 )
 from unislu_llm.training.config import Config
@@ -84,6 +85,7 @@ class Trainer:
         self.model = model or build_model(kind, config, self.registry, (s.utterance.text for s in self.train_samples))
         self.accelerator = Accelerator(mixed_precision="bf16" if config.train.precision == "bf16" else "no",
                                        log_with=config.train.trackers or None, project_dir=".")
+        choose_attention(self.model, self.accelerator.device, config.train.precision)
         world = self.accelerator.num_processes
         self.per_rank = accumulation(config, world)
         self.simulator = build_simulator(config, self.model, self.train_samples)
