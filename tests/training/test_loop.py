@@ -103,6 +103,7 @@ def test_bf16_trains_with_fp32_trainables(tiny_config: Callable[..., Config]) ->
     assert {p.dtype for p in trainer.model.parameters() if not p.requires_grad} == {torch.bfloat16}
     trainer.fit()
     assert all(math.isfinite(r["loss"]) for r in metrics(trainer.run, "train"))
+    assert trainer.model.llm.config._attn_implementation == "eager"  # see choose_attention
 
 
 def test_gradient_checkpointing_changes_no_gradient(tiny_config: Callable[..., Config]) -> None:
