@@ -12,6 +12,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 
 from unislu_llm.data.collate import Batch, Collator
 from unislu_llm.data.targets import Sample, TextCodec
+from unislu_llm.decoding.copying import draft_bias
 from unislu_llm.decoding.drafts import complete_drafts, given_draft
 from unislu_llm.decoding.grammar import grammar_of
 from unislu_llm.decoding.options import DecodeOptions
@@ -124,6 +125,7 @@ def decode_encoded(model: SLUModel, encoded: Encoded, durations: Sequence[float]
     # With input embeddings `generate` starts from no ids; with a decoder prompt, from the prompt's.
     start = len(getattr(model, "prompt", ()))
     processor, bounds = constraint(model, tasks, [options.bound(d) for d in durations], options, start)
+    processor = keep_to_draft(model, encoded, options, start, processor)
     limits = torch.tensor(bounds, device=model.device)
     static: dict[str, Any] = {"cache_implementation": "static", "disable_compile": not options.compile}
     out = model.generate(encoded, max_new_tokens=max(bounds), num_beams=options.num_beams, num_return_sequences=n_best,
@@ -150,6 +152,13 @@ def constraint(model: SLUModel, tasks: Sequence[str | None], bounds: Sequence[in
         room = [min(most, max(bound, grammar.need(request))) for bound, request in zip(bounds, requests, strict=True)]
         return grammar.processor(requests, room, start, grounded=options.grounded, cut_loops=options.cut_loops), room
     return (_forced_control(model.codec, tasks, model.device) if options.force_task else None), [min(most, b) for b in bounds]
+
+
+def keep_to_draft(model: SLUModel, encoded: Encoded, options: DecodeOptions, start: int,
+                  then: LogitsProcessor | None) -> LogitsProcessor | None:
+    """What draws transcripts to their drafts, before `then`; see :class:`~unislu_llm.decoding.copying.DraftBias`."""
+    bonus = model.config.draft_bias if options.draft_bias is None else options.draft_bias
+    return draft_bias(model, encoded, bonus, start, then)
 
 
 def _forced_control(codec: TextCodec, tasks: Sequence[str | None], device: torch.device) -> ForcedControl:

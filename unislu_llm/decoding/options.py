@@ -22,6 +22,8 @@ class DecodeOptions:
             in validation and scoring, where the paper's protocol counts what a model does on its own. With `force_task`, a
             sample without task is its transcript alone.
         grounded: with the grammar, phrases of span tasks are whole words of the transcript just decoded.
+        draft_bias: nats by which a transcript is drawn to its draft (:mod:`unislu_llm.decoding.copying`); None: as the model's
+            config says, 0 is none. Models that read no drafts have none.
         cut_loops: with the grammar, leave a transcript or phrase that repeats itself, and count it as `loop`.
         static_cache: keys and values in tensors of one size, for a GPU (transformers' `cache_implementation`);
             for `predict` and for beams: what several tasks share is a cache that grows.
@@ -37,6 +39,7 @@ class DecodeOptions:
     grammar: bool | None = None
     grounded: bool = False
     cut_loops: bool = True
+    draft_bias: float | None = None
     static_cache: bool = False
     compile: bool = False
 
@@ -45,6 +48,8 @@ class DecodeOptions:
             raise UserError(f"num_beams must be 1 or more, found {self.num_beams}")
         if self.grounded and self.grammar is False:
             raise UserError("grounded needs the grammar; do not turn it off")
+        if self.draft_bias is not None and self.draft_bias < 0:
+            raise UserError(f"draft_bias must be 0 or more nats, found {self.draft_bias}")
         if self.compile and not self.static_cache:
             raise UserError("compile needs static_cache: a cache that grows is compiled anew at every step")
 

@@ -11,7 +11,7 @@ from transformers import LogitsProcessor
 
 from unislu_llm.data.targets import TextCodec
 from unislu_llm.decoding.automaton import label_ids
-from unislu_llm.decoding.batch import constraint, decode_encoded
+from unislu_llm.decoding.batch import constraint, decode_encoded, keep_to_draft
 from unislu_llm.decoding.grammar import grammar_of
 from unislu_llm.decoding.options import DecodeOptions
 from unislu_llm.decoding.probabilities import label_scores, read
@@ -101,6 +101,7 @@ def _transcripts(model: SLUModel, encoded: Encoded, durations: Sequence[float], 
     if slack:
         bounds = [max(room[str(longest)], bound - slack) for bound in bounds]
         processor, bounds = constraint(model, [longest] * len(durations), bounds, options)
+    processor = keep_to_draft(model, encoded, options, 0, processor)
     state, hidden = model.begin(encoded)
     stops = [codec.eos_id, *([codec.marker_ids[SEPARATOR]] if tasks else [])]
     transcripts = greedy(model, state, hidden, [[] for _ in durations], bounds, stops, processor)

@@ -41,6 +41,7 @@ class SLUConfig(PreTrainedConfig):
         draft_checkpoint: recogniser that makes drafts in use: a Whisper checkpoint, the folder of a saved model, or `ctc` for
             the model's own `ctc` projector; empty: the encoder's checkpoint. draft_style: lower or as-is, how drafts are
             written. draft_language: Whisper language code.
+        draft_bias: nats by which decoding draws a transcript to its draft; 0 leaves the LLM alone.
         tasks: the task registry as plain data.
     """
 
@@ -50,7 +51,7 @@ class SLUConfig(PreTrainedConfig):
                  encoder_hash: str | None = None, encoder_mode: str = "frozen", encoder_top_layers: int = 2,
                  encoder_lora: dict[str, Any] | None = None, pad_to_30s: bool = False, draft: str = "none",
                  draft_checkpoint: str = "", draft_style: str = "lower", draft_language: str = "en",
-                 tasks: list[dict[str, Any]] | None = None, **kwargs: Any) -> None:
+                 draft_bias: float = 0.0, tasks: list[dict[str, Any]] | None = None, **kwargs: Any) -> None:
         self.encoder = encoder
         self.encoder_revision = encoder_revision
         self.encoder_hash = encoder_hash
@@ -62,6 +63,7 @@ class SLUConfig(PreTrainedConfig):
         self.draft_checkpoint = draft_checkpoint
         self.draft_style = draft_style
         self.draft_language = draft_language
+        self.draft_bias = draft_bias
         self.tasks = tasks if tasks is not None else TaskRegistry().to_dict()
         super().__init__(**kwargs)
 

@@ -166,7 +166,7 @@ def model_config(kind: str, m: ModelConfig, registry: TaskRegistry) -> SpeechLLM
         "encoder": m.encoder, "encoder_mode": m.encoder_mode, "encoder_top_layers": m.encoder_top_layers,
         "encoder_lora": dataclasses.asdict(m.encoder_lora) if m.encoder_mode == "lora" else None,
         "pad_to_30s": m.pad_to_30s, "draft": m.draft, "draft_checkpoint": m.draft_checkpoint, "draft_style": m.draft_style,
-        "draft_language": m.language, "tasks": registry.to_dict()}
+        "draft_language": m.language, "draft_bias": m.draft_bias, "tasks": registry.to_dict()}
     lora = dataclasses.asdict(m.lora)
     if kind == "speech_llm":
         return SpeechLLMConfig(llm=m.llm, projector=m.projector, projector_options=m.projector_options,

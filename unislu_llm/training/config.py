@@ -71,6 +71,8 @@ class ModelConfig:
     """What makes drafts where a row has none, and of files: Whisper or saved model; ctc: own projector; empty: the encoder's."""
     draft_style: Literal["lower", "as-is"] = "lower"
     """How these are written, as `unislu draft --style` wrote the manifest's."""
+    draft_bias: float = 0.0
+    """Nats by which decoding draws a transcript to its draft, validation included; 0 leaves the LLM alone. See docs/drafts.md."""
     use_speech: bool = True
     """False: the LLM reads the draft alone, without speech, and the encoder does not run (recogniser, then text LLM)."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
