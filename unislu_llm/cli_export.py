@@ -13,7 +13,8 @@ from unislu_llm.errors import UserError
 
 def export(run: Annotated[Path, tyro.conf.arg(metavar="RUN")], /, out: Path, dtype: Literal["fp32", "bf16", "fp16"] = "bf16",
            checkpoint: Literal["best", "last"] | None = None, licence: str = "", results: tuple[Path, ...] = (),
-           data_note: str = "", encoder: str = "", llm: str = "", draft_checkpoint: str = "", max_mb: float = 30.0,
+           data_note: str = "", encoder: str = "", llm: str = "", draft_checkpoint: str = "",
+           draft_bias: float | None = None, max_mb: float = 30.0,
            no_check: bool = False, threads: int = 0) -> int:
     """Write a folder with the trained weights of a run, its configuration and a model card.
 
@@ -30,6 +31,7 @@ def export(run: Annotated[Path, tyro.conf.arg(metavar="RUN")], /, out: Path, dty
         encoder: Public name of the encoder's checkpoint, where the run names a folder.
         llm: The same of the LLM.
         draft_checkpoint: The same of what makes drafts.
+        draft_bias: Nats by which decoding with the export draws transcripts to their drafts; default: as the run's model.
         max_mb: Warn when the folder is larger (MB of 1,000,000 bytes).
         no_check: Do not load the model to compare it with the original.
         threads: CPU threads; 0 takes all cores this process may use.
@@ -41,7 +43,7 @@ def export(run: Annotated[Path, tyro.conf.arg(metavar="RUN")], /, out: Path, dty
 
     use_threads(threads)
     names = {"encoder": encoder, "llm": llm, "draft_checkpoint": draft_checkpoint}
-    done = write(ExportOptions(run, out, dtype, checkpoint, licence, results, note, names, check=not no_check))
+    done = write(ExportOptions(run, out, dtype, checkpoint, licence, results, note, names, draft_bias, check=not no_check))
     for name, size in done.sizes.items():
         print(f"  {name}: {size / 1e6:.2f} MB")
     total = sum(done.sizes.values()) / 1e6

@@ -29,8 +29,8 @@ from unislu_llm.utterance import Utterance
 Dtype = Literal["fp32", "bf16", "fp16"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_PREDICTIONS = "predictions"  # evaluation writes them into a model's folder; they outlive a new export
-_WRITTEN = {WEIGHTS_FILE, "config.json", CARD, SIMULATION_FILE, _PREDICTIONS}
+_KEPT = ("predictions", "LICENSE")  # evaluation's, and the user's: they outlive a new export
+_WRITTEN = {WEIGHTS_FILE, "config.json", CARD, SIMULATION_FILE, *_KEPT}
 _TEXT = "the council met in paris on monday"
 # Absolute paths of any system and the home folder; not `[/NER]`, `and/or`, `https://host/page`.
 _MACHINE = re.compile(r"(?<![\w.:/<\[-])/[\w.~-]+/[\w.~-]+|(?<!\w)[A-Za-z]:\\\w|(?<![\w/])~/|file://|(?<![\w.])\.\./")
@@ -45,6 +45,7 @@ class ExportOptions:
         dtype: of the stored weights. licence: SPDX identifier. data_note: text on data and licences, for the card.
         results: score files of eval/evaluate.py, of this model before or after the export.
         names: public names of `encoder`, `llm`, `draft_checkpoint` where the run names a folder.
+        draft_bias: what decoding with the export adds for the draft's words (nats); None: as the run's model.
         check: load the model and compare.
     """
 
@@ -56,6 +57,7 @@ class ExportOptions:
     results: tuple[Path, ...] = ()
     data_note: str = ""
     names: Mapping[str, str] = field(default_factory=dict)
+    draft_bias: float | None = None
     check: bool = True
 
 
@@ -93,6 +95,8 @@ def export(options: ExportOptions) -> Exported:
                         "which the model card is made from")
     _check_out(out)
     config = public_config(run, options.names)
+    if options.draft_bias is not None:
+        config["draft_bias"] = options.draft_bias
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -109,8 +113,9 @@ def export(options: ExportOptions) -> Exported:
         (temporary / CARD).write_text(model_card(facts), encoding="utf-8")
         _refuse_paths(temporary)
         sizes = {p.name: p.stat().st_size for p in sorted(temporary.iterdir())}
-        if (out / _PREDICTIONS).is_dir():
-            (out / _PREDICTIONS).rename(temporary / _PREDICTIONS)
+        for name in _KEPT:
+            if (out / name).exists():
+                (out / name).rename(temporary / name)
         if out.is_dir() and not any(out.iterdir()):
             out.rmdir()
         swap_folder(temporary, out)
