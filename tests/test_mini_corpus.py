@@ -47,7 +47,7 @@ def load_recipe() -> ModuleType:
 @pytest.mark.parametrize("name", COUNTS)
 def test_counts_and_fields(name: str) -> None:
     rows = rows_of(name)
-    extra = {"ner"} if name.startswith("entities") else {"sa", "speaker"}
+    extra = {"ner", "draft"} if name.startswith("entities") else {"sa", "speaker", "draft"}
     assert len(rows) == COUNTS[name]
     assert all(set(row) == FIELDS | extra for row in rows)
     assert {row["corpus"] for row in rows} == {f"mini-{name.split('_')[0]}"}

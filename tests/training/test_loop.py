@@ -48,6 +48,18 @@ def test_run_learns_and_leaves_a_loadable_model(kind: str, tiny_config: Callable
     assert all(torch.equal(state[n], own[n]) for n in own)
 
 
+@pytest.mark.parametrize("kind", ["speech_llm", "whisper_slu"])
+def test_validation_can_decode_with_the_grammar(kind: str, tiny_config: Callable[..., Config]) -> None:
+    """An untrained model's answers are well-formed with it, and none is without."""
+    malformed = {}
+    for grammar in (True, False):
+        trainer = Trainer(kind, tiny_config(f"{kind}-{grammar}", decode={"max_new_tokens": 40, "grammar": grammar}))
+        trainer.validate("untrained")
+        malformed[grammar] = metrics(trainer.run, "dev")[0]["malformed"]
+        trainer.close()
+    assert malformed[True] < malformed[False]
+
+
 def test_resumed_run_equals_an_uninterrupted_one(tiny_config: Callable[..., Config]) -> None:
     """Stopped in the middle of an epoch, with dropout at work: bit-exact."""
     model = {"lora": {"rank": 4, "dropout": 0.2, "target_modules": ["q_proj", "v_proj"]}}

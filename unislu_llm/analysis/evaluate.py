@@ -137,7 +137,7 @@ def make_job(path: Path, options: EvalOptions) -> Job:
     stem = "-".join(filter(None, [run.checkpoint, part, options.label]))
     if Path(label).name != label:
         raise UserError(f"--label {options.label}: is part of a file name and cannot hold a slash")
-    decode = asdict(run.config.decode if run.config else DecodeConfig()) | options.decode.given()
+    decode = (run.config.decode if run.config else DecodeConfig()).settings() | options.decode.given()
     decode["force_task"] = decode["force_task"] or options.force_task
     for flag, value, least in (("decode.batch-size", decode["batch_size"], 1), ("limit", options.limit, 0),
                                ("decode.max-new-tokens", decode["max_new_tokens"], 1)):

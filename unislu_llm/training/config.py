@@ -240,6 +240,12 @@ class DecodeConfig:
     """...plus this many."""
     force_task: bool = False
     """Force the control token of the task that is scored; the paper's models choose it themselves."""
+    grammar: bool = False
+    """Let only well-formed answers be decoded, and leave what repeats itself; the paper's protocol does without."""
+
+    def settings(self) -> dict[str, Any]:
+        """For :class:`~unislu_llm.decoding.options.DecodeOptions`, whose grammar is None where it is not asked for."""
+        return dataclasses.asdict(self) | {"grammar": self.grammar or None}
 
 
 @dataclass

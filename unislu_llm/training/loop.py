@@ -10,7 +10,6 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -307,7 +306,7 @@ class Trainer:
         if not self.dev_samples:
             return {}
         started = time.perf_counter()
-        options = DecodeOptions(**asdict(self.config.decode))
+        options = DecodeOptions(**self.config.decode.settings())
         mine = self.dev_samples[self.accelerator.process_index::self.accelerator.num_processes]
         with self.accelerator.autocast():
             rows = predict(self.model, mine, options, progress="validate" if self.accelerator.is_local_main_process else "")
