@@ -2,6 +2,7 @@
 
     python recipes/run_experiments.py recipes/experiments/slue_voiced.yaml --data DATA          # all that is missing
     python recipes/run_experiments.py recipes/experiments/slue_voiced.yaml --data DATA --only whisper-dynamic
+    python recipes/run_experiments.py recipes/experiments/slue_voiced.yaml --data DATA --size full   # on a GPU
     python recipes/run_experiments.py recipes/experiments/slue_voiced.yaml --data DATA --status
 
 Run it from the project's folder. A stopped run goes on with the same command; runs are logged in the output folder.
@@ -25,6 +26,8 @@ class Options:
     """Experiment file."""
     data: str = ""
     """Folder of the corpora: what ${data} in the file stands for."""
+    size: str = ""
+    """One of the file's sizes; default: as the file is, small."""
     only: list[str] = field(default_factory=list)
     """Names of systems; default: all."""
     status: bool = False
@@ -39,7 +42,7 @@ def main() -> int:
     from unislu_llm.errors import UserError
 
     try:
-        experiment = read_experiment(options.experiment, options.data)
+        experiment = read_experiment(options.experiment, options.data, options.size)
         if options.status:
             print("\n".join(f"{name:<40} {text}" for name, text in status(experiment)))
             return 0

@@ -13,13 +13,17 @@ import yaml
 from unislu_llm.analysis.experiments import Experiment, jobs, merge, read_experiment
 from unislu_llm.analysis.runner import run_experiment, status
 from unislu_llm.errors import UserError
+from unislu_llm.training.config import Config, apply
+from unislu_llm.training.stages import stage_configs
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
 def experiment(tmp_path: Path) -> Callable[..., Experiment]:
     """Factory of an experiment of three systems, five runs; keys of the file can be overridden."""
 
-    def make(**over: Any) -> Experiment:
+    def make(*, size: str = "", **over: Any) -> Experiment:
         values: dict[str, Any] = {
             "title": "synthetic speech", "output": str(tmp_path / "runs"), "results": str(tmp_path / "results"),
             "common": {"data": {"train": ["${data}/train.jsonl"]}, "train": {"epochs": 2, "lr": {"lora": 1e-3}}},
@@ -29,7 +33,7 @@ def experiment(tmp_path: Path) -> Callable[..., Experiment]:
                         {"name": "x", "recipe": "train_llm"}]} | over
         path = tmp_path / "exp.yaml"
         path.write_text(yaml.safe_dump(values))
-        return read_experiment(path, "corpora")
+        return read_experiment(path, "corpora", size)
 
     return make
 
@@ -138,7 +142,41 @@ def test_what_a_system_needs_is_made_before_it_trains(experiment: Callable[..., 
     assert again.commands == []
 
 
+def test_a_size_changes_what_it_names_and_nothing_else(experiment: Callable[..., Experiment]) -> None:
+    sizes = {"full": {"title": "at full size", "common": {"train": {"epochs": 9}},
+                      "systems": [{"name": "l", "seeds": [1, 2], "config": {"train": {"lr": {"lora": 3e-4}}}},
+                                  {"name": "y", "recipe": "train_whisper", "config": {"model": {"init": "${output}/w-s1"}}}]}}
+    small, full = experiment(sizes=sizes), experiment(size="full", sizes=sizes)
+    assert [s.name for s in small.systems] == ["w", "l", "x"]
+    assert [j.name for j in jobs(full)] == ["w-s1", "w-s2", "w-s3", "l-s1", "l-s2", "x-s1", "y-s1"]
+    configs = {j.name: j.config() for j in jobs(full)}
+    assert configs["l-s2"]["train"] == {"epochs": 9, "lr": {"lora": 3e-4, "projector": 1e-2}, "seed": 2}
+    assert configs["y-s1"]["model"]["init"] == f"{full.output}/w-s1"
+    assert (full.title, small.title) == ("at full size", "synthetic speech")
+    assert full.output != small.output  # a finished run of one is none of the other
+    assert full.results != small.results
+
+
+@pytest.mark.parametrize("size", ["", "full"])
+def test_every_run_of_the_shipped_experiment_can_be_configured(size: str, tmp_path: Path) -> None:
+    found = jobs(read_experiment(ROOT / "recipes" / "experiments" / "slue_voiced.yaml", str(tmp_path), size))
+    assert len(found) >= 10
+    for job in found:
+        config = Config()
+        apply(config, job.config(), job.name)
+        for _, stage in stage_configs(config, job.folder):
+            assert stage.train.seed == job.seed
+        init = config.model.init
+        if init:  # the stage of an earlier run
+            run, stage = Path(init).parent.name, Path(init).name
+            earlier = next(j for j in found[:found.index(job)] if j.name == run)
+            assert stage in [entry["name"] for entry in earlier.config()["stages"]]
+
+
 @pytest.mark.parametrize(("over", "message"), [
+    ({"size": "ful", "sizes": {"full": {}}}, "did you mean 'full'"),
+    ({"size": "full"}, "has no sizes"),
+    ({"size": "full", "sizes": {"full": {"system": []}}}, r"sizes.full: unknown key 'system'"),
     ({"evaluate": ["--decode.grammar"]}, "flags in one string"),
     ({"systems": [{"name": "a", "recipe": "train_llm", "prepare": "draft"}]}, r"systems\[0\].prepare"),
     ({"systems": []}, "lists no systems"),

@@ -13,7 +13,7 @@ from unislu_llm.errors import UserError, hint
 from unislu_llm.training.config import Config, apply, read_yaml
 
 RECIPES = ("train_llm", "train_whisper")
-_KEYS = ("title", "output", "results", "common", "tests", "evaluate", "systems")
+_KEYS = ("title", "output", "results", "common", "tests", "evaluate", "systems", "sizes")
 _SYSTEM_KEYS = ("name", "title", "recipe", "prepare", "config", "seeds")
 
 @dataclass(frozen=True)
@@ -107,20 +107,23 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return out
 
 
-def read_experiment(path: Path, data: str = "") -> Experiment:
+def read_experiment(path: Path, data: str = "", size: str = "") -> Experiment:
     """Read an experiment file.
 
     Args:
+        size: one of the file's `sizes`, a mapping of what is different at each: sections of the file laid over its own, systems
+            by name (an unknown name is a further system). Runs and results of a size have folders of their own.
         data: what `${data}` in it stands for: the folder of the corpora. `${output}` stands for the file's own `output`, so that
             a system can start from another's run.
 
     Raises:
-        UserError: no such file, not YAML, an unknown key, a system without a name, two of one name, an unknown recipe, commands
-            or flags that are no text.
+        UserError: no such file, not YAML, an unknown key or size, a system without a name, two of one name, an unknown recipe,
+            commands or flags that are no text.
     """
-    values = read_yaml(path)
+    values = {"output": f"runs/{path.stem}", "results": f"eval/results/{path.stem}", "title": path.stem} | read_yaml(path)
     _known(values, _KEYS, str(path))
-    output = str(values.get("output", f"runs/{path.stem}"))
+    values = _sized(values, size, str(path))
+    output = str(values["output"])
     words = {"data": str(Path(data).resolve()) if data else "", "output": str(Path(output).resolve())}
     values = _filled(values, words, str(path))
     systems: list[System] = []
@@ -142,9 +145,30 @@ def read_experiment(path: Path, data: str = "") -> Experiment:
         raise UserError(f"{path}: evaluate: must be flags in one string, e.g. '--decode.grammar'")
     if not systems:
         raise UserError(f"{path}: lists no systems")
-    stem = path.stem
-    return Experiment(values.get("title", stem), Path(output), Path(values.get("results", f"eval/results/{stem}")),
-                      values.get("common") or {}, values.get("tests") or {}, systems, values.get("evaluate", ""))
+    return Experiment(values["title"], Path(output), Path(values["results"]), values.get("common") or {},
+                      values.get("tests") or {}, systems, values.get("evaluate", ""))
+
+
+def _sized(values: Mapping[str, Any], size: str, where: str) -> dict[str, Any]:
+    """The file as it is at a size."""
+    base = {key: value for key, value in values.items() if key != "sizes"}
+    if not size:
+        return base
+    sizes = values.get("sizes") or {}
+    if size not in sizes:
+        raise UserError(f"--size {size}: {where} has {', '.join(sizes) or 'no sizes'}{hint(size, list(sizes))}")
+    over = dict(sizes[size] or {})
+    _known(over, [key for key in _KEYS if key != "sizes"], f"{where}: sizes.{size}")
+    apart = {key: f"{base[key]}_{size}" for key in ("output", "results")}
+    systems = list(base.get("systems") or [])
+    names = [entry.get("name") if isinstance(entry, Mapping) else None for entry in systems]
+    for entry in over.pop("systems", None) or []:
+        name = entry.get("name") if isinstance(entry, Mapping) else None
+        if name in names and name is not None:
+            systems[names.index(name)] = merge(systems[names.index(name)], entry)
+        else:
+            systems.append(entry)
+    return merge(base, apart | over) | {"systems": systems}
 
 
 def _known(values: Mapping[str, Any], keys: Sequence[str], where: str) -> None:
