@@ -11,15 +11,17 @@ from typing import Any
 import pytest
 
 from unislu_llm.analysis import evaluate as module
-from unislu_llm.analysis.evaluate import evaluate
+from unislu_llm.analysis.evaluate import add_draft_wer, evaluate
 from unislu_llm.analysis.options import DecodeFlags, EvalOptions
 from unislu_llm.analysis.runs import checkpoint_step, find_run, portable
+from unislu_llm.data.targets import Sample
 from unislu_llm.errors import UserError
 from unislu_llm.scoring.calibration import calibrate_rows
 from unislu_llm.scoring.rows import read_rows
 from unislu_llm.scoring.slue import score_rows
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.training.config import apply
+from unislu_llm.utterance import Utterance
 
 DEV = Path("corpus/dev.jsonl")
 
@@ -272,3 +274,16 @@ def test_stored_paths_are_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert portable("a/b.json") == portable(tmp_path / "here" / "a" / "b.json") == "a/b.json"
     assert portable(tmp_path / "there" / "c.json") == "../there/c.json"
     assert portable("/somewhere/else/entirely.json") == "else/entirely.json"
+
+
+def test_scores_tell_the_wer_of_drafts_by_corpus() -> None:
+    said = [Utterance("a", None, "the council met", corpus="x", draft="the council met"),
+            Utterance("b", None, "i loved it all", corpus="y", draft="i loved all"),
+            Utterance("b", None, "i loved it all", corpus="y", draft="i loved all")]  # another task of it: counted once
+    scores: dict[str, Any] = {"protocols": {"whisper": {}, "slue": {}}}
+    add_draft_wer(scores, [Sample(u, None) for u in said])
+    assert scores["protocols"]["slue"]["draft_wer"] == pytest.approx(100 / 7)
+    assert scores["protocols"]["slue"]["draft_wer_by_corpus"] == {"x": 0.0, "y": 25.0}
+    some: dict[str, Any] = {"protocols": {"whisper": {}, "slue": {}}}
+    add_draft_wer(some, [Sample(u, None) for u in [*said, Utterance("c", None, "yes")]])
+    assert some["protocols"] == {"whisper": {}, "slue": {}}  # of a part it would mislead

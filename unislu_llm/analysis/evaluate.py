@@ -172,6 +172,8 @@ def evaluate_run(job: Job, out: Path, command: Sequence[str] = (), *, again: boo
             print("  they were made by another revision of the code")
     scores = score_rows(rows, registry)
     add_ctc_wer(scores, rows)
+    if run.model_config().get("draft") == "manifest":
+        add_draft_wer(scores, samples)
     result = _result(job, key, registry, rows, meta) | {"command": " ".join(map(shown, command))}
     result |= {"predictions": portable(file.path), "predictions_sha256": meta["rows_sha256"], "scores": scores,
                "intervals": {p: intervals(rows, registry, p) for p in PROTOCOLS}}
@@ -186,11 +188,26 @@ def evaluate_run(job: Job, out: Path, command: Sequence[str] = (), *, again: boo
 
 def add_ctc_wer(scores: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> None:
     """Add `ctc_wer` to each protocol's scores: WER of the greedy CTC transcripts, where the rows have them."""
-    spoken = list({(row["corpus"], row["id"]): row for row in rows if "ctc_text" in row}.values())
-    for protocol in PROTOCOLS if spoken else ():
-        found = corpus_wer([row["ref_text"] for row in spoken], [row["ctc_text"] for row in spoken], protocol)
-        scores["protocols"][protocol]["ctc_wer"] = found.wer
-        print(f"  WER of the greedy CTC text ({protocol}): {found.wer:.2f}")
+    heard = [row for row in rows if "ctc_text" in row]
+    _add_wer(scores, "ctc_wer", {(row["corpus"], row["id"]): (row["ref_text"], row["ctc_text"]) for row in heard})
+
+
+def add_draft_wer(scores: dict[str, Any], samples: Sequence[Sample]) -> None:
+    """Add `draft_wer` to each protocol's scores: WER of the drafts in the prompt, where every utterance's row has one."""
+    said = [s.utterance for s in samples]
+    if all(u.draft is not None for u in said):
+        _add_wer(scores, "draft_wer", {(u.corpus, u.id): (u.text, u.draft or "") for u in said})
+
+
+def _add_wer(scores: dict[str, Any], name: str, pairs: Mapping[tuple[str, str], tuple[str, str]]) -> None:
+    """WER of `(reference, transcript)` by corpus and id: of all under `name`, by corpus under `<name>_by_corpus`."""
+    corpora = {corpus: [pair for (of, _), pair in pairs.items() if of == corpus] for corpus, _ in pairs}
+    for protocol in PROTOCOLS if pairs else ():
+        overall, *each = (corpus_wer([r for r, _ in some], [h for _, h in some], protocol).wer
+                          for some in (list(pairs.values()), *corpora.values()))
+        by_corpus = dict(zip(corpora, each, strict=True))
+        scores["protocols"][protocol] |= {name: overall, f"{name}_by_corpus": by_corpus}
+        print(f"  {name} ({protocol}): {overall:.2f} ({', '.join(f'{c} {wer:.2f}' for c, wer in by_corpus.items())})")
 
 
 def _samples(job: Job, registry: TaskRegistry) -> list[Sample]:

@@ -39,10 +39,16 @@ def columns(results: Sequence[Mapping[str, Any]]) -> list[Column]:
             return None if found is None else found * scale
         return value
 
-    by_ctc = any(_dig(r, "scores", "protocols", p, "ctc_wer") is not None for r in results for p in PROTOCOLS)
+    def of_text(key: str, title: str) -> list[Column]:
+        found = any(_dig(r, "scores", "protocols", p, key) is not None for r in results for p in PROTOCOLS)
+        return [(title, protocol(key), "")] if found else []
+
+    of_drafts = [_dig(r, "scores", "protocols", p, "draft_wer_by_corpus") or {} for r in results for p in PROTOCOLS]
+    drafted = [corpus for corpus in corpora if any(corpus in wers for wers in of_drafts)]
     return [
         *((f"WER {corpus}", protocol("wer", "by_corpus", corpus, "wer"), f"wer/{corpus}") for corpus in corpora),
-        *([("WER of CTC text", protocol("ctc_wer"), "")] if by_ctc else []),
+        *of_text("ctc_wer", "WER of CTC text"),
+        *((f"WER of drafts, {corpus}", protocol("draft_wer_by_corpus", corpus), "") for corpus in drafted),
         ("NER F1", protocol("tasks", "ner", "entity", "f1"), "ner/f1"),
         ("NER label-F1", protocol("tasks", "ner", "label", "f1"), "ner/label_f1"),
         ("NER position F1", anywhere("scores", "position", "ner", "f1"), "ner/position_f1"),
