@@ -53,7 +53,8 @@ class Fake:
             name, test = Path(command[2]).name, "--manifest" in command
             wer = {"overall": {"wer": 7.0}, "by_corpus": {"vp": {"wer": 10.0 + len(name)}}}
             tasks = {"ner": {"entity": {"f1": 50.0}}}
-            scores = {"scores": {"protocols": {p: {"wer": wer, "tasks": tasks} for p in ("whisper", "slue")}},
+            ctc = {"ctc_wer": 40.0, "ctc_wer_by_corpus": {"vp": 41.0}} if name.startswith("l") else {}
+            scores = {"scores": {"protocols": {p: {"wer": wer, "tasks": tasks} | ctc for p in ("whisper", "slue")}},
                       "intervals": {p: {"ner/f1": {"low": 41.0, "high": 59.0}} for p in ("whisper", "slue")},
                       "trainable_parameters": {"total": 2_000_000}, "decoding": {"rtf": 0.05}}
             self.experiment.results.mkdir(parents=True, exist_ok=True)
@@ -109,6 +110,9 @@ def test_the_table_has_a_row_a_system_and_says_what_was_not_run(experiment: Call
     data = json.loads((asked.results / "table.json").read_text())
     assert data["protocols"]["whisper"]["w"]["training (min)"] == {"n": 3, "mean": 2.0, "sd": 0.0}
     assert data["protocols"]["whisper"]["w"]["WER read"]["mean"] == 7.0
+    texts = {f"WER of CTC text {of}": data["protocols"]["whisper"]["l"][f"WER of CTC text {of}"]["mean"] for of in ("vp", "read")}
+    assert texts == {"WER of CTC text vp": 41.0, "WER of CTC text read": 40.0}
+    assert not texts.keys() & data["protocols"]["whisper"]["w"].keys()
 
 
 def test_configs_are_merged_and_checked(experiment: Callable[..., Experiment]) -> None:

@@ -15,6 +15,8 @@ from unislu_llm.training import state
 from unislu_llm.training.config import read_yaml
 
 PROTOCOLS = ("whisper", "slue")
+_TEXTS = {"WER": ("wer", "overall", "wer"), "WER of CTC text": ("ctc_wer",)}
+"""Of further test sets: what is shown, and where a score file has it under a protocol."""
 Column = tuple[str, Callable[[Mapping[str, Any], str], float | None], str]
 """Title, value of a score file under a protocol, and the name of its interval there (empty: it has none)."""
 
@@ -40,15 +42,13 @@ def columns(results: Sequence[Mapping[str, Any]]) -> list[Column]:
         return value
 
     def of_text(key: str, title: str) -> list[Column]:
-        found = any(_dig(r, "scores", "protocols", p, key) is not None for r in results for p in PROTOCOLS)
-        return [(title, protocol(key), "")] if found else []
+        found = [_dig(r, "scores", "protocols", p, key) or {} for r in results for p in PROTOCOLS]
+        return [(f"{title} {corpus}", protocol(key, corpus), "") for corpus in corpora if any(corpus in wers for wers in found)]
 
-    of_drafts = [_dig(r, "scores", "protocols", p, "draft_wer_by_corpus") or {} for r in results for p in PROTOCOLS]
-    drafted = [corpus for corpus in corpora if any(corpus in wers for wers in of_drafts)]
     return [
         *((f"WER {corpus}", protocol("wer", "by_corpus", corpus, "wer"), f"wer/{corpus}") for corpus in corpora),
-        *of_text("ctc_wer", "WER of CTC text"),
-        *((f"WER of drafts, {corpus}", protocol("draft_wer_by_corpus", corpus), "") for corpus in drafted),
+        *of_text("ctc_wer_by_corpus", "WER of CTC text"),
+        *of_text("draft_wer_by_corpus", "WER of drafts"),
         ("NER F1", protocol("tasks", "ner", "entity", "f1"), "ner/f1"),
         ("NER label-F1", protocol("tasks", "ner", "label", "f1"), "ner/label_f1"),
         ("NER position F1", anywhere("scores", "position", "ner", "f1"), "ner/position_f1"),
@@ -63,13 +63,15 @@ def columns(results: Sequence[Mapping[str, Any]]) -> list[Column]:
 
 def write_table(experiment: Experiment) -> None:
     """Write `table.json` and `table.md` into the results folder from the score files that are there."""
-    for job in jobs(experiment):
+    every = jobs(experiment)
+    for job in every:
         _note_training(job)
     rows = [(system, _results(experiment, system)) for system in experiment.systems]
     blocks = [f"# {experiment.title}", "In brackets: 95 % interval of one run (bootstrap over utterances); ±: over seeds."]
     data: dict[str, Any] = {"title": experiment.title, "protocols": {}}
     shown = columns([r for _, results in rows for r in results.values()])
-    extra: list[tuple[str, str]] = [(f"WER {test}", test) for test in experiment.tests]
+    extra = [(f"{title} {test}", test, keys) for title, keys in _TEXTS.items() for test in experiment.tests
+             if keys == _TEXTS["WER"] or any(_wer(job, test, PROTOCOLS[0], keys) is not None for job in every)]
     for protocol in PROTOCOLS:
         body, values = [], {}
         for system, results in rows:
@@ -79,11 +81,11 @@ def write_table(experiment: Experiment) -> None:
                 for name, _, key in shown:
                     cells[name] |= _dig(only, "intervals", protocol, key) or {}
             own = _jobs_of(experiment, system)
-            cells |= {name: _over_seeds([_wer(job, test, protocol) for job in own]) for name, test in extra}
+            cells |= {name: _over_seeds([_wer(job, test, protocol, keys) for job in own]) for name, test, keys in extra}
             values[system.name] = {"seeds": list(results), **{k: c for k, c in cells.items() if c["n"]}}
             body.append([system.title, *(_cell(c) for c in cells.values())] if results
                         else [system.title, *["not run"] * len(cells)])
-        headers = ["system", *(name for name, *_ in shown), *(name for name, _ in extra)]
+        headers = ["system", *(name for name, *_ in shown), *(name for name, *_ in extra)]
         blocks.append(f"Protocol `{protocol}`\n\n{tabulate(body, headers=headers, tablefmt='github', disable_numparse=True)}")
         data["protocols"][protocol] = values
     experiment.results.mkdir(parents=True, exist_ok=True)
@@ -114,9 +116,9 @@ def _note_training(job: Job) -> None:
         state.write_text(job.scores(), json.dumps(result | {"train_seconds": seconds}, indent=1, ensure_ascii=False) + "\n")
 
 
-def _wer(job: Job, test: str, protocol: str) -> float | None:
+def _wer(job: Job, test: str, protocol: str, keys: Sequence[str]) -> float | None:
     path = job.scores(test)
-    value = _dig(load_scores(path), "scores", "protocols", protocol, "wer", "overall", "wer") if path.is_file() else None
+    value = _dig(load_scores(path), "scores", "protocols", protocol, *keys) if path.is_file() else None
     return None if value is None else float(value)
 
 
