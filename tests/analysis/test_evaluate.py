@@ -280,10 +280,16 @@ def test_scores_tell_the_wer_of_drafts_by_corpus() -> None:
     said = [Utterance("a", None, "the council met", corpus="x", draft="the council met"),
             Utterance("b", None, "i loved it all", corpus="y", draft="i loved all"),
             Utterance("b", None, "i loved it all", corpus="y", draft="i loved all")]  # another task of it: counted once
-    scores: dict[str, Any] = {"protocols": {"whisper": {}, "slue": {}}}
-    add_draft_wer(scores, [Sample(u, None) for u in said])
-    assert scores["protocols"]["slue"]["draft_wer"] == pytest.approx(100 / 7)
-    assert scores["protocols"]["slue"]["draft_wer_by_corpus"] == {"x": 0.0, "y": 25.0}
-    some: dict[str, Any] = {"protocols": {"whisper": {}, "slue": {}}}
-    add_draft_wer(some, [Sample(u, None) for u in [*said, Utterance("c", None, "yes")]])
-    assert some["protocols"] == {"whisper": {}, "slue": {}}  # of a part it would mislead
+    samples = [Sample(u, None) for u in said]
+
+    def scores(rows: list[dict[str, Any]], samples: list[Sample], mode: str = "manifest") -> dict[str, Any]:
+        found: dict[str, Any] = {"protocols": {"whisper": {}, "slue": {}}}
+        add_draft_wer(found, rows, samples, mode)
+        return dict(found["protocols"]["slue"])
+
+    assert scores([], samples)["draft_wer"] == pytest.approx(100 / 7)
+    assert scores([], samples)["draft_wer_by_corpus"] == {"x": 0.0, "y": 25.0}
+    made = [{"corpus": "y", "id": "b", "task": "asr", "draft": "i loved it all"}]  # what was read counts
+    assert scores(made, samples)["draft_wer"] == 0
+    assert scores([], [*samples, Sample(Utterance("c", None, "yes"), None)]) == {}  # of a part it would mislead
+    assert scores([], samples, "none") == {}

@@ -172,8 +172,7 @@ def evaluate_run(job: Job, out: Path, command: Sequence[str] = (), *, again: boo
             print("  they were made by another revision of the code")
     scores = score_rows(rows, registry)
     add_ctc_wer(scores, rows)
-    if run.model_config().get("draft") == "manifest":
-        add_draft_wer(scores, samples)
+    add_draft_wer(scores, rows, samples, run.model_config().get("draft", "none"))
     result = _result(job, key, registry, rows, meta) | {"command": " ".join(map(shown, command))}
     result |= {"predictions": portable(file.path), "predictions_sha256": meta["rows_sha256"], "scores": scores,
                "intervals": {p: intervals(rows, registry, p) for p in PROTOCOLS}}
@@ -192,11 +191,17 @@ def add_ctc_wer(scores: dict[str, Any], rows: Sequence[Mapping[str, Any]]) -> No
     _add_wer(scores, "ctc_wer", {(row["corpus"], row["id"]): (row["ref_text"], row["ctc_text"]) for row in heard})
 
 
-def add_draft_wer(scores: dict[str, Any], samples: Sequence[Sample]) -> None:
-    """Add `draft_wer` to each protocol's scores: WER of the drafts in the prompt, where every utterance's row has one."""
-    said = [s.utterance for s in samples]
-    if all(u.draft is not None for u in said):
-        _add_wer(scores, "draft_wer", {(u.corpus, u.id): (u.text, u.draft or "") for u in said})
+def add_draft_wer(scores: dict[str, Any], rows: Sequence[Mapping[str, Any]], samples: Sequence[Sample], mode: str) -> None:
+    """Add `draft_wer` to each protocol's scores: WER of the drafts in the prompt, where all are known.
+
+    Args:
+        rows: predictions; older ones do not hold what was read. samples: of the same utterances. mode: the model's `draft`.
+    """
+    drafts = {s.key: given_draft(s, mode) for s in samples} | {row_key(row): row["draft"] for row in rows if "draft" in row}
+    said = {(s.utterance.corpus, s.utterance.id): (s.utterance.text, drafts[s.key]) for s in samples}
+    known = {key: (text, draft) for key, (text, draft) in said.items() if draft is not None}
+    if len(known) == len(said):  # of a part it would mislead
+        _add_wer(scores, "draft_wer", known)
 
 
 def _add_wer(scores: dict[str, Any], name: str, pairs: Mapping[tuple[str, str], tuple[str, str]]) -> None:

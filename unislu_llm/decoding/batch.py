@@ -13,7 +13,7 @@ from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria,
 from unislu_llm.data.collate import Batch, Collator
 from unislu_llm.data.targets import Sample, TextCodec
 from unislu_llm.decoding.copying import draft_bias
-from unislu_llm.decoding.drafts import complete_drafts, given_draft
+from unislu_llm.decoding.drafts import complete_drafts, drafts_of
 from unislu_llm.decoding.grammar import grammar_of
 from unislu_llm.decoding.options import DecodeOptions
 from unislu_llm.models.base import SLUModel
@@ -97,19 +97,20 @@ def _encode_by_length(model: SLUModel, batch: Batch) -> Encoded:
 
 
 def decode_batch(model: SLUModel, samples: Sequence[Sample], waves: Sequence[Tensor], options: DecodeOptions,
-                 collator: Collator | None = None) -> list[list[int]]:
+                 collator: Collator | None = None, drafts: Sequence[str | None] | None = None) -> list[list[int]]:
     """Ids of each sample, up to and including its end-of-text token, if it came.
 
     Args:
         model: either decoder, in eval mode.
         samples: what is decoded; transcripts and labels are not looked at (transcripts are, where they are the draft).
         waves: audio of each, `(S,)` at 16 kHz.
+        drafts: of each, from :func:`drafts_of` where they are known already.
 
     Raises:
         UserError: with the grammar, `max_new_tokens` is below the shortest answer.
     """
     durations = [len(w) / 16_000 for w in waves]
-    encoded = encode_waves(model, waves, collator, [given_draft(s, model.config.draft) for s in samples])
+    encoded = encode_waves(model, waves, collator, drafts_of(model, samples, waves) if drafts is None else drafts)
     found = decode_encoded(model, encoded, durations, [s.task for s in samples], options)
     return [answers[0] for answers in found]
 

@@ -255,6 +255,11 @@ def complete_drafts(model: SLUModel, waves: Sequence[Tensor], given: Sequence[st
     return drafts
 
 
+def drafts_of(model: SLUModel, samples: Sequence[Sample], waves: Sequence[Tensor]) -> list[str | None]:
+    """The draft of each sample, its own or made now; None for a model that reads none."""
+    return complete_drafts(model, waves, [given_draft(s, model.config.draft) for s in samples])
+
+
 def drafter_of(model: SLUModel) -> Drafter:
     """The drafter that a model's configuration names, loaded once."""
     config: Any = model.config

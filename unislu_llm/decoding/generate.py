@@ -11,6 +11,7 @@ from unislu_llm.data.batching import seconds, sorted_batches
 from unislu_llm.data.collate import SpeechDataset
 from unislu_llm.data.targets import Sample
 from unislu_llm.decoding.batch import ForcedControl, LengthBound, decode_batch
+from unislu_llm.decoding.drafts import drafts_of
 from unislu_llm.decoding.options import DecodeOptions
 from unislu_llm.decoding.rows import prediction_row
 from unislu_llm.decoding.understand import understand
@@ -31,7 +32,7 @@ def predict(model: SLUModel, samples: Sequence[Sample], options: DecodeOptions |
 
     Returns:
         One prediction row a sample; see `eval/README.md` for its fields. A model with a `ctc` projector adds `ctc_text`, the
-        greedy CTC transcript, which the encoder's pass gives anyway.
+        greedy CTC transcript, which the encoder's pass gives anyway; one that reads drafts adds `draft`.
 
     Raises:
         UserError: unreadable audio; the message names manifest line and file.
@@ -48,9 +49,13 @@ def predict(model: SLUModel, samples: Sequence[Sample], options: DecodeOptions |
         batches = sorted_batches(samples, options.batch_size)
         for indices in tqdm(batches, desc=progress, disable=not progress, unit="batch", leave=False):
             items = [dataset[i] for i in indices]
-            ids = decode_batch(model, [s for s, _ in items], [w for _, w in items], options, collator)
-            for i, answer, (sample, wave) in zip(indices, ids, items, strict=True):
+            some, waves = [s for s, _ in items], [w for _, w in items]
+            drafts = drafts_of(model, some, waves)
+            ids = decode_batch(model, some, waves, options, collator, drafts)
+            for i, answer, draft, (sample, wave) in zip(indices, ids, drafts, items, strict=True):
                 rows[i] = prediction_row(model.codec, sample, answer, len(wave) / 16_000, cut_loops=cut)
+                if draft is not None:
+                    rows[i]["draft"] = draft
             if by_ctc:
                 for i, heard in zip(indices, model.projector.heard, strict=True):  # type: ignore[union-attr, arg-type]
                     rows[i]["ctc_text"] = model.codec.decode(heard)
