@@ -73,6 +73,7 @@ def test_run_is_decoded_scored_and_described(kind: str, tiny_run: Callable[..., 
     trained = result["trainable_parameters"]
     assert 0 < trained["markers"] < trained["total"] == sum(v for k, v in trained.items() if k != "total")
     assert {"git", "packages"} <= result["versions"].keys()
+    assert result["training"].keys() == {"seed", "git", "packages"}
     assert result["command"] == "eval/evaluate.py runs/tiny --out=results --threads 1"
     assert result["manifests"][0]["file"] == "corpus/dev.jsonl"
     assert result["predictions"] == "runs/tiny/predictions/best-dev.jsonl"

@@ -17,7 +17,16 @@ import torch
 from unislu_llm.analysis.calibration_plot import reliability_plot
 from unislu_llm.analysis.options import EvalOptions
 from unislu_llm.analysis.predictions import PredictionFile, row_key
-from unislu_llm.analysis.runs import Run, checkpoint_step, file_hash, find_run, load_model, portable, shown
+from unislu_llm.analysis.runs import (
+    Run,
+    checkpoint_step,
+    file_hash,
+    find_run,
+    load_model,
+    portable,
+    shown,
+    training_versions,
+)
 from unislu_llm.data.audio import MAX_SECONDS
 from unislu_llm.data.collate import SpeechDataset
 from unislu_llm.data.long_audio import LongAudio
@@ -307,10 +316,12 @@ def _result(job: Job, key: dict[str, Any], registry: TaskRegistry, rows: list[di
               if k not in ("tasks", "transformers_version")}
     manifests = [{"file": portable(p), "sha256": digest}
                  for p, digest in zip(job.manifests, key["manifests"], strict=True)]
+    trained = {key: value for key, value in training_versions(job.run).items() if key in ("git", "packages")}
+    seed = {} if job.run.config is None else {"seed": job.run.config.train.seed}
     return {
         "run": job.label, "folder": portable(job.run.folder), "checkpoint": job.run.checkpoint,
         "step": checkpoint_step(job.run), "weights_sha256": key["weights"], "model": config,
-        "trainable_parameters": meta["trainable_parameters"], "tasks": list(registry.names),
+        "training": seed | trained, "trainable_parameters": meta["trainable_parameters"], "tasks": list(registry.names),
         "manifests": manifests, "limit": job.limit, "samples": dict(Counter(row["task"] for row in rows)),
         "decode": key["decode"], "precision": job.precision,
         "decoding": {k: meta[k] for k in ("seconds", "audio_seconds", "rtf", "threads", "date", "versions")},

@@ -14,7 +14,7 @@ from huggingface_hub import EvalResult, ModelCardData
 from tabulate import tabulate
 
 from unislu_llm.analysis.card_data import Origin, TrainedOn, public, public_command, public_settings, sources, trained_on
-from unislu_llm.analysis.runs import Run, checkpoint_step
+from unislu_llm.analysis.runs import Run, checkpoint_step, training_versions
 from unislu_llm.errors import UserError
 from unislu_llm.models import wheels
 from unislu_llm.tasks import LabelTask
@@ -213,8 +213,7 @@ def _settings(facts: Facts) -> str:
     run, config = facts.run, facts.run.config
     assert config is not None
     finished, step = state.read_finished(run.folder), checkpoint_step(run)
-    made = run.folder / "versions.json"
-    versions = json.loads(made.read_text(encoding="utf-8")) if made.is_file() else {}
+    versions = training_versions(run)
     stages = [str(s["name"]) for s in config.stages]
     rows: list[tuple[str, Any]] = [
         ("run", run.name), ("checkpoint", f"{run.checkpoint}{'' if step is None else f', step {step}'}"),

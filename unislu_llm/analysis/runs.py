@@ -109,6 +109,15 @@ def _is_model(folder: Path) -> bool:
     return (folder / "config.json").is_file() and (folder / WEIGHTS_FILE).is_file()
 
 
+def training_versions(run: Run) -> dict[str, Any]:
+    """`versions.json` of a run, from when it was begun; empty without one."""
+    path = run.folder / "versions.json"
+    try:
+        return dict(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    except ValueError as error:
+        raise UserError(f"{path} is damaged ({error}); delete it") from error
+
+
 def checkpoint_step(run: Run) -> int | None:
     """Optimizer step of the run's checkpoint, from its log; None where the log does not tell."""
     if run.config is None:
