@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from safetensors.torch import load_file
 
 from unislu_llm.errors import UserError
@@ -20,7 +24,9 @@ from unislu_llm.training.ctc_stage import train_ctc
 from unislu_llm.training.loop import Trainer
 from unislu_llm.training.stages import train_run, train_stages
 
-MODEL = {"projector": "ctc", "projector_options": {"stack": 2, "layers": 1, "heads": 2, "hidden": 16, "blank_bias": 1.0}}
+ROOT = Path(__file__).parents[2]
+MODEL: dict[str, Any] = {"projector": "ctc", "projector_options": {"stack": 2, "layers": 1, "heads": 2, "hidden": 16,
+                                                                   "blank_bias": 1.0}}
 CTC = {"name": "ctc", "train": {"objective": "ctc", "epochs": 2, "lr": {"projector": 1e-2}}}
 ADAPT = {"name": "adapt", "train": {"max_steps": 1}}
 
@@ -86,6 +92,29 @@ def test_a_stopped_ctc_stage_goes_on(tiny_config: Callable[..., Config], monkeyp
     for place in ("ctc/best", "ctc/last", "adapt/last"):
         a, b = weights(whole / place), weights(Path(part.output) / place)
         assert all(torch.equal(a[n], b[n]) for n in a), place
+
+
+def test_stages_on_two_processes_train_what_one_trains(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    """One process trains the projector by CTC while the other waits; both train the stage after it."""
+    ends = {}
+    still = MODEL | {"projector_options": MODEL["projector_options"] | {"dropout": 0.0}}  # it is drawn by each process
+    for processes in (1, 2):
+        config = tiny_config(f"on-{processes}", model=still, train={"batch_size": 4, "micro_batch_size": 2})
+        config.stages = [CTC, {"name": "adapt", "train": {"max_steps": 2}}]
+        (tmp_path / "config.yaml").write_text(yaml.safe_dump(config.to_dict()))
+        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
+        done = subprocess.run([*launcher, str(ROOT / "recipes" / "train_llm.py"), "--config", str(tmp_path / "config.yaml")],
+                              env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
+                              capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr[-6000:]
+        run = Path(config.output)
+        assert state.read_finished(run)["step"] == 6 + 2
+        logged = [json.loads(line) for line in (run / "adapt" / "metrics.jsonl").read_text().splitlines()]
+        ends[processes] = weights(run / "ctc" / "best"), [row["loss"] for row in logged if row["part"] == "train"]
+    (one, losses), (two, same_losses) = ends[1], ends[2]
+    assert all(torch.equal(one[name], two[name]) for name in one)
+    assert len(losses) == 2
+    assert same_losses == pytest.approx(losses, rel=1e-3)
 
 
 def test_the_projector_alone_without_stages(tiny_config: Callable[..., Config]) -> None:

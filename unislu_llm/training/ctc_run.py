@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate import PartialState
 from torch import Tensor
 
 from unislu_llm.data.audio import ENCODER_RATE, MAX_SECONDS
@@ -65,7 +64,7 @@ def run_ctc(kind: str, config: Config, name: str = "run") -> Path:
     if config.model.encoder_mode != "frozen" or config.augment.active:
         raise UserError("train.objective ctc goes by the frames of a frozen encoder, computed once: set model.encoder_mode "
                         "frozen and switch the augment section off in this stage (it has masks of its own, train.ctc)")
-    process = PartialState()
+    process = state.processes()
     if process.is_main_process:
         return _Stage(config, name, process.device).train()
     if not config.output:

@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from accelerate import PartialState
 
 from unislu_llm.errors import UserError, hint
 from unislu_llm.training import state
@@ -88,7 +87,7 @@ def train_stages(kind: str, config: Config, name: str) -> Path:
             print(f"stage {stage}: finished before", flush=True)
             continue
         own.resume = state.can_resume(folder)
-        process = PartialState()
+        process = state.processes()
         if process.is_main_process and folder.exists() and not own.resume:  # stopped before anything of it could be used
             folder.rename(folder.with_name(f"{folder.name}.stopped-{len(list(run.glob('*.stopped-*')))}"))
         process.wait_for_everyone()
@@ -117,7 +116,7 @@ def train_run(kind: str, config: Config, name: str, *, final: bool = True) -> Pa
     if config.train.objective == "ctc":
         run = run_ctc(kind, config, name)
         if final:
-            PartialState().destroy_process_group()
+            state.processes().destroy_process_group()
         return run
     trainer = Trainer(kind, config, name)
     trainer.fit(final=final)
@@ -132,7 +131,7 @@ def _claim(config: Config, name: str) -> Path:
     """The run folder, made by the main process; the others take its name from it."""
     from accelerate.utils import broadcast_object_list
 
-    process = PartialState()
+    process = state.processes()
     made: list[Any] = [None]
     if process.is_main_process:
         try:

@@ -19,6 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
+from accelerate import PartialState
+from accelerate.utils import parse_flag_from_env
 
 from unislu_llm.errors import UserError
 from unislu_llm.training.config import Config
@@ -27,6 +29,11 @@ LAST, BEST = "last", "best"
 CTC_LAST, FRAMES = "ctc_last.pt", "frames"
 _STATE = "trainer_state.pt"
 _FINISHED = "finished.json"
+
+
+def processes() -> PartialState:
+    """The processes of this run, which are set up where they are not yet; on CPUs only if told as Accelerator is told."""
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
 
 
 @dataclass
