@@ -154,6 +154,25 @@ def test_another_vocabulary_is_refused(tiny_config: Callable[..., Config], tmp_p
     assert heir.config.ctc_tokens == one.config.ctc_tokens
 
 
+def test_a_projector_of_one_model_and_the_llm_of_another(tiny_config: Callable[..., Config], tmp_path: Path) -> None:
+    registry = build_registry(tiny_config())
+    hearing = build_model("speech_llm", tiny_config(model=MODEL), registry, ["the council met"])
+    reading = build_model("speech_llm", tiny_config(model={"draft": "manifest", "use_speech": False}), registry)
+    for name, model in (("hearing", hearing), ("reading", reading)):
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.requires_grad:
+                    parameter.add_(torch.randn_like(parameter))
+        model.save_pretrained(tmp_path / name)
+    both = MODEL | {"draft": "manifest", "init": str(tmp_path / "hearing"), "init_llm": str(tmp_path / "reading")}
+    heir = build_model("speech_llm", tiny_config(model=both), registry, ["the council met"])
+    for name, value in heir.trained_state().items():
+        of = hearing if name.startswith("projector.") else reading
+        assert torch.equal(value, of.trained_state()[name]), name
+    with pytest.raises(UserError, match=r"model.init_llm: .*nowhere"):
+        build_model("speech_llm", tiny_config(model=both | {"init_llm": "nowhere"}), registry, ["the council met"])
+
+
 def texted(config: Config, tmp_path: Path) -> Config:
     """With half of the training rows without audio."""
     rows = [json.loads(line) for line in Path(config.data.train[0]).read_text().splitlines()]

@@ -56,17 +56,17 @@ def sources(run: Run) -> Origin:
         seen.add(folder.resolve())
         for part in [own for _, own in stage_configs(config, folder)] if config.stages else [config]:
             found.manifests.update({path: part.model.language for path in part.data.train if path not in found.manifests})
-        init = config.model.init
-        if not init or Path(init).resolve() in seen:
-            continue
-        try:
-            first = find_run(init)
-        except UserError:  # the folder is gone
-            first = None
-        if first is None or first.config is None:
-            found.unknown.append(public(init))
-        elif first.folder.resolve() not in seen:
-            left.append((first.folder, first.config))
+        for init in filter(None, (config.model.init, config.model.init_llm)):
+            if Path(init).resolve() in seen:
+                continue
+            try:
+                first = find_run(init)
+            except UserError:  # the folder is gone
+                first = None
+            if first is None or first.config is None:
+                found.unknown.append(public(init))
+            elif first.folder.resolve() not in seen:
+                left.append((first.folder, first.config))
     return found
 
 

@@ -1,7 +1,7 @@
 """Learning curves of runs from their logs: `metrics.jsonl` of the unified training, `ctc_log.jsonl` of `ctc` stages.
 
-A run's history is a list of parts: its stages, behind those of the run that it starts from (`model.init`). Steps of `ctc` stages
-do not run the LLM; they are counted apart everywhere.
+A run's history is a list of parts: its stages, behind those of the runs that it starts from (`model.init`, `model.init_llm`).
+Steps of `ctc` stages do not run the LLM; they are counted apart everywhere.
 """
 
 from __future__ import annotations
@@ -155,15 +155,16 @@ def read_history(folder: Path, name: str = "") -> History:
 
 def _parts(folder: Path) -> tuple[list[Part], list[str]]:
     config = read_yaml(folder / "config.yaml")
-    init = (config.get("model") or {}).get("init") or ""
+    model = config.get("model") or {}
     parts: list[Part] = []
     unknown: list[str] = []
-    if init:
+    for init in filter(None, (model.get("init"), model.get("init_llm"))):
         source = Path(init).parent if Path(init).name in (BEST, LAST) else Path(init)
         if (source / "config.yaml").is_file():
-            parts, unknown = _parts(source)
+            before, lost = _parts(source)
+            parts, unknown = [*parts, *before], [*unknown, *lost]
         else:
-            unknown = [portable(init)]
+            unknown.append(portable(init))
     names = [str(stage["name"]) for stage in config.get("stages") or []]
     for own in [folder / name for name in names] if names else [folder]:
         if (own / METRICS).is_file() or (own / CTC_LOG).is_file():

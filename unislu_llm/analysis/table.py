@@ -106,14 +106,20 @@ def _note_training(job: Job) -> None:
     seconds = state.read_finished(job.folder).get("train_seconds")
     if seconds is None or not job.scores().is_file():
         return
-    init = job.config().get("model", {}).get("init")
-    while init:
-        seconds += state.read_finished(Path(init)).get("train_seconds", 0.0)
-        config = Path(init) / "config.yaml"
-        init = read_yaml(config).get("model", {}).get("init") if config.is_file() else None
+    left = _starts(job.config())
+    while left:
+        init = left.pop()
+        seconds += state.read_finished(init).get("train_seconds", 0.0)
+        left += _starts(read_yaml(init / "config.yaml")) if (init / "config.yaml").is_file() else []
     result = load_scores(job.scores())
     if result.get("train_seconds") != seconds:
         state.write_text(job.scores(), json.dumps(result | {"train_seconds": seconds}, indent=1, ensure_ascii=False) + "\n")
+
+
+def _starts(config: Mapping[str, Any]) -> list[Path]:
+    """Runs that a run starts from."""
+    model = config.get("model") or {}
+    return [Path(model[key]) for key in ("init", "init_llm") if model.get(key)]
 
 
 def _wer(job: Job, test: str, protocol: str, keys: Sequence[str]) -> float | None:

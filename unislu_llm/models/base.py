@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -232,11 +233,12 @@ class SLUModel(PreTrainedModel):
         self.config.save_pretrained(folder)
         self.codec.tokenizer.save_pretrained(folder)
 
-    def load_trained(self, folder: str | os.PathLike[str], *, partial: bool = False) -> list[str]:
+    def load_trained(self, folder: str | os.PathLike[str], *, partial: bool = False, groups: Collection[str] = ()) -> list[str]:
         """Load what :meth:`save_pretrained` wrote into this model; returns the trained parameters that the file lacks.
 
         Args:
             partial: let it lack some; they keep their values.
+            groups: of the parameters that are taken; none means all.
 
         Raises:
             UserError: the file is missing or damaged, or its parameters are not those of this configuration.
@@ -249,7 +251,11 @@ class SLUModel(PreTrainedModel):
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read ({error}); copy or train it again") from error
         own = dict(self.named_parameters())
-        missing, extra = self._persistent - set(state), set(state) - set(own)
+        wanted = self._persistent
+        if groups:
+            state = {n: value for n, value in state.items() if self.parameter_group(n) in groups}
+            wanted = frozenset(n for n in wanted if self.parameter_group(n) in groups)
+        missing, extra = wanted - set(state), set(state) - set(own)
         shapes = [n for n in state if n in own and own[n].shape != state[n].shape]
         if (missing and not partial) or extra or shapes:
             raise UserError(f"{path} does not fit its config.json: missing {sorted(missing)[:3]}, "

@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -204,6 +204,8 @@ def build_model(kind: str, config: Config, registry: TaskRegistry, texts: Iterab
     learn_tokens(model, texts, config.train.ctc.min_count)
     if config.model.init:
         start_from(model, Path(config.model.init))
+    if config.model.init_llm:
+        start_from(model, Path(config.model.init_llm), ("lora", "markers"))
     select_groups(model, config.train.groups)
     if config.train.gradient_checkpointing:
         decoder: Any = model.llm if isinstance(model, SpeechLLM) else model.whisper  # type: ignore[attr-defined]
@@ -244,21 +246,25 @@ def build_cache(config: Config, model: Any) -> FrameCache | None:
                       config.model.encoder)
 
 
-def start_from(model: SLUModel, folder: Path) -> None:
+def start_from(model: SLUModel, folder: Path, groups: Collection[str] = ()) -> None:
     """Lay the trained weights of a saved model, or of a run's best (else last), over a new model; says what it lacks.
+
+    Args:
+        groups: parameter groups that are taken (`model.init_llm`); none means all (`model.init`).
 
     Raises:
         UserError: no such model, or weights of other names or shapes.
     """
-    found = find_model(folder)
+    key, found = "model.init_llm" if groups else "model.init", find_model(folder)
     if found is None:
-        raise UserError(f"model.init: {folder} is neither a saved model nor a run with one")
-    check_tokens(model, found)
-    lacking = model.load_trained(found, partial=True)
+        raise UserError(f"{key}: {folder} is neither a saved model nor a run with one")
+    if not groups:
+        check_tokens(model, found)
+    lacking = model.load_trained(found, partial=True, groups=groups)
     if lacking:
-        groups = Counter(model.parameter_group(name) for name in lacking)
-        log.warning("model.init: %s lacks %s; they start untrained", found,
-                    ", ".join(f"{n} {name} parameters" for name, n in sorted(groups.items())))
+        counts = Counter(model.parameter_group(name) for name in lacking)
+        log.warning("%s: %s lacks %s; they start untrained", key, found,
+                    ", ".join(f"{n} {name} parameters" for name, n in sorted(counts.items())))
 
 
 def select_groups(model: SLUModel, names: list[str]) -> None:

@@ -79,6 +79,8 @@ class ModelConfig:
     """Frozen LLM weights in 8 or 4 bits (bitsandbytes)."""
     init: str = ""
     """Folder of a saved model (or of a run: its best) that this run starts from; parts it lacks start untrained."""
+    init_llm: str = ""
+    """Another one, whose LoRA and markers are laid over those of `init`: e.g. an LLM that has learnt the tasks from text."""
     language: str = "en"
     """Language code of Whisper's prompt: of the Whisper decoder, and where Whisper makes drafts."""
     decoder_mode: Literal["full", "lora", "frozen"] = "full"
@@ -351,7 +353,8 @@ def apply_file(config: Config, path: Path) -> None:
 
 def _resolve_paths(values: dict[str, Any], folder: Path) -> None:
     """Make the paths of a config's sections absolute, in place."""
-    for name, keys in (("data", ("train", "dev", "tasks", "encoder_cache")), ("augment", ("noise",)), ("model", ("init",))):
+    paths = {"data": ("train", "dev", "tasks", "encoder_cache"), "augment": ("noise",), "model": ("init", "init_llm")}
+    for name, keys in paths.items():
         section = values.get(name)
         if not isinstance(section, dict):
             continue

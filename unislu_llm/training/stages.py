@@ -42,7 +42,7 @@ def stage_configs(config: Config, run: Path) -> list[tuple[str, Config]]:
         own = copy.deepcopy(config)
         own.stages, own.output, own.resume = [], str(run / name), False
         if stages:
-            own.model.init = stages[-1][1].output
+            own.model.init, own.model.init_llm = stages[-1][1].output, ""
         apply(own, {key: value for key, value in stage.items() if key != "name"}, where)
         stages.append((name, own))
     return stages
