@@ -273,7 +273,7 @@ def test_stored_paths_are_relative(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")
     assert portable("a/b.json") == portable(tmp_path / "here" / "a" / "b.json") == "a/b.json"
-    assert portable(tmp_path / "there" / "c.json") == "../there/c.json"
+    assert portable(tmp_path / "there" / "c.json") == "there/c.json"
     assert portable("/somewhere/else/entirely.json") == "else/entirely.json"
 
 

@@ -157,20 +157,14 @@ def file_hash(path: Path) -> str:
 
 
 def portable(path: str | Path) -> str:
-    """A path as results store it: from the current folder, or where that would climb to the root, its last two parts.
+    """A path as results store it: from the current folder, or its last two parts where it lies elsewhere.
 
-    Results are shared, and absolute paths say more of a machine than of a result.
+    Results are shared, and the way to a folder says more of a machine than of a result.
     """
     full, here = Path(os.path.abspath(path)), Path.cwd()
     if full.is_relative_to(here):
         return full.relative_to(here).as_posix()
-    try:
-        common = Path(os.path.commonpath([full, here]))
-    except ValueError:  # another drive
-        common = Path(full.anchor)
-    if common == Path(full.anchor):
-        return Path(*full.parts[-2:]).as_posix() if len(full.parts) > 2 else full.name
-    return Path(os.path.relpath(full, here)).as_posix()
+    return Path(*full.parts[-2:]).as_posix() if len(full.parts) > 2 else full.name
 
 
 def shown(argument: str) -> str:
