@@ -20,7 +20,7 @@ from unislu_llm.data.mixture import manifest_name
 from unislu_llm.errors import UserError
 from unislu_llm.scoring.rows import Row, check_rows, read_rows, utterance_key
 from unislu_llm.tasks import TaskRegistry
-from unislu_llm.training.state import write_text
+from unislu_llm.training.state import versions, write_text
 
 _HOW = "give a file of a run's `predictions` folder, written by eval/evaluate.py, or the run folder"
 
@@ -49,7 +49,7 @@ def report(options: ErrorOptions, command: Sequence[str] = ()) -> int:
         if options.out is None:
             print(text)
             return 0
-        result |= {"command": " ".join(shown(part) for part in command)}
+        result |= {"command": " ".join(map(shown, command)), "versions": {k: v for k, v in versions().items() if k != "command"}}
         options.out.parent.mkdir(parents=True, exist_ok=True)
         write_text(options.out, text + "\n")
         write_text(options.out.with_suffix(".json"), json.dumps(result, indent=1, ensure_ascii=False) + "\n")
