@@ -29,14 +29,19 @@ def codec(tiny_tokenizer: Callable[..., Any], registry: TaskRegistry) -> TextCod
     return TextCodec(tiny_tokenizer(), registry)
 
 
-def bonus(codec: TextCodec, drafts: Sequence[str], answers: Sequence[Sequence[int]]) -> list[set[int]]:
-    """Tokens that have it after an answer, row by row."""
+def added(codec: TextCodec, drafts: Sequence[str], answers: Sequence[Sequence[int]]) -> Tensor:
+    """What is added to the scores of each token after an answer, in units of the bonus, `(rows, vocabulary)`."""
     processor = DraftBias(codec, [torch.tensor(codec.text_ids(d) if d else [], dtype=torch.long) for d in drafts], 2.0)
     width = max(map(len, answers))
     ids = torch.tensor([[-1] * (width - len(a)) + list(a) for a in answers], dtype=torch.long).view(len(answers), width)
-    added = processor(ids, torch.zeros(len(drafts), len(codec.tokenizer)))
-    assert set(added.unique().tolist()) <= {0.0, 2.0}
-    return [set(row.nonzero().flatten().tolist()) for row in added]
+    return processor(ids, torch.zeros(len(drafts), len(codec.tokenizer))) / 2.0
+
+
+def bonus(codec: TextCodec, drafts: Sequence[str], answers: Sequence[Sequence[int]]) -> list[set[int]]:
+    """Tokens that have it after an answer, row by row."""
+    found = added(codec, drafts, answers)
+    assert set(found[found > 0].tolist()) <= {1.0}
+    return [set((row > 0).nonzero().flatten().tolist()) for row in found]
 
 
 def test_it_follows_the_draft_and_finds_back(codec: TextCodec) -> None:
@@ -59,6 +64,28 @@ def test_punctuation_is_the_models_own_and_rows_are_apart(codec: TextCodec) -> N
     found = bonus(codec, ["the, council met.", DRAFT, "", DRAFT, DRAFT],
                   [draft[:1], [draft[0], comma], [], [*draft, separator], [draft[0], separator]])
     assert found == [{draft[1]}, {draft[1]}, set(), set(), set()]
+
+
+def test_to_end_costs_what_is_left_of_the_draft(codec: TextCodec) -> None:
+    draft, stops = codec.text_ids(DRAFT), [codec.marker_ids[SEPARATOR], codec.eos_id]
+    comma, other = codec.text_ids("a,")[-1], codec.text_ids("zebra")[-1]
+    n = len(draft)
+    found = added(codec, [DRAFT] * (n + 1), [draft[:i] for i in range(n + 1)])
+    assert found[:, stops].tolist() == [[i - n] * 2 for i in range(n)] + [[1, 1]]
+    assert [set(row.nonzero().flatten().tolist()) for row in found[:n] * (found[:n] < 0)] == [set(stops)] * n
+    found = added(codec, [DRAFT] * 4 + [""], [[draft[0], comma], [other], [draft[-1]], [draft[0], stops[0]], []])
+    assert found[:, stops[0]].tolist() == [1 - n, 1 - n, 1 - n, 0, 0]
+
+
+@pytest.mark.parametrize(("read", "sure", "ends"), [(0, 3.5, False), (0, 4.5, True), (2, 1.5, False), (2, 2.5, True)])
+def test_the_end_gives_way_to_the_draft_alone(codec: TextCodec, read: int, sure: float, ends: bool) -> None:
+    """An LLM may end the surer it is; if it may not, it goes on in the draft whatever else it would say."""
+    draft, separator = codec.text_ids(DRAFT)[:3], codec.marker_ids[SEPARATOR]
+    other = next(i for i in codec.text_ids("zebra") if i not in draft)
+    scores = torch.full((1, len(codec.tokenizer)), -20.0)
+    scores[0, separator], scores[0, draft[read]], scores[0, other] = 0.0, -2.0 * sure, -0.5
+    out = DraftBias(codec, [torch.tensor(draft)], 2.0)(torch.tensor([draft[:read]], dtype=torch.long), scores)
+    assert out[0].argmax().item() == (separator if ends else draft[read])
 
 
 def test_steps_and_beams_agree_with_reading_from_the_start(codec: TextCodec) -> None:
