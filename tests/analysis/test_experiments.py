@@ -46,7 +46,7 @@ class Fake:
 
     def __call__(self, command: Sequence[str], log: Path) -> int:
         self.commands.append(list(command))
-        log.write_text("last words")
+        self.say(log, "last words")
         if "unislu_llm.cli" in command:
             return 0
         if "eval/evaluate.py" in command:
@@ -62,18 +62,25 @@ class Fake:
             return 0
         folder = Path(command[command.index("--output") + 1])
         if folder.name == self.fail:
+            self.say(log, "error: train.lr: none\nTraceback of the launcher\nlaunch.py\nCalledProcessError")
             return 1
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "finished.json").write_text(json.dumps({"step": 4, "train_seconds": 120.0}))
         (folder / "config.yaml").write_text(Path(command[command.index("--config") + 1]).read_text())
         return 0
 
+    @staticmethod
+    def say(log: Path, text: str) -> None:
+        with log.open("a") as file:
+            file.write(text + "\n")
+
 
 def test_what_is_missing_is_run_once(experiment: Callable[..., Experiment], capsys: pytest.CaptureFixture[str]) -> None:
     asked = experiment()
     first = Fake(asked, fail="x-s1")
     assert run_experiment(asked, runner=first) == 2
-    assert "x-s1: training ended with status 1" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "x-s1: training ended with status 1" in said and said.endswith("it said:\nerror: train.lr: none\n")
     assert [s for _, s in status(asked)] == ["scored"] * 4 + ["missing"]
     again = Fake(asked)
     assert run_experiment(asked, runner=again) == 0

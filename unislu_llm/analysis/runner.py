@@ -62,10 +62,13 @@ def run_job(job: Job, runner: Runner = run_command) -> None:
 
 def _run(runner: Runner, command: Sequence[str], log: Path, what: str) -> None:
     print(f"{what} ... (log: {log})", flush=True)
+    before = log.stat().st_size if log.is_file() else 0
     status = runner(command, log)
     if status:
-        tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-3:])
-        raise UserError(f"{what} ended with status {status}, see {log}; its last lines:\n{tail}")
+        lines = log.read_bytes()[before:].decode(errors="replace").splitlines()
+        said = [line for line in lines if line.startswith("error: ")]  # `accelerate launch` puts its own traceback behind it
+        why = "\n".join(said[-1:] or lines[-3:])
+        raise UserError(f"{what} ended with status {status}, see {log}; {'it said' if said else 'its last lines'}:\n{why}")
 
 
 def run_experiment(experiment: Experiment, only: Sequence[str] = (), runner: Runner = run_command) -> int:
