@@ -80,7 +80,8 @@ def test_what_is_missing_is_run_once(experiment: Callable[..., Experiment], caps
     first = Fake(asked, fail="x-s1")
     assert run_experiment(asked, runner=first) == 2
     said = capsys.readouterr().err
-    assert "x-s1: training ended with status 1" in said and said.endswith("it said:\nerror: train.lr: none\n")
+    assert "x-s1: training ended with status 1" in said
+    assert said.endswith("it said:\nerror: train.lr: none\n")
     assert [s for _, s in status(asked)] == ["scored"] * 4 + ["missing"]
     again = Fake(asked)
     assert run_experiment(asked, runner=again) == 0
