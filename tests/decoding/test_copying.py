@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from unislu_llm.data.audio import batch_log_mel
 from unislu_llm.data.targets import Sample, TextCodec
 from unislu_llm.decoding.batch import encode_waves
-from unislu_llm.decoding.copying import DraftBias
+from unislu_llm.decoding.copying import DraftBias, _aligned
 from unislu_llm.decoding.generate import DecodeOptions, decode_batch
 from unislu_llm.decoding.shared import decode_tasks
 from unislu_llm.models.base import SLUModel
@@ -130,6 +131,31 @@ def test_a_model_says_its_draft(build: Build, beams: int) -> None:
     model.config.draft_bias = 60.0
     assert [words(t) for t in transcripts(how)] == [t.split() for t in texts]
     assert transcripts(replace(how, draft_bias=0.0)) == alone
+
+
+@pytest.mark.parametrize("clips", [2, 6])
+def test_without_a_draft_it_keeps_to_what_the_projector_heard(build: Build, clips: int) -> None:
+    """Each row to its own, also where more clips come than are encoded together; not where the model does not listen."""
+    model = build("llm", projector="ctc", projector_options={"heads": 2, "blank_bias": 0.0})
+    model.learn_vocabulary(["the council met", "we thank anna"])
+    generator = torch.Generator().manual_seed(3)
+    waves = [0.1 * torch.randn(20_000 + 3000 * (i * 5 % clips), generator=generator) for i in range(clips)]
+    samples = [Sample(Utterance(str(i), None, "", {}), "ner") for i in range(clips)]
+    plain = _aligned(model.codec)
+
+    def words(ids: Sequence[int]) -> list[int]:
+        return [i for i in ids if plain[i]]
+
+    found = decode_batch(model, samples, waves, replace(OPTIONS, draft_bias=60.0))
+    heard = [words(model.projector.ctc_ids(*model.encoder(*_mel(model, wave)))[0]) for wave in waves]
+    separator = model.codec.marker_ids[SEPARATOR]
+    assert [words(ids[:ids.index(separator)]) for ids in found] == heard
+    assert len(set(map(tuple, heard))) > 1
+    assert found != decode_batch(model, samples, waves, OPTIONS)
+
+
+def _mel(model: SLUModel, wave: Tensor) -> tuple[Tensor, Tensor]:
+    return batch_log_mel([wave], model.n_mels, pad_to_30s=False)
 
 
 def test_tasks_share_the_drawn_transcript(build: Build) -> None:

@@ -17,7 +17,6 @@ from unislu_llm.decoding.drafts import complete_drafts, drafts_of
 from unislu_llm.decoding.grammar import grammar_of
 from unislu_llm.decoding.options import DecodeOptions
 from unislu_llm.models.base import SLUModel
-from unislu_llm.models.ctc import CTCProjector
 from unislu_llm.models.state import Encoded
 from unislu_llm.tasks import SEPARATOR
 from unislu_llm.utterance import Utterance
@@ -81,19 +80,18 @@ def _encode_by_length(model: SLUModel, batch: Batch) -> Encoded:
     """Encode a few clips of like length at one time: a CPU gains nothing from more, and would pay for their padding."""
     order = batch.mel_lengths.argsort(descending=True)
     parts = []
-    projector: Any = getattr(model, "projector", None)
-    heard: list[list[int]] = []  # greedy CTC text is put together as the frames are
     for rows in order.split(_ENCODED_TOGETHER):
         mel, drafts = batch.mel[rows], {name: value[rows] for name, value in batch.drafts().items()}
         width = mel.shape[-1] if model.config.pad_to_30s else int(batch.mel_lengths[rows].max())
         parts.append(model.encode(mel[..., :width], batch.mel_lengths[rows], **drafts))
-        heard += getattr(projector, "heard", [])
     back = order.argsort()
-    if isinstance(projector, CTCProjector) and len(heard) == len(batch):
-        projector.heard = [heard[i] for i in back.tolist()]
+    found = [ids for part in parts for ids in part.heard or ()]
+    heard = [found[i] for i in back.tolist()] if found else None
+    if heard is not None:
+        model.projector.heard = heard  # type: ignore[union-attr, assignment]
     frames = pad_sequence([row for part in parts for row in part.frames], batch_first=True)[back]
     lengths = torch.cat([part.lengths for part in parts])[back]
-    return Encoded(frames, lengths, batch.draft_ids, batch.draft_lengths)
+    return Encoded(frames, lengths, batch.draft_ids, batch.draft_lengths, heard)
 
 
 def decode_batch(model: SLUModel, samples: Sequence[Sample], waves: Sequence[Tensor], options: DecodeOptions,

@@ -131,12 +131,19 @@ class DraftBias(LogitsProcessor):
 
 
 def draft_bias(model: Any, encoded: Encoded, bonus: float, start: int, then: LogitsProcessor | None) -> LogitsProcessor | None:
-    """The processor for a batch, before `then`; `then` alone where the model reads no drafts or there is no bonus."""
-    if not bonus or encoded.drafts is None or encoded.draft_lengths is None:
+    """The processor for a batch, before `then`; `then` alone without a bonus, or where there is nothing to keep to.
+
+    A model that reads no draft is drawn to what its `ctc` projector heard.
+    """
+    if not bonus:
         return then
-    before = len(model.draft_prompt)
-    lengths = encoded.draft_lengths.tolist()
-    return DraftBias(model.codec, [ids[before:n] for ids, n in zip(encoded.drafts, lengths, strict=True)], bonus, start, then)
+    if encoded.drafts is not None and encoded.draft_lengths is not None:
+        before, lengths = len(model.draft_prompt), encoded.draft_lengths.tolist()
+        return DraftBias(model.codec, [ids[before:n] for ids, n in zip(encoded.drafts, lengths, strict=True)], bonus, start, then)
+    if encoded.heard is not None:
+        drafts = [torch.tensor(ids, dtype=torch.long, device=encoded.lengths.device) for ids in encoded.heard]
+        return DraftBias(model.codec, drafts, bonus, start, then)
+    return then
 
 
 @lru_cache(maxsize=4)

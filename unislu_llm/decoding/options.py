@@ -22,8 +22,8 @@ class DecodeOptions:
             in validation and scoring, where the paper's protocol counts what a model does on its own. With `force_task`, a
             sample without task is its transcript alone.
         grounded: with the grammar, phrases of span tasks are whole words of the transcript just decoded.
-        draft_bias: nats by which a transcript is drawn to its draft (:mod:`unislu_llm.decoding.copying`); None: as the model's
-            config says, 0 is none. Models that read no drafts have none.
+        draft_bias: nats by which a transcript is drawn to its draft (:mod:`unislu_llm.decoding.copying`), or, where a model
+            reads no drafts, to what its `ctc` projector heard; None: as the model's config says, 0 is none.
         cut_loops: with the grammar, leave a transcript or phrase that repeats itself, and count it as `loop`.
         static_cache: keys and values in tensors of one size, for a GPU (transformers' `cache_implementation`);
             for `predict` and for beams: what several tasks share is a cache that grows.

@@ -42,7 +42,8 @@ class SLUConfig(PreTrainedConfig):
         draft_checkpoint: recogniser that makes drafts in use: a Whisper checkpoint, the folder of a saved model, or `ctc` for
             the model's own `ctc` projector; empty: the encoder's checkpoint. draft_style: lower or as-is, how drafts are
             written. draft_language: Whisper language code.
-        draft_bias: nats by which decoding draws a transcript to its draft; 0 leaves the LLM alone.
+        draft_bias: nats by which decoding draws a transcript to its draft, or without one to the `ctc` projector's greedy text; 0
+            leaves the LLM alone.
         tasks: the task registry as plain data.
     """
 

@@ -256,10 +256,12 @@ class SpeechLLM(SLUModel):
                draft_lengths: Tensor | None = None, **simulated: Tensor) -> Encoded:
         if self.config.use_speech:
             speech, lengths = self.speech(mel, mel_lengths, frames, frame_lengths, **simulated)
+            heard = None if self.training else getattr(self.projector, "heard", None)
         else:
+            heard = None
             lengths = torch.zeros_like(mel_lengths)
             speech = torch.zeros(len(lengths), 0, self.projector.out_dim, device=lengths.device)
-        return Encoded(speech, lengths, draft_ids, draft_lengths)
+        return Encoded(speech, lengths, draft_ids, draft_lengths, heard)
 
     def _beginnings(self, encoded: Encoded, suffix: Tensor) -> list[Tensor]:
         """`[prefix][speech][draft][suffix]` of every row, `(length, H)` each."""

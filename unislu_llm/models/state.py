@@ -19,12 +19,14 @@ class Encoded:
         lengths: `(rows,)` valid frames.
         drafts: `(rows, L)` ids of the draft and the text before it, padded on the right, where the model reads drafts.
         draft_lengths: `(rows,)` how many count.
+        heard: ids of each row's greedy CTC transcript, where a `ctc` projector heard it.
     """
 
     frames: Tensor
     lengths: Tensor
     drafts: Tensor | None = None
     draft_lengths: Tensor | None = None
+    heard: list[list[int]] | None = None
 
     def __len__(self) -> int:
         return len(self.lengths)
