@@ -28,7 +28,7 @@ class DecodeFlags:
     grounded: bool = False
     """With the grammar: phrases of span tasks are whole words of the transcript just decoded."""
     draft_bias: float | None = None
-    """Nats by which a transcript is drawn to its draft, or without one to the ctc projector's text; default: as the model says."""
+    """Nats by which a transcript is drawn to its draft, else to the ctc projector's text; default: as the model says."""
     static_cache: bool = False
     """Keys and values in tensors of one size, for a GPU."""
     compile: bool = False

@@ -72,7 +72,7 @@ class ModelConfig:
     draft_style: Literal["lower", "as-is"] = "lower"
     """How these are written, as `unislu draft --style` wrote the manifest's."""
     draft_bias: float = 0.0
-    """Nats by which decoding, validation included, draws a transcript to its draft, else to the ctc projector's text. See docs/drafts.md."""
+    """Nats by which decoding draws a transcript to its draft, else to the ctc projector's text; see docs/drafts.md."""
     use_speech: bool = True
     """False: the LLM reads the draft alone, without speech, and the encoder does not run (recogniser, then text LLM)."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
