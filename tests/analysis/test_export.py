@@ -151,12 +151,15 @@ def test_an_export_is_replaced_whole_and_keeps_its_predictions(run: Callable[...
     results = score(OUT)
     predictions = sorted((OUT / "predictions").iterdir())
     assert predictions
+    for name in ("LICENSE", "NOTICE"):
+        (OUT / name).write_text(f"own {name}", encoding="utf-8")
     with pytest.raises(UserError, match="would name a folder of this machine"):
         export(Options(Path("runs/tiny"), OUT, data_note="from /data/corpora/voices", names=NAMES, check=False))
     assert "None are given" in (OUT / "README.md").read_text()  # the old one
     export(Options(Path("runs/tiny"), OUT, results=(results,), names=NAMES, check=False))
     assert "scored: these weights" in (OUT / "README.md").read_text()
     assert sorted((OUT / "predictions").iterdir()) == predictions
+    assert [(OUT / name).read_text(encoding="utf-8") for name in ("LICENSE", "NOTICE")] == ["own LICENSE", "own NOTICE"]
     assert [p.name for p in OUT.parent.iterdir()] == [OUT.name]
     with pytest.raises(UserError, match="scores of other weights"):
         export(Options(Path("runs/tiny"), OUT, "fp16", results=(results,), names=NAMES, check=False))

@@ -29,7 +29,7 @@ from unislu_llm.utterance import Utterance
 Dtype = Literal["fp32", "bf16", "fp16"]
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_KEPT = ("predictions", "LICENSE")  # evaluation's, and the user's: they outlive a new export
+_KEPT = ("predictions", "LICENSE", "NOTICE")  # evaluation's, and the user's: they outlive a new export
 _WRITTEN = {WEIGHTS_FILE, "config.json", CARD, SIMULATION_FILE, *_KEPT}
 _TEXT = "the council met in paris on monday"
 # Absolute paths of any system and the home folder; not `[/NER]`, `and/or`, `https://host/page`.
