@@ -145,6 +145,18 @@ def test_fp32_rows_beside_a_half_precision_base(install: Callable[..., Installed
 
 
 @torch.no_grad()
+def test_the_base_gets_positions_without_gaps() -> None:
+    """The last position of a batch is a view; a CPU's bf16 product of it is slow beyond use."""
+    seen: list[torch.Tensor] = []
+    base = torch.nn.Linear(4, 9, bias=False)
+    base.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
+    head = MarkerHead(base, torch.nn.Parameter(torch.randn(2, 4)), 7)
+    hidden = torch.randn(3, 5, 4)
+    torch.testing.assert_close(head(hidden[:, -1:]), head(hidden)[:, -1:])
+    assert all(x.is_contiguous() for x in seen)
+
+
+@torch.no_grad()
 def test_markers_in_whisper(tiny_whisper: Callable[..., Any]) -> None:
     model, tokenizer = tiny_whisper()
     codec = TextCodec(tokenizer, REGISTRY, eos_id=model.config.eos_token_id)
