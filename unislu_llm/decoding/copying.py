@@ -1,8 +1,9 @@
 """Keeping to the draft: in its transcript an LLM is drawn to the draft's next words, and departs from them where it is sure.
 
-The draft is a recogniser's, or where a model reads none, what its own `ctc` projector heard. A small LLM paraphrases what it should copy: it shortens, completes, repeats. The bonus is shallow fusion with a copy model
-whose place in the draft is the end of a Levenshtein alignment of the transcript so far (as in biasing by context, Pundak et
-al. 2018, arXiv 1808.02480, where the phrases are fixed and their automaton is walked by prefix).
+The draft is a recogniser's, or, where a model reads none, what its own `ctc` projector heard. A small LLM paraphrases what it
+should copy: it shortens, completes, repeats. The bonus is shallow fusion with a copy model whose place in the draft is the end
+of a Levenshtein alignment of the transcript so far (as in biasing by context, Pundak et al. 2018, arXiv 1808.02480, where the
+phrases are fixed and their automaton is walked by prefix).
 """
 
 from __future__ import annotations
