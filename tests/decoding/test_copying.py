@@ -135,7 +135,7 @@ def test_a_model_says_its_draft(build: Build, beams: int) -> None:
 
 @pytest.mark.parametrize("clips", [2, 6])
 def test_without_a_draft_it_keeps_to_what_the_projector_heard(build: Build, clips: int) -> None:
-    """Each row to its own, also where more clips come than are encoded together; not where the model does not listen."""
+    """Each row to its own, also where more clips come than are encoded together."""
     model = build("llm", projector="ctc", projector_options={"heads": 2, "blank_bias": 0.0})
     model.learn_vocabulary(["the council met", "we thank anna"])
     generator = torch.Generator().manual_seed(3)
