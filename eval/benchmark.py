@@ -1,35 +1,287 @@
-"""Measure speed and memory.
+"""Measure speed and memory: training steps, decoding at batch 1 and 16; on a CPU or a GPU.
 
-    python eval/benchmark.py decode --model runs/my-run      # decoding, beside transformers' own generate
-    python eval/benchmark.py train                           # training, beside the speech LLM classes of transformers
-    python eval/benchmark.py cache                           # losses and time of training with and without the encoder cache
+    python eval/benchmark.py train                              # random weights, no download
+    python eval/benchmark.py decode --device cuda --precision bf16
+    python eval/benchmark.py train --model adapters/whisper-base--smollm2-135m
+    python eval/benchmark.py decode --model runs/mine --manifest dev.jsonl
 
-Results go to eval/results; see eval/README.md.
+Without --model the model has random weights in the sizes of --encoder and --llm; without --manifest
+the clips are noise of SLUE's lengths. Rounds alternate, so that what else the machine does meets
+all measurements alike; memory is that of one round in a process of its own. To compare two
+revisions, run each checkout's own script in turn on one machine, and lay the results side by side.
 """
 
 from __future__ import annotations
 
-import importlib
+import argparse
+import json
+import multiprocessing
+import os
+import statistics
 import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-import tyro
+import numpy as np
+import soundfile
+import torch
+from tabulate import tabulate
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, WhisperConfig
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from unislu_llm.analysis.benchmark_options import CacheBenchmark, DecodeBenchmark, TrainBenchmark
+from unislu_llm.config import DecodeConfig, ModelConfig, TrainConfig
+from unislu_llm.data.dataset import SpeechDataset
+from unislu_llm.data.frame_cache import FrameCache, build_frames, encoder_settings
+from unislu_llm.data.loading import load_examples
+from unislu_llm.data.sampler import sorted_batches
+from unislu_llm.decoding.engine import Engine
+from unislu_llm.errors import UserError, reported
+from unislu_llm.io import write_json
+from unislu_llm.loss import weighted_loss
+from unislu_llm.models.base import SLUModel
+from unislu_llm.models.speech_llm import SpeechLLM
+from unislu_llm.run_folder import find_run, load_model, versions
+from unislu_llm.tasks import Span, TaskRegistry
+from unislu_llm.tokenizer import Example, make_examples
+from unislu_llm.training.optim import build_optimizer
+from unislu_llm.utterance import Utterance
 
-SUBCOMMANDS: dict[str, Any] = {"decode": DecodeBenchmark, "train": TrainBenchmark,
-                               "cache": CacheBenchmark}
-"""Name to settings; `unislu_llm.analysis.benchmark_<name>` has `run(options, command) -> exit status`."""
+RATE = 16_000
+ENCODERS: dict[str, dict[str, int]] = {  # sizes of Whisper's encoders; tiny is for tests
+    "tiny": {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2,
+             "encoder_ffn_dim": 64},
+    "base": {"d_model": 512, "encoder_layers": 6, "encoder_attention_heads": 8,
+             "encoder_ffn_dim": 2048},
+    "small": {"d_model": 768, "encoder_layers": 12, "encoder_attention_heads": 12,
+              "encoder_ffn_dim": 3072},
+}
+LLMS: dict[str, dict[str, int]] = {
+    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 400},
+    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
+                     "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
+                     "vocab_size": 49_152},
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+           "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
+           "vocab_size": 128_256},
+}
+WORDS = ("the", "council", "met", "in", "paris", "on", "monday", "and", "we", "thank", "them",
+         "for", "a", "wonderful", "report", "that", "was", "long", "not", "bad", "said", "anna")
 
 
-def main() -> int:
-    """Parse the command line and run one benchmark."""
-    options = tyro.extras.subcommand_cli_from_dict(SUBCOMMANDS, description=str(__doc__),
-                                                   config=(tyro.conf.FlagCreatePairsOff,))
-    name = next(name for name, kind in SUBCOMMANDS.items() if isinstance(options, kind))
-    # After --help, which should not wait for torch.
-    return importlib.import_module(f"unislu_llm.analysis.benchmark_{name}").run(options, ["eval/benchmark.py", *sys.argv[1:]])
+# ---- what is measured
+
+
+def random_model(encoder: str, llm: str, projector: str, precision: str, seed: int) -> SLUModel:
+    """A speech LLM of these sizes; its tokenizer spells, so texts have about four ids a word."""
+    spelling = Tokenizer(models.BPE())
+    spelling.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    spelling.decoder = decoders.ByteLevel()
+    spelling.train_from_iterator([], trainers.BpeTrainer(
+        special_tokens=["</s>"], show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=spelling, eos_token="</s>")
+    torch.manual_seed(seed)
+    sizes: dict[str, Any] = {**LLMS[llm], "max_position_embeddings": 8192,
+                             "tie_word_embeddings": True, "initializer_range": 0.05}
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    kind: Any = WhisperConfig  # its fields are not typed as keyword arguments
+    network: Any = LlamaForCausalLM(LlamaConfig(**sizes))
+    whisper: Any = WhisperEncoder(kind(**ENCODERS[encoder], num_mel_bins=80))
+    config = ModelConfig(encoder=f"random-{encoder}", llm=f"random-{llm}", projector=projector,
+                         prompt_suffix="\n")
+    ctc = list(range(1, 257)) if projector == "ctc" else None
+    return SpeechLLM(config, TaskRegistry(), whisper.to(dtype), network.to(dtype), tokenizer,
+                     ctc).eval()
+
+
+def random_clips(folder: Path, count: int, seed: int) -> list[Example]:
+    """Noise of SLUE's lengths (means of 10.4 and 8.0 s) with words at 2.5 a second.
+
+    Half is annotated with an entity, half with sentiment.
+    """
+    rng = np.random.default_rng(seed)
+    found = []
+    for i in range(count):
+        mean = 10.4 if i % 2 else 8.0
+        seconds = round(float(np.clip(rng.gamma(3.2, mean / 3.2), 1.0, 29.0)), 3)
+        path = folder / f"{i}.wav"
+        noise = rng.normal(0.0, 0.1, round(seconds * RATE)).clip(-1, 1)
+        soundfile.write(path, noise, RATE, subtype="PCM_16")
+        text = " ".join(rng.choice(WORDS, max(2, round(2.5 * seconds))))
+        labels: dict[str, Any] = ({"ner": (Span("ORG", 0, text.index(" ")),)} if i % 2
+                                  else {"sa": "Neutral"})
+        found.append(Utterance(str(i), path, text, labels, duration=seconds, hypothesis=text))
+    return make_examples(found, TaskRegistry())
+
+
+class Bench:
+    """A model and clips, and the work that is timed."""
+
+    def __init__(self, args: argparse.Namespace, folder: Path) -> None:
+        if args.threads:
+            torch.set_num_threads(args.threads)
+        self.args, self.device = args, torch.device(args.device)
+        if args.model:
+            model = load_model(find_run(args.model), args.precision)
+        else:
+            model = random_model(args.encoder, args.llm, args.projector, args.precision, args.seed)
+        self.model = model.to(self.device)
+        if args.manifest:
+            examples = load_examples(args.manifest, model.registry, flag="manifest")
+            examples = examples[::max(1, len(examples) // args.clips)][:args.clips]
+        else:
+            examples = random_clips(folder, args.clips, args.seed)
+        if model.reads_hypothesis:  # a first pass is another program's time
+            examples = [replace(e, utterance=replace(e.utterance, hypothesis=e.utterance.hypothesis
+                                                     or e.utterance.text)) for e in examples]
+        self.examples, self.seconds = examples, sum(e.utterance.seconds for e in examples)
+        cache = self._frames(folder / "frames") if args.what == "train" and args.cache else None
+        self.dataset = SpeechDataset(examples, listens=model.listens, frame_cache=cache)
+        self.collate = model.collator()
+        self.tokens = 0  # read or written in the last round
+
+    def _frames(self, folder: Path) -> FrameCache:
+        encoder = self.model.encoder
+        if encoder is None:
+            raise UserError("--cache: the model does not listen, so there are no frames to keep")
+        cache = FrameCache(folder, encoder_settings(encoder, self.args.precision))
+        build_frames(cache, encoder, [e.utterance for e in self.examples], device=self.device)
+        return cache
+
+    def work(self) -> dict[str, Callable[[], None]]:
+        """What is timed, by name."""
+        if self.args.what == "decode":
+            return {f"batch {n}": partial(self.decode, n) for n in self.args.batch_sizes}
+        self.optimizer = build_optimizer(self.model.trainable_groups(), TrainConfig())
+        return {f"batch {self.args.batch_size}": self.train}
+
+    def train(self) -> None:
+        """One epoch, from audio files to the optimizer's steps."""
+        self.model.train()
+        self.tokens = 0
+        for indices in sorted_batches(self.examples, self.args.batch_size):
+            batch = self.collate([self.dataset[i, 0] for i in indices]).to(self.device)
+            with self._autocast():
+                loss = weighted_loss(self.model.losses(batch), batch.target_parts, "dynamic")
+            loss.backward()
+            groups = self.optimizer.param_groups
+            torch.nn.utils.clip_grad_norm_([p for g in groups for p in g["params"]], 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            self.tokens += sum(batch.target_lengths)
+
+    def decode(self, size: int) -> None:
+        """Every clip's transcript and all tasks of the model, by the grammar, greedily."""
+        options = DecodeConfig(batch_size=size, max_new_tokens=self.args.new_tokens, grammar=True,
+                               force_task=True)
+        engine, names = Engine(self.model, options), self.model.registry.names
+        self.tokens = 0
+        for indices in sorted_batches(self.examples, size):
+            batch = self.collate([self.dataset[i, 0] for i in indices])
+            with self._autocast():
+                answers = engine.answer(batch, [names] * len(indices))
+            self.tokens += sum(sum(a.n_tokens.values()) for a in answers)
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16,
+                              enabled=self.args.precision == "bf16")
+
+
+# ---- how it is measured
+
+
+def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Speed of each piece of work, the median over rounds, and its peak memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, Path(folder))
+        work = bench.work()
+        times: dict[str, list[float]] = {name: [] for name in work}
+        tokens = {}
+        for turn in range(-1, args.rounds):  # the first warms up and does not count
+            for name in list(work)[::-1 if turn % 2 else 1]:
+                wait(bench.device)
+                started = time.perf_counter()
+                work[name]()
+                wait(bench.device)
+                tokens[name] = bench.tokens
+                if turn >= 0:
+                    times[name].append(time.perf_counter() - started)
+            print(f"round {turn + 1} of {args.rounds}", file=sys.stderr, flush=True)
+    found = {}
+    for name, seconds in times.items():
+        took = statistics.median(seconds)
+        found[name] = {
+            "clips_per_s": len(bench.examples) / took, "audio_s_per_s": bench.seconds / took,
+            "tokens_per_s": tokens[name] / took, "seconds": took, "least": min(seconds),
+            "most": max(seconds)}
+        if args.memory:
+            # A fresh process, since a process's peak does not come down again.
+            with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+                found[name]["peak_gib"] = pool.submit(peak_memory, args, name).result()
+    return found
+
+
+def peak_memory(args: argparse.Namespace, name: str) -> float:
+    """Peak memory of this process in GiB, after one round of a piece of work."""
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(args, Path(folder))
+        bench.work()[name]()
+    if bench.device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+
+
+def wait(device: torch.device) -> None:
+    """Work that was given to a GPU is not done when the call returns."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Parse the command line, measure, print and write."""
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["train", "decode"])
+    parser.add_argument("--model", default="", help="saved model or run folder; default: random")
+    parser.add_argument("--encoder", choices=list(ENCODERS), default="base", help="random weights")
+    parser.add_argument("--llm", choices=list(LLMS), default="smollm2-135m", help="random weights")
+    parser.add_argument("--projector", default="mlp", help="of the random model")
+    parser.add_argument("--manifest", nargs="+", default=[], help="clips; default: noise")
+    parser.add_argument("--clips", type=int, default=16, help="of each round")
+    parser.add_argument("--batch-size", type=int, default=8, help="train: clips a step")
+    parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16], help="decode")
+    parser.add_argument("--new-tokens", type=int, default=64, help="decode: bound of any answer")
+    parser.add_argument("--cache", action="store_true", help="train: frames are cached before")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--rounds", type=int, default=3, help="after one that warms up")
+    parser.add_argument("--no-memory", dest="memory", action="store_false")
+    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, help="result file (JSON)")
+    args = parser.parse_args(argv)
+    with reported():
+        found = measure(args)
+        print(tabulate([{"": name, **row} for name, row in found.items()], headers="keys",
+                       tablefmt="github", floatfmt=".3g"))
+        if args.out:
+            options = {key: value for key, value in vars(args).items() if key != "out"}
+            load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+            write_json(args.out, {"options": json.loads(json.dumps(options, default=str)),
+                                  "versions": versions(), "threads": torch.get_num_threads(),
+                                  "load_average": load, args.what: found})
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

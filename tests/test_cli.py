@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,9 +10,9 @@ import numpy as np
 import pytest
 import soundfile
 
+from unislu_llm import Answer, load, understand
 from unislu_llm.cli import main
-from unislu_llm.decoding.generate import DecodeOptions, understand
-from unislu_llm.models.base import SLUModel
+from unislu_llm.config import DecodeConfig
 from unislu_llm.utterance import Utterance
 
 Run = Callable[..., tuple[int, str, list[str]]]
@@ -26,10 +24,14 @@ def unislu(capsys: pytest.CaptureFixture[str]) -> Run:
 
     def run(*args: str | Path) -> tuple[int, str, list[str]]:
         capsys.readouterr()
-        status = main([str(a) for a in args])
+        try:
+            status = main([str(a) for a in args])
+        except SystemExit as stop:
+            status = int(stop.code or 0)
         printed = capsys.readouterr()
         assert "Traceback" not in printed.err
-        return status, printed.out, [line for line in printed.err.splitlines() if line.startswith("error: ")]
+        errors = [line for line in printed.err.splitlines() if line.startswith("error: ")]
+        return status, printed.out, errors
 
     return run
 
@@ -39,67 +41,75 @@ def files(make_utterances: Callable[..., list[Utterance]]) -> list[Path]:
     return [u.audio for u in make_utterances(seconds=[0.9, 1.6, 0.6]) if u.audio]
 
 
+def said(answers: list[Answer]) -> list[dict]:
+    found = json.loads(json.dumps([answer.to_dict() for answer in answers]))
+    return [{k: v for k, v in answer.items() if k != "confidence"} for answer in found]
+
+
 @pytest.mark.parametrize("kind", ["speech_llm", "whisper_slu"])
-def test_predict_prints_what_understand_gives(kind: str, unislu: Run, tiny_run: Callable[..., Path],
-                                              files: list[Path]) -> None:
+def test_predict_prints_what_understand_gives(kind: str, unislu: Run, files: list[Path],
+                                              tiny_run: Callable[..., Path]) -> None:
     run = tiny_run(kind)
-    status, out, errors = unislu("predict", run, *files, "--json", "--threads", "1")
+    status, out, errors = unislu("predict", run, *files, "--json")
     assert (status, errors) == (0, [])
-    expected = understand(SLUModel.from_pretrained(run / "best"), files)
-    assert [json.loads(line) for line in out.splitlines()] == json.loads(json.dumps(expected))
-    status, out, _ = unislu("predict", run / "best", *files, "--tasks", "sa", "--threads", "1")
+    printed = [json.loads(line) for line in out.splitlines()]
+    assert [row.pop("file") for row in printed] == [str(file) for file in files]
+    assert printed == said(understand(load(run / "best"), files))
+    status, out, _ = unislu("predict", run / "best", *files, "--tasks", "sa")
     assert status == 0
-    assert [line for line in out.splitlines() if not line.startswith(" ")] == [str(f) for f in files]
+    assert [line for line in out.splitlines() if not line.startswith(" ")] == [*map(str, files)]
     assert out.count("  sa: ") == out.count("  text: ") == 3
     assert "  ner: " not in out
+    _, out, _ = unislu("predict", run, files[0], "--json", "--confidences")
+    assert json.loads(out)["confidence"]["text"] > 0
 
 
-def test_people_see_entities_and_labels(unislu: Run, tiny_run: Callable[..., Path], files: list[Path],
-                                        monkeypatch: pytest.MonkeyPatch) -> None:
-    answers = [{"text": "anna met the council", "ner": [["PERSON", "anna"], ["ORG", "council"]], "sa": "Neutral",
-                "problems": []},
-               {"text": "\x1b[2J", "ner": [], "sa": None, "problems": ["no_end"]}]
-    monkeypatch.setattr("unislu_llm.decoding.generate.understand",
-                        lambda model, files, *_, **__: [{"file": str(f), **a} for f, a in zip(files, answers, strict=True)])
-    _, out, _ = unislu("predict", tiny_run(), *files[:2], "--threads", "1")
+def test_people_see_entities_and_labels(unislu: Run, tiny_run: Callable[..., Path],
+                                        files: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = [Answer("anna met the council", 1.0,
+                      {"ner": (("PERSON", "anna"), ("ORG", "council")), "sa": "Neutral"}),
+               Answer("\x1b[2J", 1.0, {"ner": (), "sa": None}, {"sa": ("no_end",)})]
+    monkeypatch.setattr("unislu_llm.decoding.predict.understand", lambda *_, **__: answers)
+    _, out, _ = unislu("predict", tiny_run(), *files[:2])
     assert out.splitlines() == [
-        str(files[0]), "  text: anna met the council", "  ner: PERSON: anna; ORG: council", "  sa: Neutral",
-        str(files[1]), "  text: \ufffd[2J", "  ner: none", "  sa: no usable answer", "  malformed: no_end"]
+        str(files[0]), "  text: anna met the council", "  ner: PERSON: anna; ORG: council",
+        "  sa: Neutral", str(files[1]), "  text: \ufffd[2J", "  ner: none",
+        "  sa: no usable answer", "  malformed: no_end"]
 
 
-def test_predict_answers_the_readable_files(unislu: Run, tiny_run: Callable[..., Path], files: list[Path],
-                                            tmp_path: Path) -> None:
-    junk, long = tmp_path / "junk.wav", tmp_path / "long.wav"
+def test_predict_answers_the_readable_files(unislu: Run, tiny_run: Callable[..., Path],
+                                            files: list[Path], tmp_path: Path) -> None:
+    junk, gone, long = tmp_path / "junk.wav", tmp_path / "gone.wav", tmp_path / "long.wav"
     junk.write_text("not audio")
     soundfile.write(long, np.zeros(31 * 8000, dtype=np.float32), 8000)
-    gone = tmp_path / "gone.wav"
-    status, out, errors = unislu("predict", tiny_run(), files[0], junk, gone, files[1], long, "--json",
-                                 "--threads", "1")
+    status, out, errors = unislu("predict", tiny_run(), files[0], junk, gone, files[1], long,
+                                 "--json")
     assert status == 2
-    assert [json.loads(line)["file"] for line in out.splitlines()] == [str(files[0]), str(files[1])]
+    assert [json.loads(line)["file"] for line in out.splitlines()] == [str(f) for f in files[:2]]
     assert len(errors) == 3
     for path, error in zip((junk, gone, long), errors, strict=True):
         assert error.startswith(f"error: {path}: ")
-    assert "add --long-audio windows" in errors[-1]
+    assert "add --long-form" in errors[-1]
 
 
-def test_predict_answers_long_files_by_windows(unislu: Run, tiny_run: Callable[..., Path], files: list[Path],
-                                               tmp_path: Path) -> None:
+def test_predict_answers_long_files_by_windows(unislu: Run, tiny_run: Callable[..., Path],
+                                               files: list[Path], tmp_path: Path) -> None:
     long = tmp_path / "long.wav"
     soundfile.write(long, 0.1 * np.random.default_rng(0).standard_normal(40 * 8000), 8000)
     run = tiny_run("whisper_slu")
-    ways = ("--long-audio", "windows", "--overlap", "3", "--grounded", "--num-beams", "2", "--threads", "1")
+    ways = ("--long-form", "--overlap", "3", "--grounded", "--num-beams", "2")
     status, out, errors = unislu("predict", run, files[0], long, *ways, "--json")
     assert (status, errors) == (0, [])
     short, windowed = map(json.loads, out.splitlines())
-    model = SLUModel.from_pretrained(run / "best")
-    assert short == json.loads(json.dumps(understand(model, files[:1], options=DecodeOptions(grounded=True, num_beams=2))[0]))
-    assert (windowed["windows"][0]["start"], windowed["windows"][-1]["end"]) == (0.0, 40.0)
-    assert windowed["windows"][0]["end"] - windowed["windows"][1]["start"] == pytest.approx(3.0)
+    options = DecodeConfig(grounded=True, num_beams=2)
+    assert short == {"file": str(files[0]),
+                     **said(understand(load(run / "best"), files[:1], options=options))[0]}
+    first, last = windowed["windows"][0], windowed["windows"][-1]
+    assert (first["start"], last["end"]) == (0.0, 40.0)
+    assert first["end"] - windowed["windows"][1]["start"] == pytest.approx(3.0)
     status, out, _ = unislu("predict", run, long, *ways)
     assert status == 0
-    assert out.splitlines()[0] == str(long)
-    assert f"  sa: {windowed['sa']}" in out.splitlines()
+    assert f"  sa: {windowed['sa'] or 'no usable answer'}" in out.splitlines()
 
 
 @pytest.mark.parametrize(("args", "expected"), [
@@ -107,15 +117,15 @@ def test_predict_answers_long_files_by_windows(unislu: Run, tiny_run: Callable[.
     (["runs", "a.wav"], "runs is neither a run folder"),
     (["runs/tiny"], "no audio file is named"),
     (["runs/tiny", "a.wav", "--tasks", "nerr"], "unknown task 'nerr'"),
-    (["runs/tiny", "a.wav", "--batch-size", "0"], "--batch-size must be 1 or more"),
+    (["runs/tiny", "a.wav", "--batch-size", "0"], "--batch-size: should be greater"),
+    (["runs/tiny", "a.wav", "--num-beams", "0"], "needs --num-beams 1 or more"),
     (["runs/tiny", "a.wav"], "a.wav: audio file does not exist"),
-    (["runs/tiny", "a.wav", "--num-beams", "0"], "--num-beams must be 1 or more"),
     (["runs/tiny", "a.wav", "--n-best", "2"], "--n-best 2 needs --num-beams 2"),
     (["runs/tiny", "a.wav", "--grounded", "--no-grammar"], "--grounded needs the grammar"),
-    (["runs/tiny", "a.wav", "--overlap", "2"], "add --long-audio windows"),
-    (["runs/tiny", "a.wav", "--overlap", "12", "--long-audio", "windows"], "an overlap of windows must be"),
+    (["runs/tiny", "a.wav", "--overlap", "2"], "add --long-form"),
 ])
-def test_predict_refuses(args: list[str], expected: str, unislu: Run, tiny_run: Callable[..., Path]) -> None:
+def test_predict_refuses(args: list[str], expected: str, unislu: Run,
+                         tiny_run: Callable[..., Path]) -> None:
     tiny_run()
     status, out, errors = unislu("predict", *args)
     assert (status, out) == (2, "")
@@ -123,17 +133,59 @@ def test_predict_refuses(args: list[str], expected: str, unislu: Run, tiny_run: 
     assert expected in errors[0]
 
 
-def test_help_does_not_wait_for_torch() -> None:
-    code = ("import sys\nfrom unislu_llm.cli import main\n"
-            "try: main(['--help'])\nfinally: assert 'torch' not in sys.modules")
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    assert "predict" in done.stdout
-    assert "validate" in done.stdout
+def test_transcribe_adds_what_a_saved_model_recognises(unislu: Run,
+                                                       tiny_run: Callable[..., Path]) -> None:
+    run = tiny_run("whisper_slu")
+    args = ("transcribe", run, "corpus/dev.jsonl", "--out", "made")
+    status, out, errors = unislu(*args)
+    assert (status, errors) == (0, [])
+    rows = [json.loads(line) for line in Path("made/dev.jsonl").read_text().splitlines()]
+    assert len(rows) == 8
+    assert all("hypothesis" in row for row in rows)
+    assert out.splitlines()[-1].split()[:3] == ["made/dev.jsonl", "8", "8"]
+    _, _, errors = unislu(*args, "--pseudo-label", "--copy-text")
+    assert "call it twice" in errors[0]
 
 
-def test_evaluate_script_shows_its_settings() -> None:
-    script = Path(__file__).resolve().parents[1] / "eval" / "evaluate.py"
-    done = subprocess.run([sys.executable, str(script), "--help"], capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0
-    assert "--decode.batch-size" in done.stdout
+def test_a_manifest_is_prepared_and_validated(unislu: Run, tmp_path: Path) -> None:
+    table, out = tmp_path / "own.csv", tmp_path / "own.jsonl"
+    table.write_text("id,text,sa\na,we like it,Positive\nb,we left,Neutral\n", encoding="utf-8")
+    status, printed, _ = unislu("prepare", "csv", "--file", table, "--out", out)
+    assert status == 0
+    assert str(out) in printed
+    status, printed, _ = unislu("validate", out)
+    assert status == 0
+    assert "no errors" in printed
+    out.write_text(out.read_text().replace("Neutral", "Neutra"), encoding="utf-8")
+    status, printed, _ = unislu("validate", out)
+    assert status == 1
+    assert f"{out}:2: sa: " in printed
+
+
+def test_frames_are_stored_once(unislu: Run,
+                                                   tiny_run: Callable[..., Path]) -> None:
+    run = tiny_run()
+    assert "give --folder" in unislu("cache", run)[2][0]
+    args = ("cache", run, "--folder", "frames")
+    assert unislu(*args)[:2] == (0, "8 clips stored\n")
+    assert unislu(*args)[:2] == (0, "0 clips stored\n")
+    assert len(list(Path("frames").glob("*/*.npy"))) == 8
+
+
+@pytest.mark.parametrize(("args", "expected"), [
+    (["predit"], "unknown command 'predit'; did you mean 'predict'?"),
+    (["prepare", "csvv"], "unknown command 'csvv'; did you mean 'csv'?"),
+])
+def test_a_mistyped_command_gets_the_nearest(args: list[str], expected: str, unislu: Run) -> None:
+    status, _, errors = unislu(*args)
+    assert status == 2
+    assert expected in errors[0]
+
+
+def test_help_and_version(unislu: Run) -> None:
+    for args in ((), ("--help",)):
+        status, out, _ = unislu(*args)
+        assert status == 0
+        assert all(name in out for name in ("predict", "transcribe", "validate", "prepare",
+                                            "cache", "export"))
+    assert unislu("--version")[1].startswith("unislu_llm ")

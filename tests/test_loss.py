@@ -1,4 +1,4 @@
-"""The losses against hand-computed values and against the paper's formula written out independently."""
+"""The losses against hand-computed values and against the paper's formula."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from unislu_llm.loss import (
     ASR_PART,
     NO_PART,
     TASK_PART,
-    Counts,
     LossMode,
-    floor_at,
-    sample_shares,
+    TokenCounts,
+    asr_share,
     token_weights,
     weighted_loss,
 )
@@ -31,12 +30,13 @@ MODES: tuple[LossMode, ...] = get_args(LossMode)
 
 
 def parts_of(sizes: list[tuple[int, int]]) -> Tensor:
-    """`(batch, length)` parts of samples with so many transcript and task tokens, padded on the right."""
+    """`(batch, length)` parts of samples with so many transcript and task tokens, padded."""
     width = max(a + t for a, t in sizes)
     return torch.tensor([[A] * a + [T] * t + [N] * (width - a - t) for a, t in sizes])
 
 
-SIZES = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)).filter(any), min_size=1, max_size=6)
+SIZES = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)).filter(any), min_size=1,
+                 max_size=6)
 
 
 @st.composite
@@ -49,8 +49,10 @@ def batches(draw: st.DrawFn) -> tuple[Tensor, Tensor]:
 
 def rows(losses: Tensor, parts: Tensor) -> list[tuple[list[float], list[float]]]:
     """Transcript and task cross-entropies of every sample, as lists."""
-    return [([x for x, p in zip(xs, ps, strict=True) if p == A], [x for x, p in zip(xs, ps, strict=True) if p == T])
-            for xs, ps in zip(losses.tolist(), parts.tolist(), strict=True)]
+    return [
+        ([x for x, p in zip(xs, ps, strict=True) if p == A],
+         [x for x, p in zip(xs, ps, strict=True) if p == T])
+        for xs, ps in zip(losses.tolist(), parts.tolist(), strict=True)]
 
 
 def mean(values: list[float]) -> float:
@@ -58,25 +60,27 @@ def mean(values: list[float]) -> float:
 
 
 def paper(losses: Tensor, parts: Tensor) -> float:
-    """`sum_i (n_asr_i meanCE_task_i + n_task_i meanCE_asr_i) / sum_i T_i`; a sample of one part alone is plain CE."""
+    """`sum_i (n_asr_i meanCE_task_i + n_task_i meanCE_asr_i) / sum_i T_i`.
+
+    A sample of one part alone has plain cross-entropy.
+    """
     total = 0.0
     for asr, task in rows(losses, parts):
-        total += len(asr) * mean(task) + len(task) * mean(asr) if asr and task else sum(asr) + sum(task)
+        both = asr and task
+        total += len(asr) * mean(task) + len(task) * mean(asr) if both else sum(asr) + sum(task)
     return total / sum(len(asr) + len(task) for asr, task in rows(losses, parts))
 
 
-# By hand
-
-
 def test_dynamic_by_hand() -> None:
-    # 4 transcript and 2 task tokens: a transcript token weighs 2/4, a task token 4/2, over the 6 + 3 of the batch.
+    # 4 transcript and 2 task tokens: a transcript token weighs 2/4, a task token 4/2, over the
+    # 6 + 3 of the batch.
     losses = torch.tensor([[1.0, 2.0, 3.0, 4.0, 5.0, 6.0], [1.0, 1.0, 9.0, 0.0, 0.0, 0.0]])
     parts = torch.tensor([[A, A, A, A, T, T], [A, A, T, N, N, N]])
     expected = (0.5 * (1 + 2 + 3 + 4) + 2 * (5 + 6) + 0.5 * (1 + 1) + 2 * 9) / 9
     assert float(weighted_loss(losses, parts, "dynamic")) == pytest.approx(expected)
-    weights = token_weights(parts, "dynamic", Counts.of(parts))
-    assert weights.dtype == torch.float64
-    assert (weights * 9).flatten().tolist() == pytest.approx([.5, .5, .5, .5, 2, 2, .5, .5, 2, 0, 0, 0])
+    weights = token_weights(parts, "dynamic", TokenCounts.of(parts))
+    assert (weights * 9).flatten().tolist() == pytest.approx(
+        [0.5, 0.5, 0.5, 0.5, 2, 2, 0.5, 0.5, 2, 0, 0, 0])
 
 
 def test_fixed_by_hand() -> None:
@@ -90,70 +94,23 @@ def test_fixed_by_hand() -> None:
 def test_uniform_by_hand() -> None:
     losses = torch.tensor([[1.0, 2.0, 3.0, 4.0], [5.0, 6.0, 100.0, 100.0]])
     parts = torch.tensor([[A, A, A, T], [A, T, N, N]])
-    assert float(weighted_loss(losses, parts, "uniform")) == pytest.approx((1 + 2 + 3 + 4 + 5 + 6) / 6)
+    assert float(weighted_loss(losses, parts, "uniform")) == pytest.approx(
+        (1 + 2 + 3 + 4 + 5 + 6) / 6)
 
 
 def test_the_share_of_a_short_task_part() -> None:
-    """The figures of the paper's consequence: empty NER leaves the transcript about 0.02, four task tokens 0.09."""
-    w_asr, w_task = sample_shares(parts_of([(40, 1), (40, 4), (40, 0)]))
-    assert w_asr.tolist() == pytest.approx([1 / 41, 4 / 44, 1.0])
-    assert w_task.tolist() == pytest.approx([40 / 41, 40 / 44, 0.0])
-
-
-# The floor under the transcript's share
-
-
-@settings(deadline=None)
-@given(batches(), st.sampled_from(MODES), st.floats(0, 1))
-def test_a_floor_keeps_the_unit_and_the_share(batch: tuple[Tensor, Tensor], mode: LossMode, floor: float) -> None:
-    _, parts = batch
-    weights = token_weights(parts, mode, Counts.of(parts), floor)
-    assert float(weights.sum()) == pytest.approx(1.0, rel=1e-9)
-    assert float(weights.min()) >= 0
-    if mode == "dynamic":
-        both = (parts == A).any(-1) & (parts == T).any(-1)
-        share = (weights * (parts == A)).sum(-1) / weights.sum(-1)
-        wanted = sample_shares(parts, floor)[0]
-        torch.testing.assert_close(share[both], wanted[both])
-        assert (wanted[both] >= floor).all()
-
-
-@settings(deadline=None)
-@given(batches(), st.sampled_from(MODES))
-def test_a_floor_that_nothing_touches_changes_nothing(batch: tuple[Tensor, Tensor], mode: LossMode) -> None:
-    losses, parts = batch
-    low = min([w for w in sample_shares(parts)[0].tolist() if w > 0] + [0.5])
-    plain = float(weighted_loss(losses, parts, mode))
-    assert float(weighted_loss(losses, parts, mode, floor=low)) == pytest.approx(plain, rel=1e-9)
-
-
-def test_the_floor_falls_from_the_transcript_alone() -> None:
-    assert [floor_at(step, 0.2, 4) for step in range(6)] == pytest.approx([1.0, 0.8, 0.6, 0.4, 0.2, 0.2])
-    assert floor_at(0, 0.3, 0) == 0.3
-
-
-# Against the formula
+    """The paper's consequence: empty NER leaves the transcript 0.02, four task tokens 0.09."""
+    assert [asr_share(40, n) for n in (1, 4, 0)] == pytest.approx([1 / 41, 4 / 44, 1.0])
+    weights = token_weights(parts_of([(40, 4)]), "dynamic", TokenCounts(40, 4))
+    assert float(weights[0, :40].sum()) == pytest.approx(4 / 44)
 
 
 @settings(deadline=None)
 @given(batches())
 def test_dynamic_is_the_formula_of_the_paper(batch: tuple[Tensor, Tensor]) -> None:
     losses, parts = batch
-    assert float(weighted_loss(losses, parts, "dynamic")) == pytest.approx(paper(losses, parts), rel=1e-9)
-
-
-@settings(deadline=None)
-@given(batches())
-def test_dynamic_is_the_shares_times_the_means_weighted_by_length(batch: tuple[Tensor, Tensor]) -> None:
-    losses, parts = batch
-    w_asr, w_task = sample_shares(parts)
-    assert torch.equal(w_asr + w_task, torch.ones(len(parts), dtype=torch.float64))
-    total, length = 0.0, 0
-    for (asr, task), wa, wt in zip(rows(losses, parts), w_asr.tolist(), w_task.tolist(), strict=True):
-        size = len(asr) + len(task)
-        total += size * (wa * mean(asr) + (wt * mean(task) if task else 0.0)) if asr else sum(task)
-        length += size
-    assert float(weighted_loss(losses, parts, "dynamic")) == pytest.approx(total / length, rel=1e-9)
+    assert float(weighted_loss(losses, parts, "dynamic")) == pytest.approx(
+        paper(losses, parts), rel=1e-9)
 
 
 @settings(deadline=None)
@@ -161,7 +118,8 @@ def test_dynamic_is_the_shares_times_the_means_weighted_by_length(batch: tuple[T
 def test_fixed_and_uniform_are_their_formulas(batch: tuple[Tensor, Tensor]) -> None:
     losses, parts = batch
     asr, task = losses[parts == A].tolist(), losses[parts == T].tolist()
-    assert float(weighted_loss(losses, parts, "uniform")) == pytest.approx(mean(asr + task), rel=1e-9)
+    assert float(weighted_loss(losses, parts, "uniform")) == pytest.approx(
+        mean(asr + task), rel=1e-9)
     fixed = 0.5 * mean(asr) + 0.5 * mean(task) if asr and task else mean(asr + task)
     assert float(weighted_loss(losses, parts, "fixed")) == pytest.approx(fixed, rel=1e-9)
 
@@ -181,22 +139,22 @@ def test_a_batch_without_task_parts_is_plain_cross_entropy(mode: LossMode) -> No
 def test_equal_losses_give_that_loss(batch: tuple[Tensor, Tensor], mode: LossMode) -> None:
     """Weights sum to one in every mode: the loss keeps the unit of a cross-entropy."""
     _, parts = batch
-    assert float(token_weights(parts, mode, Counts.of(parts)).sum()) == pytest.approx(1.0, rel=1e-9)
-
-
-# Accumulation and distribution
+    weights = token_weights(parts, mode, TokenCounts.of(parts), torch.float64)
+    assert float(weights.sum()) == pytest.approx(1.0, rel=1e-9)
 
 
 @settings(deadline=None)
 @given(batches(), st.sampled_from(MODES), st.data())
-def test_micro_batches_add_up_to_the_whole(batch: tuple[Tensor, Tensor], mode: LossMode, data: st.DataObject) -> None:
+def test_micro_batches_add_up_to_the_whole(batch: tuple[Tensor, Tensor], mode: LossMode,
+                                           data: st.DataObject) -> None:
     losses, parts = batch
     cuts = sorted(data.draw(st.sets(st.integers(1, len(parts)), max_size=3)) | {0, len(parts)})
     bounds = list(pairwise(cuts))
-    total = Counts(0, 0)
+    total = TokenCounts(0, 0)
     for a, b in bounds:
-        total = total + Counts.of(parts[a:b])
-    assert total == Counts.of(parts) == Counts(int((parts == A).sum()), int((parts == T).sum()))
+        total = total + TokenCounts.of(parts[a:b])
+    assert total == TokenCounts.of(parts)
+    assert total == TokenCounts(int((parts == A).sum()), int((parts == T).sum()))
 
     whole = losses.clone().requires_grad_()
     value = weighted_loss(whole, parts, mode)
@@ -216,7 +174,8 @@ def test_micro_batches_add_up_to_the_whole(batch: tuple[Tensor, Tensor], mode: L
 
 @settings(deadline=None)
 @given(batches(), st.sampled_from(MODES), st.sampled_from([math.nan, math.inf, -math.inf, 1e30]))
-def test_garbage_at_padding_does_not_enter(batch: tuple[Tensor, Tensor], mode: LossMode, garbage: float) -> None:
+def test_garbage_at_padding_does_not_enter(batch: tuple[Tensor, Tensor], mode: LossMode,
+                                           garbage: float) -> None:
     losses, parts = batch
     clean = losses.clone().requires_grad_()
     weighted_loss(clean, parts, mode).backward()
@@ -235,12 +194,13 @@ def test_an_empty_micro_batch_is_zero(mode: LossMode) -> None:
     """A rank whose micro-batch holds nothing but padding adds nothing, and no NaN."""
     parts = torch.full((2, 3), N)
     assert float(weighted_loss(torch.rand(2, 3), parts, mode)) == 0.0
-    assert float(weighted_loss(torch.rand(2, 3), parts, mode, Counts(7, 3))) == 0.0
+    assert float(weighted_loss(torch.rand(2, 3), parts, mode, TokenCounts(7, 3))) == 0.0
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_loss_has_the_type_of_the_cross_entropies(dtype: torch.dtype) -> None:
-    assert weighted_loss(torch.ones(1, 3, dtype=dtype), parts_of([(2, 1)]), "dynamic").dtype == dtype
+    losses = torch.ones(1, 3, dtype=dtype)
+    assert weighted_loss(losses, parts_of([(2, 1)]), "dynamic").dtype == dtype
 
 
 def test_an_unknown_loss_is_named_with_the_known_ones() -> None:

@@ -13,9 +13,21 @@ from unislu_llm.tasks import ASR, NER, SA, SEPARATOR, LabelTask, SpanTask, TaskR
 from unislu_llm.unified import encode, parse, render
 from unislu_llm.utterance import Utterance
 
-SLOTS = {"kind": "span", "name": "slots", "marker": "[SLOTS]", "labels": ["CITY", "TIME"], "words": {"CITY": "town"}}
-ACTS = {"kind": "label", "name": "acts", "marker": "[DA]", "labels": ["question", "greeting", "thanks a lot"],
-        "open": "[A]", "close": "[/A]", "multi": True, "words": {"[A]": "greeting thanks"}}
+SLOTS = {
+    "kind": "span",
+    "name": "slots",
+    "marker": "[SLOTS]",
+    "labels": ["CITY", "TIME"],
+    "words": {"CITY": "town"}}
+ACTS = {
+    "kind": "label",
+    "name": "acts",
+    "marker": "[DA]",
+    "labels": ["question", "greeting", "thanks a lot"],
+    "open": "[A]",
+    "close": "[/A]",
+    "multi": True,
+    "words": {"[A]": "greeting thanks"}}
 
 
 def write(path: Path, rows: Any) -> Path:
@@ -58,7 +70,8 @@ def test_every_marker_has_a_meaning_in_plain_words() -> None:
     assert all(words.strip() and "[" not in words for words in meanings.values())
     assert len(set(meanings.values())) == len(meanings), "two markers would start as one"
     # The mean of one word's row is that row: the marker's logit would tie with the word's.
-    assert all(len(words.split()) > 1 for marker, words in meanings.items() if marker != "[CITY]"), meanings
+    assert all(len(words.split()) > 1 for marker,
+               words in meanings.items() if marker != "[CITY]"), meanings
     assert meanings["[CITY]"] == "town"
     assert "town" in meanings["[/CITY]"]
     assert "time" in meanings["[TIME]"]
@@ -87,13 +100,11 @@ def test_every_marker_has_a_meaning_in_plain_words() -> None:
     (LabelTask("n2", "[N2]", ("a",), "[S]", "[/X]"), r"\[S\]' is already in use"),
     (LabelTask("n2", "[N2]", ("a", " b"), "[X]", "[/X]"), "outer blanks"),
     (LabelTask("n2", "[N2]", ("a", ""), "[X]", "[/X]"), "plain text"),
-    (LabelTask("n2", "[N2]", ("a[NER]",), "[X]", "[/X]"), "without markers"),
-])
-def test_a_task_that_cannot_be_told_apart_is_refused(task: SpanTask | LabelTask, message: str) -> None:
-    registry = TaskRegistry()
+    (LabelTask("n2", "[N2]", ("a[NER]",), "[X]", "[/X]"), "without markers")])
+def test_a_task_that_cannot_be_told_apart_is_refused(task: SpanTask | LabelTask,
+                                                     message: str) -> None:
     with pytest.raises(UserError, match=message):
-        registry.add(task)
-    assert registry.names == ("ner", "sa"), "a refused task must not stay"
+        TaskRegistry([NER, SA, task])
 
 
 def test_yaml_round_trip(tmp_path: Path) -> None:
@@ -101,12 +112,14 @@ def test_yaml_round_trip(tmp_path: Path) -> None:
     again = TaskRegistry.from_yaml(write(tmp_path / "tasks.yaml", registry.to_dict()))
     assert list(again) == list(registry)
     assert again.markers == registry.markers
-    assert [again.meaning(m) for m in again.markers] == [registry.meaning(m) for m in registry.markers]
+    assert [again.meaning(m) for m in again.markers] == [
+        registry.meaning(m) for m in registry.markers]
 
 
 def test_a_new_task_comes_from_yaml_alone(tmp_path: Path) -> None:
     registry = TaskRegistry.from_yaml(write(tmp_path / "tasks.yaml", [{"builtin": "ner"}, ACTS]))
-    utterance = Utterance("1", None, "hello how are you", {"acts": ("greeting", "question"), "ner": ()})
+    utterance = Utterance("1", None, "hello how are you",
+                          {"acts": ("greeting", "question"), "ner": ()})
     text = render(encode(utterance, registry["acts"]))
     assert text == "hello how are you[T/L][DA][A]question[/A][A]greeting[/A]"
     parsed = parse(text, registry, "acts")
@@ -116,26 +129,29 @@ def test_a_new_task_comes_from_yaml_alone(tmp_path: Path) -> None:
     assert (none.outputs, none.problems) == ((), ())
 
 
-@pytest.mark.parametrize(("rows", "message"), [
-    ({"name": "x"}, "expected a YAML list"),
-    (None, "expected a YAML list"),
-    (["ner"], r"\[0\]: expected a mapping, found str"),
-    ([{"builtin": "nerr"}], r"\[0\].builtin: 'nerr' is not one of ner, sa; did you mean 'ner'"),
-    ([{"builtin": "ner", "labels": ["A"]}], r"\[0\]: .*builtin.*labels"),
-    ([{"builtin": "ner"}, {"builtin": "ner"}], "registered twice"),
-    ([SLOTS, SLOTS | {"kind": "spans"}], r"\[1\].kind: must be 'span' or 'label', found 'spans'"),
-    ([SLOTS | {"label": ["A"]}], r"\[0\]: unknown key 'label'.*did you mean 'labels'"),
-    ([SLOTS | {"multi": True}], r"\[0\]: unknown key 'multi'"),
-    ([{"kind": "label", "name": "x", "marker": "[X]", "labels": ["a"]}], r"\[0\]: missing keys? 'open', 'close'"),
-    ([SLOTS | {"labels": "CITY"}], r"\[0\].labels: .*list"),
-    ([SLOTS | {"labels": {"CITY": 1}}], r"\[0\].labels: .*list"),
-    ([ACTS | {"labels": [True, False]}], r"\[0\].labels\[0\]: .*quotes"),
-    ([SLOTS | {"labels": [1, 2]}], r"\[0\].labels\[0\]: .*quotes"),
-    ([SLOTS | {"name": 3}], r"\[0\].name: .*quotes"),
-    ([ACTS | {"multi": "yes please"}], r"\[0\].multi: .*true or false"),
-    ([SLOTS | {"words": ["town"]}], r"\[0\].words: "),
-    ([SLOTS | {"words": {"CITY": 5}}], r"\[0\].words.CITY: .*quotes"),
-])
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ({"name": "x"}, "expected a YAML list"),
+        (None, "expected a YAML list"),
+        (["ner"], r"\[0\]: expected a mapping, found str"),
+        ([{"builtin": "nerr"}], r"\[0\].builtin: 'nerr' is not one of ner, sa; did you mean 'ner'"),
+        ([{"builtin": "ner", "labels": ["A"]}], r"\[0\]: .*builtin.*labels"),
+        ([{"builtin": "ner"}, {"builtin": "ner"}], "registered twice"),
+        ([SLOTS, SLOTS | {"kind": "spans"}],
+         r"\[1\].kind: must be 'span' or 'label', found 'spans'"),
+        ([SLOTS | {"label": ["A"]}], r"\[0\].label: unknown key; did you mean 'labels'"),
+        ([SLOTS | {"multi": True}], r"\[0\].multi: unknown key; known: name, marker"),
+        ([{"kind": "label", "name": "x", "marker": "[X]", "labels": ["a"]}],
+         r"(?s)\[0\].open: is missing.*\[0\].close: is missing"),
+        ([SLOTS | {"labels": "CITY"}], r"\[0\].labels: .*list"),
+        ([SLOTS | {"labels": {"CITY": 1}}], r"\[0\].labels: .*list"),
+        ([ACTS | {"labels": [True, False]}], r"\[0\].labels\[0\]: .*quotes"),
+        ([SLOTS | {"labels": [1, 2]}], r"\[0\].labels\[0\]: .*quotes"),
+        ([SLOTS | {"name": 3}], r"\[0\].name: .*quotes"),
+        ([ACTS | {"multi": "yes please"}], r"\[0\].multi: .*true or false"),
+        ([SLOTS | {"words": ["town"]}], r"\[0\].words: "),
+        ([SLOTS | {"words": {"CITY": 5}}], r"\[0\].words.CITY: .*quotes")])
 def test_a_bad_task_file_is_named(tmp_path: Path, rows: Any, message: str) -> None:
     path = write(tmp_path / "tasks.yaml", rows)
     with pytest.raises(UserError, match=message):

@@ -1,8 +1,9 @@
 """Losses that balance a long transcript against short task outputs (UniSLU, arXiv 2507.12951).
 
-Every mode comes down to one weight a token: `loss = sum(weight * CE) / normalizer`, with the normalizer taken over the
-*global* batch (all micro-batches and all processes). That makes the loss exact under gradient accumulation and
-distribution: partial sums over the same normalizer add up to the loss of the whole.
+Every mode comes down to one weight a token: `loss = sum(weight * CE) / normalizer`. The normalizer
+is taken over the *global* batch, that is, over all micro-batches and all processes. Partial sums
+over the same normalizer add up to the loss of the whole, so the loss is exact under gradient
+accumulation and distribution.
 """
 
 from __future__ import annotations
@@ -16,95 +17,81 @@ from torch import Tensor
 from unislu_llm.errors import UserError
 
 ASR_PART, TASK_PART, NO_PART = 0, 1, -1
-"""Part of a target token: transcript (with `[T/L]` and the control token), task output (with EOS), or padding."""
+"""Part of a target token: transcript (with `[T/L]` and the control token), task output (with the
+end of text), or padding."""
 
 LossMode = Literal["dynamic", "fixed", "uniform"]
 
 
 @dataclass(frozen=True)
-class Counts:
-    """Supervised tokens of a (global) batch. Counts of micro-batches add up."""
+class TokenCounts:
+    """Supervised tokens of a (global) batch. Those of micro-batches add up."""
 
     asr: float
     task: float
 
     @classmethod
-    def of(cls, parts: Tensor) -> Counts:
+    def of(cls, parts: Tensor) -> TokenCounts:
         """Count the parts `(batch, length)` of one micro-batch."""
         return cls(float((parts == ASR_PART).sum()), float((parts == TASK_PART).sum()))
 
-    def __add__(self, other: Counts) -> Counts:
-        return Counts(self.asr + other.asr, self.task + other.task)
+    def __add__(self, other: TokenCounts) -> TokenCounts:
+        return TokenCounts(self.asr + other.asr, self.task + other.task)
 
 
-def floor_at(step: int, floor: float, steps: int) -> float:
-    """Floor under the transcript's share at an optimizer step.
-
-    Args:
-        floor: where it ends, 0 to 1. steps: over so many steps it falls linearly from 1, the transcript alone; 0 is no
-            schedule.
-    """
-    return floor if step >= steps else 1.0 + (floor - 1.0) * step / steps
+def asr_share(n_asr: float, n_task: float) -> float:
+    """`W_asr = n_task / (n_asr + n_task)` of one sample; 1 for a sample without a task part."""
+    return n_task / (n_asr + n_task) if n_task else 1.0
 
 
-def sample_shares(parts: Tensor, floor: float = 0.0) -> tuple[Tensor, Tensor]:
-    """`(W_asr, W_task)` of every sample in the dynamic loss, each `(batch,)`; a sample without task part has (1, 0).
+def token_weights(parts: Tensor, mode: LossMode, total: TokenCounts,
+                  dtype: torch.dtype = torch.float32) -> Tensor:
+    """Weight of every target token with the normalizer in it, `(batch, length)`; 0 at padding.
 
-    `W_asr = n_task / (n_asr + n_task)`, `W_task = 1 - W_asr`: the shorter part weighs more.
-
-    Args:
-        floor: least `W_asr`. The paper has none: a short task part leaves a long transcript next to nothing.
-    """
-    n_asr = (parts == ASR_PART).sum(-1).double()
-    n_task = (parts == TASK_PART).sum(-1).double()
-    w_asr = torch.where(n_task > 0, (n_task / (n_asr + n_task).clamp(min=1)).clamp(min=floor), torch.ones_like(n_asr))
-    return w_asr, 1.0 - w_asr
-
-
-def token_weights(parts: Tensor, mode: LossMode, total: Counts, floor: float = 0.0) -> Tensor:
-    """Weight of every target token, normalizer included, `(batch, length)` in double precision; 0 at padding.
-
-    * `dynamic`: per sample, `L_i = W_asr mean CE_asr + W_task mean CE_task`, samples weighted by their length `T_i`:
-      an asr token weighs `n_task/n_asr`, a task token `n_asr/n_task`, over `sum T`. A sample without a task part has
-      plain cross-entropy (weight 1 a token).
-    * `fixed`: `0.5 * mean CE_asr + 0.5 * mean CE_task` over the batch; plain mean where one part is absent.
-    * `uniform`: plain mean over all tokens.
+    * `dynamic`: per sample, `L_i = W_asr * mean CE_asr + W_task * mean CE_task`, and samples are
+      weighted by their length `T_i`. So an asr token weighs `n_task / n_asr` and a task token
+      `n_asr / n_task`, over `sum T`. A sample without a task part has plain cross-entropy.
+    * `fixed`: `0.5 * mean CE_asr + 0.5 * mean CE_task` over the batch; the plain mean where one
+      part is absent.
+    * `uniform`: the plain mean over all tokens.
 
     Args:
-        parts: part of each token, `(batch, length)`, values :data:`ASR_PART`, :data:`TASK_PART`, :data:`NO_PART`.
+        parts: part of each token, `(batch, length)`: `ASR_PART`, `TASK_PART` or `NO_PART`.
+        mode: which loss.
         total: counts of the global batch that this one is a part of.
-        floor: least share of the transcript, of every sample (`dynamic`) or of the batch (`fixed`); `uniform` has none.
-
-    Raises:
-        UserError: unknown mode.
+        dtype: of the weights.
     """
-    asr, task = parts == ASR_PART, parts == TASK_PART
+    # Counts of tokens are small integers, which fp32 holds exactly; Apple GPUs have no float64.
+    asr, task = (parts == ASR_PART).to(dtype), (parts == TASK_PART).to(dtype)
+    tokens = max(total.asr + total.task, 1.0)
     if mode == "uniform":
-        return (asr | task).double() / max(total.asr + total.task, 1.0)
+        return (asr + task) / tokens
     if mode == "fixed":
-        most = max(0.5, floor)
-        share_asr, share_task = (most, 1.0 - most) if total.asr and total.task else (1.0, 1.0)
-        return asr.double() * (share_asr / max(total.asr, 1.0)) + task.double() * (share_task / max(total.task, 1.0))
+        share = 0.5 if total.asr and total.task else 1.0
+        return asr * (share / max(total.asr, 1.0)) + task * (share / max(total.task, 1.0))
     if mode != "dynamic":
         raise UserError(f"unknown loss '{mode}'; known: {', '.join(get_args(LossMode))}")
-    n_asr, n_task = asr.sum(-1, keepdim=True).double(), task.sum(-1, keepdim=True).double()
+    n_asr, n_task = asr.sum(-1, keepdim=True), task.sum(-1, keepdim=True)
+    # With one part alone its share would be 0 or its count 0: it has plain cross-entropy instead.
     alone = (n_task == 0) | (n_asr == 0)
-    ones, length = torch.ones_like(n_asr), n_asr + n_task
-    share = (n_task / length.clamp(min=1)).clamp(min=floor)
-    w_asr = torch.where(alone, ones, share * length / n_asr.clamp(min=1))
-    w_task = torch.where(alone, ones, (1.0 - share) * length / n_task.clamp(min=1))
-    return (asr * w_asr + task * w_task) / max(total.asr + total.task, 1.0)
+    w_asr = torch.where(alone, 1.0, n_task / n_asr.clamp(min=1))
+    w_task = torch.where(alone, 1.0, n_asr / n_task.clamp(min=1))
+    return (asr * w_asr + task * w_task) / tokens
 
 
-def weighted_loss(token_losses: Tensor, parts: Tensor, mode: LossMode, total: Counts | None = None,
-                  floor: float = 0.0) -> Tensor:
+def weighted_loss(token_losses: Tensor, parts: Tensor, mode: LossMode,
+                  total: TokenCounts | None = None) -> Tensor:
     """This batch's term of the global loss, a scalar.
 
     Args:
-        token_losses: cross-entropy of each target token, `(batch, length)`; values at padding do not count.
+        token_losses: cross-entropy of each target token, nats, `(batch, length)`.
         parts: part of each token, `(batch, length)`.
+        mode: which loss.
         total: counts of the global batch; default: this batch is the whole.
-        floor: least share of the transcript, see :func:`token_weights`.
     """
-    weights = token_weights(parts, mode, total or Counts.of(parts), floor).to(token_losses.dtype)
+    exact = torch.promote_types(token_losses.dtype, torch.float32)
+    weights = token_weights(parts, mode, total or TokenCounts.of(parts), exact)
+    weights = weights.to(token_losses.dtype)
+    # What stands at padding is filled first: a weight of 0 times a NaN is a NaN, in the gradient
+    # as well.
     return (weights * token_losses.masked_fill(parts == NO_PART, 0.0)).sum()

@@ -1,23 +1,23 @@
 """The unified format `transcript[T/L][task]outputs` (UniSLU, arXiv 2507.12951): encode and parse.
 
-Target text is made of pieces, each a marker (one token id) or plain text. Tokenizers see the pieces, never the joined
-string, so that no token straddles a marker; :func:`render` gives the string for people and files.
+A target is made of pieces; each is a marker (one token id) or plain text. Tokenizers see the
+pieces and never the joined string, so that no token straddles a marker. :func:`render` gives the
+string for people and files.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from unislu_llm.errors import UserError
-from unislu_llm.tasks import ASR, SEPARATOR, LabelTask, LabelValue, Span, SpanTask, Task, TaskRegistry
+from unislu_llm.tasks import ASR, SEPARATOR, LabelTask, Span, SpanTask, Task, TaskRegistry
 from unislu_llm.utterance import Utterance
 
-Part = Literal["asr", "task"]
 Output = tuple[tuple[str, str], ...] | tuple[str, ...] | str
-"""Parsed outputs of one task: `(label, phrase)` pairs, labels of a multi-label task, or one label."""
+"""Outputs of one task: `(label, phrase)` pairs, labels of a multi-label task, or one label."""
 
 PROBLEMS: dict[str, str] = {
     "missing_separator": "no [T/L]: the output is a bare transcript although a task was asked for",
@@ -42,47 +42,41 @@ PROBLEMS: dict[str, str] = {
 
 
 class Piece(NamedTuple):
-    """A stretch of the target: a marker, or plain text; `part` decides its loss weight."""
+    """A stretch of the target: a marker, or plain text."""
 
     text: str
-    part: Part
+    part: Literal["asr", "task"]  # decides its weight in the loss
     marker: bool
 
 
 @dataclass(frozen=True)
 class Parsed:
-    """What a decoded string says.
+    """What a decoded string says."""
 
-    Args:
-        transcript: text before `[T/L]`.
-        task: name of the task answered; None for a bare transcript.
-        outputs: its outputs; None where there is no task part or no usable label.
-        problems: kinds of :data:`PROBLEMS`, one entry an occurrence, in order.
-    """
-
-    transcript: str
-    task: str | None = None
-    outputs: Output | None = None
-    problems: tuple[str, ...] = ()
+    transcript: str  # before `[T/L]`
+    task: str | None = None  # name of the task answered; None for a bare transcript
+    outputs: Output | None = None  # None where there is no task part or no usable label
+    problems: tuple[str, ...] = ()  # kinds of PROBLEMS, one entry an occurrence, in order
 
 
 def encode(utterance: Utterance, task: Task | None) -> list[Piece]:
-    """Pieces of the target of `utterance` for one of its annotated tasks, or (None) for its transcript alone.
-
-    `[T/L]` and the control token belong to the ASR part, as in the authors' loss; so does a bare transcript.
+    """Pieces of the target of `utterance` for one annotated task, or for its transcript alone.
 
     Raises:
-        UserError: the task is not annotated, a span does not fit the text, or a label is not in the label set.
+        UserError: the task is not annotated, a span does not fit the text, or a label is not in
+            the label set.
     """
     pieces = [Piece(utterance.text, "asr", False)] if utterance.text else []
     if task is None:
         return pieces
+    # As in the authors' loss: which task is asked for is known once the transcript ends, so
+    # `[T/L]` and the control token weigh as it does.
     pieces += [Piece(SEPARATOR, "asr", True), Piece(task.marker, "asr", True)]
     if task.name not in utterance.labels:
-        raise UserError(f"{utterance.source or utterance.id}: '{task.name}' is not annotated")
-    value = utterance.labels[task.name]
-    for opening, text, closing in _groups(utterance, task, value):
-        pieces += [Piece(opening, "task", True), Piece(text, "task", False), Piece(closing, "task", True)]
+        raise UserError(f"{utterance.where}: '{task.name}' is not annotated")
+    for opening, text, closing in _groups(utterance, task):
+        pieces += [Piece(opening, "task", True), Piece(text, "task", False),
+                   Piece(closing, "task", True)]
     return pieces
 
 
@@ -91,65 +85,64 @@ def render(pieces: Sequence[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
-def expected(utterance: Utterance, task: Task | None) -> Parsed:
-    """What :func:`parse` returns for a perfect answer: the reference in the form of a hypothesis."""
-    if task is None:
-        return Parsed(utterance.text)
-    return Parsed(utterance.text, task.name, reference_output(utterance, task))
-
-
 def reference_output(utterance: Utterance, task: Task) -> Output:
     """Reference annotation without offsets, in the order in which the target spells it."""
-    groups = list(_groups(utterance, task, utterance.labels[task.name]))
+    groups = list(_groups(utterance, task))
     if isinstance(task, SpanTask):
         return tuple((opening[1:-1], text) for opening, text, _ in groups)
     labels = tuple(text for _, text, _ in groups)
     return labels if task.multi else labels[0]
 
 
-def check_text(text: str, registry: TaskRegistry) -> str | None:
-    """The first marker that stands in a transcript, where it could not be told from a real one; None when clean."""
+def find_marker(text: str, registry: TaskRegistry) -> str | None:
+    """The first marker that a text holds, where it could not be told from a real one."""
     return next((m for m in registry.markers if m in text), None)
 
 
-def _groups(utterance: Utterance, task: Task, value: LabelValue) -> Iterator[tuple[str, str, str]]:
-    where = f"{utterance.source or utterance.id}: {task.name}"
-    if isinstance(task, SpanTask):
-        for label, start, end in sorted((Span(*span) for span in value), key=lambda s: (s.start, s.end)):
-            if label not in task.labels:
-                raise UserError(f"{where}: label '{label}' is not one of {', '.join(task.labels)}")
-            phrase = utterance.text[start:end] if 0 <= start < end <= len(utterance.text) else ""
-            if not phrase.strip():
-                raise UserError(f"{where}: span {start}..{end} does not fit the text of {len(utterance.text)} "
-                                "characters")
-            yield task.open_of(label), phrase.strip(), task.close_of(label)
+def _groups(utterance: Utterance, task: Task) -> Iterator[tuple[str, str, str]]:
+    """Opening marker, text and closing marker of every output."""
+    where, value = f"{utterance.where}: {task.name}", utterance.labels[task.name]
+    if isinstance(task, LabelTask):
+        yield from ((task.open, label, task.close) for label in _labels_of(task, value, where))
         return
-    labels = (value,) if isinstance(value, str) else tuple(str(v) for v in value)
+    # From left to right, as the transcript was just spoken: the order of an annotation file would
+    # be one that no model can foresee.
+    for label, start, end in sorted((Span(*span) for span in value), key=lambda s: s[1:]):
+        if label not in task.labels:
+            raise UserError(f"{where}: label '{label}' is not one of {', '.join(task.labels)}")
+        inside = 0 <= start < end <= len(utterance.text)
+        phrase = utterance.text[start:end].strip() if inside else ""
+        if not phrase:
+            raise UserError(f"{where}: span {start}..{end} does not fit the text of "
+                            f"{len(utterance.text)} characters")
+        yield task.open_of(label), phrase, task.close_of(label)
+
+
+def _labels_of(task: LabelTask, value: Iterable[Any], where: str) -> list[str]:
+    labels = [value] if isinstance(value, str) else [str(v) for v in value]
     unknown = [label for label in labels if label not in task.labels]
     if unknown or (not task.multi and len(labels) != 1):
-        raise UserError(f"{where}: {list(labels)} must be {'labels' if task.multi else 'one label'} "
-                        f"of {', '.join(task.labels)}")
+        raise UserError(f"{where}: {labels} must be {'labels' if task.multi else 'one label'} of "
+                        f"{', '.join(task.labels)}")
     if len(set(labels)) < len(labels):
-        raise UserError(f"{where}: {list(labels)} has a label twice; keep one")
-    for label in sorted(labels, key=task.labels.index):
-        yield task.open, label, task.close
+        raise UserError(f"{where}: {labels} has a label twice; keep one")
+    return sorted(labels, key=task.labels.index)
 
 
 def parse(text: str, registry: TaskRegistry, task: str | None = None) -> Parsed:
-    """Read a decoded string. Never raises: every malformation is named in `problems`, the rest is kept.
+    """Read a decoded string. Never raises: every malformation is named, the rest is kept.
 
     Args:
         text: decoded string, end-of-text token removed.
         registry: the tasks whose markers count.
-        task: name of the task that was asked for; None or `asr` accepts a bare transcript and any task.
+        task: that was asked for; None or `asr` accepts a bare transcript and any task.
     """
     asked = None if task in (None, ASR) else task
     stream = _stream(text, registry)
     problems: list[str] = []
     transcript, found = _transcript(stream, problems)
     if not found:
-        if asked:
-            problems.append("missing_separator")
+        problems += ["missing_separator"] if asked else []
         return Parsed(transcript, problems=tuple(problems))
     first = next(stream, None)
     spec = registry.by_marker(first[0]) if first and first[1] else None
@@ -158,13 +151,18 @@ def parse(text: str, registry: TaskRegistry, task: str | None = None) -> Parsed:
     if asked and spec.name != asked:
         problems.append("wrong_task")
     groups = list(_read_groups(stream, spec, registry, problems))
-    outputs = _outputs(spec, groups, problems)
+    outputs: Output | None = (tuple((opening[1:-1], phrase) for opening, phrase in groups)
+                              if isinstance(spec, SpanTask)
+                              else _labels(spec, [text for _, text in groups], problems))
     return Parsed(transcript, spec.name, outputs, tuple(problems))
 
 
 def _stream(text: str, registry: TaskRegistry) -> Iterator[tuple[str, bool]]:
-    pattern = "|".join(re.escape(m) for m in sorted(registry.markers, key=len, reverse=True))
-    for i, chunk in enumerate(re.split(f"({pattern})", text)):
+    """Stretches of a string, each with whether it is a marker."""
+    # A marker may be the start of another where a task file names odd ones.
+    longest_first = sorted(registry.markers, key=len, reverse=True)
+    # Split at a group, which keeps what it splits at: every second stretch is a marker.
+    for i, chunk in enumerate(re.split(f"({'|'.join(map(re.escape, longest_first))})", text)):
         if i % 2:
             yield chunk, True
         elif chunk.strip():
@@ -186,7 +184,6 @@ def _transcript(stream: Iterator[tuple[str, bool]], problems: list[str]) -> tupl
 def _read_groups(stream: Iterator[tuple[str, bool]], task: Task, registry: TaskRegistry,
                  problems: list[str]) -> Iterator[tuple[str, str]]:
     """Yield `(opening marker, text)` of every closed group; name what does not fit."""
-    pairs = _pairs(task)
     controls = {SEPARATOR, *(t.marker for t in registry)}
     opening: str | None = None
     words: list[str] = []
@@ -196,14 +193,14 @@ def _read_groups(stream: Iterator[tuple[str, bool]], task: Task, registry: TaskR
                 problems.append("text_outside")
             else:
                 words.append(chunk)
-        elif chunk in pairs:
+        elif chunk in task.pairs:
             if opening is not None:
                 problems.append("unclosed_tag")
             opening, words = chunk, []
-        elif chunk in pairs.values():
+        elif chunk in task.pairs.values():
             if opening is None:
                 problems.append("stray_close")
-            elif pairs[opening] != chunk:
+            elif task.pairs[opening] != chunk:
                 problems.append("mismatched_close")
             elif not words:
                 problems.append("empty_phrase")
@@ -214,18 +211,6 @@ def _read_groups(stream: Iterator[tuple[str, bool]], task: Task, registry: TaskR
             problems.append("repeated_separator" if chunk in controls else "foreign_marker")
     if opening is not None:
         problems.append("unclosed_tag")
-
-
-def _pairs(task: Task) -> dict[str, str]:
-    if isinstance(task, SpanTask):
-        return {task.open_of(label): task.close_of(label) for label in task.labels}
-    return {task.open: task.close}
-
-
-def _outputs(task: Task, groups: list[tuple[str, str]], problems: list[str]) -> Output | None:
-    if isinstance(task, SpanTask):
-        return tuple((opening[1:-1], phrase) for opening, phrase in groups)
-    return _labels(task, [text for _, text in groups], problems)
 
 
 def _labels(task: LabelTask, texts: list[str], problems: list[str]) -> Output | None:

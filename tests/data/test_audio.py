@@ -9,17 +9,15 @@ import pytest
 import soundfile
 import torch
 
-from unislu_llm.data import audio
-from unislu_llm.data.audio import SAMPLE_RATE, count_samples, load, prepare
+from unislu_llm.data.audio import SAMPLE_RATE, count_samples, load
 from unislu_llm.errors import UserError
 
 TONE = 440.0  # Hz
 RATES = (8000, 22050, 44100, 48000)
 CHANNELS = (1, 2, 8)
 LOSSY = ("OGG-VORBIS", "OGG-OPUS", "MP3")
-# (FORMAT[-SUBTYPE], extension) and the rates and channels that the format itself cannot hold.
 MUST_WRITE = ("WAV", "WAV-FLOAT", "WAVEX", "FLAC", "AIFF", "AU", "CAF", "W64", "RF64", *LOSSY)
-OTHER = ("AVR", "HTK", "SVX", "MAT4", "MAT5", "PAF", "PVF", "IRCAM", "NIST", "VOC", "WVE", "MPC2K", "SDS")
+OTHER = ("AVR", "HTK", "SVX", "MAT5", "PAF", "IRCAM", "NIST", "VOC")  # some rates and channels
 
 
 def tone(rate: int, seconds: float = 1.0, channels: int = 1) -> np.ndarray:
@@ -28,30 +26,22 @@ def tone(rate: int, seconds: float = 1.0, channels: int = 1) -> np.ndarray:
     return np.repeat(wave[:, None], channels, axis=1).astype(np.float32)
 
 
-def frequency(samples: torch.Tensor) -> float:
-    """Loudest frequency, Hz."""
-    spectrum = torch.fft.rfft(samples * torch.hann_window(len(samples))).abs()
-    return float(spectrum.argmax()) * SAMPLE_RATE / len(samples)
-
-
-def save(path: Path, kind: str, rate: int, channels: int, seconds: float = 1.0) -> Path | None:
-    """Write a tone; None when the format cannot hold this rate or number of channels."""
+def write(path: Path, wave: np.ndarray, kind: str = "WAV", rate: int = SAMPLE_RATE) -> Path:
+    """Write samples as FORMAT[-SUBTYPE]."""
     form, _, subtype = kind.partition("-")
-    try:
-        soundfile.write(path, tone(rate, seconds, channels), rate, format=form, subtype=subtype or None)
-        if soundfile.info(path).channels != channels:
-            return None
-    except (soundfile.SoundFileError, ValueError):
-        return None
+    soundfile.write(path, wave, rate, format=form, subtype=subtype or None)
     return path
+
+
+def noise(seconds: float) -> np.ndarray:
+    return 0.1 * np.random.default_rng(0).standard_normal(int(SAMPLE_RATE * seconds))
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Two seconds of WAV at 16 kHz, sample i being i / 65536."""
     path = tmp_path_factory.mktemp("clip") / "ramp.wav"
-    soundfile.write(path, np.arange(32000, dtype=np.float32) / 65536, SAMPLE_RATE, subtype="FLOAT")
-    return path
+    return write(path, np.arange(32000, dtype=np.float32) / 65536, "WAV-FLOAT")
 
 
 # Decoding
@@ -62,9 +52,11 @@ def check_tone(samples: torch.Tensor, kind: str) -> None:
     assert samples.dim() == 1
     lossy_ends = 0.06 if kind in LOSSY else 0.001  # encoder delay, seconds
     assert len(samples) == pytest.approx(SAMPLE_RATE, abs=lossy_ends * SAMPLE_RATE)
-    assert frequency(samples) == pytest.approx(TONE, abs=2.5)
+    spectrum = torch.fft.rfft(samples * torch.hann_window(len(samples))).abs()
+    loudest = float(spectrum.argmax()) * SAMPLE_RATE / len(samples)
+    assert loudest == pytest.approx(TONE, abs=2.5)
     middle = samples[4000:12000]
-    assert float(middle.abs().max()) == pytest.approx(0.4, rel=0.1)  # the mean of channels, not their sum
+    assert float(middle.abs().max()) == pytest.approx(0.4, rel=0.1)  # mean of channels, not sum
 
 
 @pytest.mark.parametrize("kind", [*MUST_WRITE, *OTHER])
@@ -73,27 +65,27 @@ def test_every_format_rate_and_number_of_channels(kind: str, tmp_path: Path) -> 
     for rate in RATES:
         for channels in CHANNELS:
             # Extension unlike the format: content decides, not the name.
-            path = save(tmp_path / f"{rate}-{channels}.audio", kind, rate, channels)
-            if path is not None and soundfile.info(path).samplerate == rate:
+            path = tmp_path / f"{rate}-{channels}.audio"
+            try:
+                write(path, tone(rate, channels=channels), kind, rate)
+                info = soundfile.info(path)
+            except (soundfile.SoundFileError, ValueError):
+                continue  # the format cannot hold this
+            if (info.samplerate, info.channels) == (rate, channels):
                 samples = load(path)
                 check_tone(samples, kind)
                 assert count_samples(path) == len(samples)
                 written.add((rate, channels))
-    wanted = {(rate, channels) for rate in RATES for channels in CHANNELS} if kind in MUST_WRITE else set()
+    wanted = {(rate, channels) for rate in RATES for channels in CHANNELS}
     if kind == "MP3":
-        wanted = {(rate, channels) for rate, channels in wanted if channels <= 2}
+        wanted = {pair for pair in wanted if pair[1] <= 2}
     if kind == "OGG-OPUS":
-        wanted = {(rate, channels) for rate, channels in wanted if rate in (8000, 48000)}
-    assert written >= (wanted or {(8000, 1)})
+        wanted = {pair for pair in wanted if pair[0] in (8000, 48000)}
+    assert written >= (wanted if kind in MUST_WRITE else {(8000, 1)})
 
 
-def test_channels_are_averaged(tmp_path: Path) -> None:
-    path = tmp_path / "a.wav"
-    soundfile.write(path, np.stack([np.full(8000, 0.5), np.full(8000, -0.25)], axis=1), SAMPLE_RATE, subtype="FLOAT")
-    assert torch.equal(load(path), torch.full((8000,), 0.125))
-
-
-@pytest.mark.parametrize(("start", "end"), [(0.0, None), (0.25, 1.5), (1.2345, None), (0.0, 0.50004), (1.99999, None)])
+@pytest.mark.parametrize(("start", "end"), [
+    (0.0, None), (0.25, 1.5), (1.2345, None), (0.0, 0.50004), (1.99999, None)])
 def test_a_stretch_is_cut_as_slue_cuts(clip: Path, start: float, end: float | None) -> None:
     whole = load(clip)
     last = None if end is None else int(end * SAMPLE_RATE)
@@ -103,22 +95,19 @@ def test_a_stretch_is_cut_as_slue_cuts(clip: Path, start: float, end: float | No
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", *LOSSY])
 def test_a_stretch_read_by_seeking_equals_a_cut_of_the_whole(kind: str, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    form, _, subtype = kind.partition("-")
-    path = tmp_path / "a.audio"
-    soundfile.write(path, 0.1 * rng.standard_normal(SAMPLE_RATE * 6), SAMPLE_RATE, format=form, subtype=subtype or None)
+    path = write(tmp_path / "a.audio", noise(6.0), kind)
     whole = load(path)
     for start, end in ((0.5, 1.0), (2.345, 4.0), (5.0, None)):
         last = len(whole) if end is None else int(end * SAMPLE_RATE)
         stretch = load(path, start, end)
         # Codec states settle after a seek, so the last bits may differ.
-        torch.testing.assert_close(stretch, whole[int(start * SAMPLE_RATE):last], atol=2e-3, rtol=0)
+        expected = whole[int(start * SAMPLE_RATE):last]
+        torch.testing.assert_close(stretch, expected, atol=2e-3, rtol=0)
 
 
 def test_mp3_is_clean_right_after_a_seek(tmp_path: Path) -> None:
-    """The bits of an MP3 frame may stand in earlier frames: a stretch has to be decoded from before its start."""
-    path = tmp_path / "a.mp3"
-    soundfile.write(path, tone(44100, seconds=4.0), 44100)
+    """The bits of an MP3 frame may stand in earlier frames: decoding begins before a stretch."""
+    path = write(tmp_path / "a.mp3", tone(44100, seconds=4.0), "MP3", 44100)
     whole, edge = load(path), 100  # samples where resampling sees the cut
     for start in (0.5, 1.0, 2.5, 3.5):
         stretch = load(path, start, start + 0.2)
@@ -133,25 +122,8 @@ def test_end_may_pass_the_file_by_a_rounding(clip: Path) -> None:
 @pytest.mark.parametrize("rate", [*RATES, 11025, 96000])
 @pytest.mark.parametrize("n", [4000, 4001, 12347])
 def test_header_count_equals_decoded_count(rate: int, n: int, tmp_path: Path) -> None:
-    path = tmp_path / "a.wav"
-    soundfile.write(path, np.zeros(n), rate)
+    path = write(tmp_path / "a.wav", np.zeros(n), rate=rate)
     assert count_samples(path) == len(load(path))
-
-
-@pytest.mark.parametrize("dtype", [np.int16, np.int32, np.uint8, np.float32, np.float64])
-def test_arrays_of_any_type_give_the_same_samples(dtype: type) -> None:
-    wave = tone(SAMPLE_RATE)[:, 0]
-    if dtype is np.uint8:
-        array = np.round(wave * 128 + 128).astype(np.uint8)
-    else:
-        scale = -float(np.iinfo(dtype).min) if np.issubdtype(dtype, np.integer) else 1.0
-        array = (wave.astype(np.float64) * scale).astype(dtype)
-    torch.testing.assert_close(prepare(array, SAMPLE_RATE), torch.from_numpy(wave), atol=1 / 128, rtol=0)
-    check_tone(prepare(torch.from_numpy(array), SAMPLE_RATE), "WAV")
-
-
-def test_prepare_resamples_and_takes_channels() -> None:
-    check_tone(prepare(tone(44100, channels=2), 44100), "WAV")
 
 
 # Bad input: one clear message each
@@ -162,11 +134,14 @@ def test_prepare_resamples_and_takes_channels() -> None:
     (0.0, 2.2, "end 2.2 s is outside the file"),
     (1.0, 1.0, "from 1 s to 1 s is empty"),
     (1.0, 0.5, "from 1 s to 0.5 s is empty"),
-    (-0.1, None, "start -0.1 is not a time"),
-    (float("nan"), None, "start nan is not a time"),
-    (0.0, float("inf"), "end inf is not a time"),
+    (-0.1, None, "start -0.1 s is outside"),
+    (float("nan"), None, "start nan s is outside"),
+    (0.0, float("inf"), "end inf s is outside"),
+    (0.0, float("nan"), "end nan s is outside"),
+    (0.0, -0.1, "from 0 s to -0.1 s is empty"),
 ])
-def test_bad_stretches_are_refused(clip: Path, start: float, end: float | None, message: str) -> None:
+def test_bad_stretches_are_refused(clip: Path, start: float, end: float | None,
+                                   message: str) -> None:
     for function in (load, count_samples):
         with pytest.raises(UserError) as caught:
             function(clip, start, end)
@@ -178,12 +153,6 @@ def test_max_seconds_counts_the_stretch(clip: Path) -> None:
     assert len(load(clip, 0.0, 1.0, max_seconds=1.0)) == SAMPLE_RATE
     with pytest.raises(UserError, match=r"ramp\.wav: 2\.00 s is longer than the limit of 1 s"):
         load(clip, max_seconds=1.0)
-
-
-def test_a_long_file_is_read_without_a_limit(tmp_path: Path) -> None:
-    path = tmp_path / "long.wav"
-    soundfile.write(path, np.zeros(SAMPLE_RATE * 31), SAMPLE_RATE)
-    assert len(load(path)) == SAMPLE_RATE * 31
 
 
 def refused(path: Path) -> str:
@@ -198,8 +167,8 @@ def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
     assert "not a file" in refused(tmp_path)
 
 
-@pytest.mark.parametrize(("name", "content"), [("a.wav", b""), ("a.flac", b"no audio at all"), ("a.raw", b"\0" * 64),
-                                               ("a.mp3", b"\0" * 2000)])
+@pytest.mark.parametrize(("name", "content"), [
+    ("a.wav", b""), ("a.flac", b"no audio at all"), ("a.raw", b"\0" * 64), ("a.mp3", bytes(2000))])
 def test_what_is_no_audio_is_refused(name: str, content: bytes, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     assert "cannot be read as audio" in refused(tmp_path / name)
@@ -208,11 +177,7 @@ def test_what_is_no_audio_is_refused(name: str, content: bytes, tmp_path: Path) 
 @pytest.mark.parametrize("kind", ["WAV", "WAV-FLOAT", "WAVEX", "AIFF", "AU", "FLAC", *LOSSY])
 @pytest.mark.parametrize("share", [0.3, 0.6, 0.9])
 def test_truncated_files_are_refused(kind: str, share: float, tmp_path: Path) -> None:
-    rng = np.random.default_rng(0)
-    form, _, subtype = kind.partition("-")
-    path = tmp_path / "cut.audio"
-    noise = 0.1 * rng.standard_normal(SAMPLE_RATE * 6)
-    soundfile.write(path, noise, SAMPLE_RATE, format=form, subtype=subtype or None)
+    path = write(tmp_path / "cut.audio", noise(6.0), kind)
     content = path.read_bytes()
     path.write_bytes(content[: int(len(content) * share)])
     message = refused(path)
@@ -221,8 +186,7 @@ def test_truncated_files_are_refused(kind: str, share: float, tmp_path: Path) ->
 
 def test_wav_of_a_pipe_is_read_to_its_end(tmp_path: Path) -> None:
     """Programs that write to a pipe cannot go back and fill in the size; that is no truncation."""
-    path = tmp_path / "pipe.wav"
-    soundfile.write(path, tone(SAMPLE_RATE), SAMPLE_RATE)
+    path = write(tmp_path / "pipe.wav", tone(SAMPLE_RATE))
     content = bytearray(path.read_bytes())
     at = content.find(b"data") + 4
     content[at:at + 4] = content[4:8] = b"\xff" * 4
@@ -231,8 +195,7 @@ def test_wav_of_a_pipe_is_read_to_its_end(tmp_path: Path) -> None:
 
 
 def test_flac_without_a_length_is_refused(tmp_path: Path) -> None:
-    path = tmp_path / "pipe.flac"
-    soundfile.write(path, tone(SAMPLE_RATE), SAMPLE_RATE)
+    path = write(tmp_path / "pipe.flac", tone(SAMPLE_RATE), "FLAC")
     content = bytearray(path.read_bytes())
     content[21] &= 0xF0
     content[22:26] = bytes(4)
@@ -241,44 +204,14 @@ def test_flac_without_a_length_is_refused(tmp_path: Path) -> None:
 
 
 def test_files_without_samples_are_refused(tmp_path: Path) -> None:
-    path = tmp_path / "empty.wav"
-    soundfile.write(path, np.zeros(0), SAMPLE_RATE)
-    assert "holds no samples" in refused(path)
-    soundfile.write(path, np.zeros(1), 96000)
-    assert "none at 16000 Hz" in refused(path)
+    assert "holds no samples" in refused(write(tmp_path / "empty.wav", np.zeros(0)))
+    assert "none at 16000 Hz" in refused(write(tmp_path / "one.wav", np.zeros(1), rate=96000))
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
-def test_samples_that_are_not_finite_are_refused(value: float, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("value", "message"), [
+    (float("nan"), "NaN or infinite"), (float("inf"), "NaN or infinite"),
+    (-float("inf"), "NaN or infinite"), (20_000.0, "divide 16-bit samples by 32768")])
+def test_samples_that_are_none_are_refused(value: float, message: str, tmp_path: Path) -> None:
     wave = tone(SAMPLE_RATE)
     wave[777] = value
-    path = tmp_path / "nan.wav"
-    soundfile.write(path, wave, SAMPLE_RATE, subtype="FLOAT")
-    assert "NaN or infinite" in refused(path)
-
-
-@pytest.mark.parametrize(("samples", "rate", "message"), [
-    (np.zeros((2, 16000)), 16000, "transpose"),
-    (np.zeros((1, 1, 16000)), 16000, "transpose or squeeze"),
-    (np.zeros(()), 16000, "shape"),
-    (np.zeros(0), 16000, "holds no samples"),
-    (np.zeros((0, 2)), 16000, "holds no samples"),
-    (np.zeros(100), 0, "sampling rate 0"),
-    (np.zeros(100), float("nan"), "sampling rate nan"),
-    (np.zeros(100, dtype=bool), 16000, "samples are bool"),
-    (np.full(100, 20000.0), 16000, "divide 16-bit samples by 32768"),
-    (np.zeros(16000 * 3), 16000, "longer than the limit of 2 s"),
-])
-def test_bad_arrays_are_refused(samples: np.ndarray, rate: float, message: str) -> None:
-    with pytest.raises(UserError) as caught:
-        prepare(samples, rate, name="the clip", max_seconds=2.0)
-    assert str(caught.value).startswith("the clip: ")
-    assert message in str(caught.value)
-
-
-def test_importing_audio_does_not_import_transformers() -> None:
-    import subprocess
-    import sys
-
-    code = f"import sys, {audio.__name__}; sys.exit('transformers' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+    assert message in refused(write(tmp_path / "bad.wav", wave, "WAV-FLOAT"))

@@ -1,4 +1,4 @@
-"""How audio becomes log-mel: lengths, values equal to those of transformers, batches, and tensors that are refused."""
+"""Log-mel: lengths, values equal to those of transformers, batches, and what is refused."""
 
 from __future__ import annotations
 
@@ -30,18 +30,11 @@ def speech_like(n: int, seed: int = 0) -> torch.Tensor:
 # Lengths
 
 
-@pytest.mark.parametrize(("samples", "frames"), [(0, 50), (1, 50), (8000, 50), (8001, 51), (16000, 100), (16001, 101),
-                                                 (MAX_SAMPLES - 1, 3000), (MAX_SAMPLES, 3000)])
+@pytest.mark.parametrize(("samples", "frames"), [
+    (0, 50), (1, 50), (8000, 50), (8001, 51), (16000, 100), (16001, 101), (MAX_SAMPLES - 1, 3000),
+    (MAX_SAMPLES, 3000)])
 def test_mel_length_drops_nothing_and_pads_short_clips(samples: int, frames: int) -> None:
     assert mel_length(samples) == frames
-
-
-def test_length_functions_agree_on_ints_and_tensors() -> None:
-    counts = torch.arange(0, 20000, 7)
-    frames = mel_length(counts)
-    assert frames.dtype == torch.int64
-    assert frames.tolist() == [mel_length(int(n)) for n in counts]
-    assert encoder_length(frames).tolist() == [encoder_length(int(n)) for n in frames]
 
 
 @pytest.mark.parametrize("n_mel", [50, 51, 99, 100, 3000])
@@ -70,8 +63,9 @@ def reference(extractor: WhisperFeatureExtractor, samples: torch.Tensor) -> torc
     return torch.from_numpy(features.input_features[0])
 
 
-@pytest.mark.parametrize("n", [1600, 8000, 12345, 16000, 16039, 16041, 70001, MAX_SAMPLES - 250, MAX_SAMPLES - 100,
-                               MAX_SAMPLES - 1, MAX_SAMPLES])
+@pytest.mark.parametrize("n", [
+    1600, 8000, 12345, 16000, 16039, 16041, 70001, MAX_SAMPLES - 250, MAX_SAMPLES - 100,
+    MAX_SAMPLES - 1, MAX_SAMPLES])
 def test_log_mel_equals_transformers(extractor: WhisperFeatureExtractor, n: int) -> None:
     samples = speech_like(n)
     expected = reference(extractor, samples)
@@ -108,8 +102,8 @@ LENGTHS = [3000, 8000, 8001, 16041, 47999, 160000]
 def test_batch_equals_one_by_one(pad_to_30s: bool) -> None:
     waves = [10.0 ** -i * speech_like(n, seed=i) for i, n in enumerate(LENGTHS)]
     mel, lengths = batch_log_mel(waves, pad_to_30s=pad_to_30s)
-    assert lengths.tolist() == [mel_length(n) for n in LENGTHS]
-    for row, length, wave in zip(mel, lengths.tolist(), waves, strict=True):
+    assert lengths == tuple(mel_length(n) for n in LENGTHS)
+    for row, length, wave in zip(mel, lengths, waves, strict=True):
         single = log_mel(wave, pad_to_30s=pad_to_30s)
         torch.testing.assert_close(row[:, : single.shape[-1]], single, atol=1e-5, rtol=0)
         if not pad_to_30s:
@@ -119,9 +113,9 @@ def test_batch_equals_one_by_one(pad_to_30s: bool) -> None:
 
 @pytest.mark.parametrize("pad_to_30s", [False, True])
 def test_what_stands_in_the_padding_changes_nothing(pad_to_30s: bool) -> None:
-    lengths = torch.tensor([9000, 20000])
+    lengths = (9000, 20000)
     clean = torch.zeros(2, 30000)
-    for row, n in zip(clean, lengths.tolist(), strict=True):
+    for row, n in zip(clean, lengths, strict=True):
         row[:n] = speech_like(n)
     dirty = clean.clone()
     dirty[0, 9000:] = 1e3 * torch.randn(21000)
@@ -133,7 +127,8 @@ def test_what_stands_in_the_padding_changes_nothing(pad_to_30s: bool) -> None:
 
 def test_short_clips_are_padded_with_zeros_to_the_minimum() -> None:
     short = speech_like(2000)
-    assert torch.equal(log_mel(short), log_mel(torch.nn.functional.pad(short, (0, MIN_SAMPLES - 2000))))
+    padded = torch.nn.functional.pad(short, (0, MIN_SAMPLES - 2000))
+    assert torch.equal(log_mel(short), log_mel(padded))
 
 
 def test_autocast_does_not_lower_the_precision() -> None:
@@ -146,15 +141,3 @@ def test_autocast_does_not_lower_the_precision() -> None:
 def test_log_mel_refuses_more_than_30_seconds() -> None:
     with pytest.raises(UserError, match=r"30\.00 s; Whisper takes 30 s"):
         log_mel(torch.zeros(MAX_SAMPLES + 1))
-
-
-@pytest.mark.parametrize(("samples", "lengths"), [
-    (torch.zeros(16000, dtype=torch.int16), None),
-    (torch.zeros(1, 1, 16000), None),
-    (torch.zeros(0), None),
-    (torch.zeros(2, 100), torch.tensor([100])),
-    (torch.zeros(2, 100), torch.tensor([100, 101])),
-])
-def test_log_mel_refuses_wrong_tensors(samples: torch.Tensor, lengths: torch.Tensor | None) -> None:
-    with pytest.raises(ValueError, match=r"expected float samples|do not fit"):
-        log_mel(samples, lengths=lengths)

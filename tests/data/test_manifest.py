@@ -13,7 +13,14 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unislu_llm.data.manifest import KINDS, Problem, iter_manifest, read_manifest, write_manifest
+from unislu_llm.data.manifest import (
+    iter_rows,
+    manifest_name,
+    moved,
+    read_manifest,
+    write_manifest,
+)
+from unislu_llm.data.row_reader import Problem
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import NER, SA, LabelTask, Span, SpanTask, TaskRegistry
 from unislu_llm.utterance import Utterance
@@ -32,7 +39,8 @@ def row(**changes: Any) -> dict[str, Any]:
 def write(tmp_path: Path, *rows: Any) -> Path:
     """A manifest of rows (JSON), strings and bytes (as they are)."""
     path = tmp_path / "m.jsonl"
-    lines = [r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode() for r in rows]
+    lines = [r if isinstance(r, bytes) else (r if isinstance(r, str) else json.dumps(r)).encode()
+             for r in rows]
     path.write_bytes(b"".join(line + b"\n" for line in lines))
     return path
 
@@ -43,18 +51,17 @@ def read_one(tmp_path: Path, **changes: Any) -> Utterance:
 
 
 def problems(tmp_path: Path, *rows: Any, **options: Any) -> list[Problem]:
-    return [p for p in iter_manifest(write(tmp_path, *rows), REGISTRY, **options) if isinstance(p, Problem)]
+    return [p for r in iter_rows(write(tmp_path, *rows), REGISTRY, **options) for p in r.problems]
 
 
 def only_problem(tmp_path: Path, line: Any) -> Problem:
     """The one problem of a row that stands on line 2, between two good ones that are both read."""
     path = write(tmp_path, row(id="before"), line, row(id="after"))
-    items = list(iter_manifest(path, REGISTRY))
-    assert [i.id for i in items if isinstance(i, Utterance)] == ["before", "after"]
-    (problem,) = (i for i in items if isinstance(i, Problem))
+    rows = list(iter_rows(path, REGISTRY))
+    assert [r.utterance.id for r in rows if r.utterance] == ["before", "after"]
+    (problem,) = (p for r in rows for p in r.problems)
     assert problem.file == path
     assert problem.line == 2
-    assert problem.kind in KINDS
     assert str(problem) == f"{path}:2: {problem.field}: {problem.message}"
     return problem
 
@@ -63,35 +70,38 @@ def only_problem(tmp_path: Path, line: Any) -> Problem:
 
 
 def test_a_full_row(tmp_path: Path) -> None:
-    path = write(tmp_path, row(ner=[{"label": "PLACE", "start": 19, "end": 24}, ["ORG", 4, 11]], sa="Neutral",
-                               acts=["thanks", "question"], start=1, end=3.5, duration=2.5, speaker="s1", language="en",
-                               corpus="vp", condition="clean"))
+    path = write(tmp_path, row(
+        ner=[{"label": "PLACE", "start": 19, "end": 24}, ["ORG", 4, 11]], sa="Neutral",
+        acts=["thanks", "question"], start=1, end=3.5, duration=2.5, speaker="s1", language="en",
+        corpus="vp", condition="clean", hypothesis=" the  council", text_source="whisper"))
     assert read_manifest(path, REGISTRY) == [Utterance(
-        id="a", audio=tmp_path / "wav/a.flac", text=TEXT,
-        labels={"ner": (Span("ORG", 4, 11), Span("PLACE", 19, 24)), "sa": "Neutral", "acts": ("question", "thanks")},
-        start=1.0, end=3.5, duration=2.5, speaker="s1", language="en", corpus="vp", source=f"{path}:1")]
+        id="a", audio=tmp_path / "wav/a.flac", text=TEXT, start=1.0, end=3.5, duration=2.5,
+        labels={"ner": (Span("ORG", 4, 11), Span("PLACE", 19, 24)), "sa": "Neutral",
+                "acts": ("question", "thanks")},
+        speaker="s1", language="en", corpus="vp", source=f"{path}:1", hypothesis="the council",
+        text_source="whisper")]
+
+
+def test_the_old_name_of_a_hypothesis_is_read_with_one_warning(tmp_path: Path) -> None:
+    path = write(tmp_path, row(draft="the consul"), row(id="b", draft=""), row(id="c"),
+                 row(id="d", draft="old", hypothesis="new"))
+    with pytest.warns(UserWarning, match=r"m\.jsonl:1: 'draft' is an old name") as caught:
+        read = read_manifest(path, REGISTRY)
+    assert len(caught) == 1
+    assert [u.hypothesis for u in read] == ["the consul", "", None, "new"]
 
 
 def test_not_annotated_differs_from_annotated_and_empty(tmp_path: Path) -> None:
     assert read_one(tmp_path).labels == {}
     assert read_one(tmp_path, ner=[], acts=[]).labels == {"ner": (), "acts": ()}
-    path = write(tmp_path, json.dumps(row()).replace("}", ', "ner": null, "end": null, "audio": null}').replace(
-        '"audio": "wav/a.flac", ', ""))
-    (utterance,) = read_manifest(path, REGISTRY)
+    nulls = {"ner": None, "end": None, "audio": None, "hypothesis": None}
+    (utterance,) = read_manifest(write(tmp_path, row() | nulls), REGISTRY)
     assert (utterance.labels, utterance.end, utterance.audio) == ({}, None, None)
 
 
-def test_a_row_without_audio_is_text_only(tmp_path: Path) -> None:
-    assert read_one(tmp_path, audio=None).audio is None
-
-
-def test_only_tasks_of_the_registry_are_read(tmp_path: Path) -> None:
-    path = write(tmp_path, row(ner=[], sa="Neutral"))
+def test_tasks_are_the_registrys_and_the_corpus_the_rows_own_or_the_callers(tmp_path: Path) -> None:
+    path = write(tmp_path, row(ner=[], sa="Neutral"), row(id="b", corpus="own"))
     assert read_manifest(path, TaskRegistry([SA]))[0].labels == {"sa": "Neutral"}
-
-
-def test_corpus_is_the_rows_own_then_the_callers_then_default(tmp_path: Path) -> None:
-    path = write(tmp_path, row(), row(id="b", corpus="own"))
     assert [u.corpus for u in read_manifest(path, REGISTRY)] == ["default", "own"]
     assert [u.corpus for u in read_manifest(path, REGISTRY, corpus="mine")] == ["mine", "own"]
 
@@ -108,25 +118,12 @@ def test_spans_may_touch_and_come_in_any_order(tmp_path: Path) -> None:
     assert read_one(tmp_path, ner=spans).labels["ner"] == tuple(Span(*s) for s in reversed(spans))
 
 
-@pytest.mark.parametrize("text", ["l'été [applause] 5 [ner]", "你好 世界", "a\u00a0b", "x]"])
-def test_any_other_text_is_kept_as_it_is(tmp_path: Path, text: str) -> None:
-    assert read_one(tmp_path, text=text).text == text
-
-
-@pytest.mark.parametrize("key", ["condition", "split", "voice", "gender", "raw_text", "idx", "snr", "age"])
-def test_other_keys_are_metadata(tmp_path: Path, key: str) -> None:
-    assert read_one(tmp_path, **{key: "x"}).id == "a"
-
-
 def test_a_lookalike_beside_the_field_itself_is_metadata(tmp_path: Path) -> None:
-    assert read_one(tmp_path, speaker="s1", speaker_id=17, path="/x.wav", transcript="The council.").speaker == "s1"
-
-
-def test_audio_paths_start_at_the_manifest(tmp_path: Path) -> None:
-    (tmp_path / "deep").mkdir()
-    (tmp_path / "a.wav").write_bytes(b"x")
-    path = write(tmp_path / "deep", row(audio="../a.wav"), row(id="b", audio=str(tmp_path / "a.wav")))
-    assert all(u.audio == tmp_path / "a.wav" for u in read_manifest(path, REGISTRY, check_audio=True))
+    u = read_one(tmp_path, speaker="s1", speaker_id=17, path="/x.wav", transcript="The council.",
+                 condition="x", split="x", gender="x", raw_text="x", segment="x",
+                 text="l'été [applause] 你好 5\u00a0[ner] x]")
+    assert u.text == "l'été [applause] 你好 5\u00a0[ner] x]"
+    assert u.speaker == "s1"
 
 
 def test_parent_folders_are_those_of_the_real_manifest_folder(tmp_path: Path) -> None:
@@ -142,80 +139,57 @@ def test_parent_folders_are_those_of_the_real_manifest_folder(tmp_path: Path) ->
 
 BAD_ROWS: list[tuple[dict[str, Any], str, str, str]] = [
     ({"id": None}, "id", "missing", "unique id"),
-    ({"id": ""}, "id", "missing", "is empty"),
-    ({"id": 7}, "id", "type", "must be a string, found 7"),
+    ({"id": 7}, "id", "type", "must be a valid string, found 7"),
     ({"id": " a"}, "id", "value", "blank"),
     ({"id": "a\nb"}, "id", "value", "control character '\\n'"),
     ({"text": None}, "text", "missing", "needs a transcript"),
     ({"text": None, "transcript": TEXT}, "text", "missing", "rename 'transcript'"),
     ({"text": ""}, "text", "missing", "is empty"),
-    ({"text": ["the"]}, "text", "type", "must be a string, found a list"),
     ({"text": " the"}, "text", "text", "starts or ends with a blank"),
-    ({"text": "the "}, "text", "text", "starts or ends with a blank"),
     ({"text": "the  council"}, "text", "text", "two blanks"),
     ({"text": "the\tcouncil"}, "text", "text", "control character '\\t' at character 3"),
-    ({"text": "the\ncouncil"}, "text", "text", "control character '\\n'"),
-    ({"text": "the\x07council"}, "text", "text", "control character"),
     ({"text": "the\u2028council"}, "text", "text", "control character"),
     ({"text": "the\ud800council"}, "text", "text", "control character"),
     ({"text": "the [NER] council"}, "text", "marker", "[NER]"),
-    ({"text": "the[T/L]council"}, "text", "marker", "[T/L]"),
-    ({"text": "the [/ORG] council"}, "text", "marker", "[/ORG]"),
     ({"text": "so [A] council"}, "text", "marker", "[A]"),
-    ({"audio": 3}, "audio", "type", "must be a string"),
     ({"audio": ""}, "audio", "value", "leave the key out"),
-    ({"audio": "a\0b"}, "audio", "value", "control character"),
-    ({"speaker": 12}, "speaker", "type", "must be a string, found 12"),
-    ({"language": ["en"]}, "language", "type", "must be a string"),
+    ({"speaker": 12}, "speaker", "type", "must be a valid string, found 12"),
     ({"corpus": ""}, "corpus", "value", "is empty"),
-    ({"start": -1}, "start", "value", "not negative, found -1"),
-    ({"start": float("nan")}, "start", "value", "must be finite"),
-    ({"end": float("inf")}, "end", "value", "must be finite"),
-    ({"start": "1.5"}, "start", "type", "found the string '1.5'"),
-    ({"start": True}, "start", "type", "found true"),
-    ({"end": 10**30}, "end", "value", "a huge number"),
+    ({"start": -1}, "start", "value", "greater than or equal to 0, found -1"),
+    ({"start": float("nan")}, "start", "value", "must be a finite number"),
+    ({"start": "1.5"}, "start", "type", 'found "1.5"'),
+    ({"end": 10**30}, "end", "value", "found 1000"),
     ({"start": 2.0, "end": 2.0}, "end", "value", "2 s is not after start 2 s"),
-    ({"start": 2.0, "end": 1.0}, "end", "value", "1 s is not after start 2 s"),
-    ({"end": 0}, "end", "value", "0 s is not after start 0 s"),
-    ({"duration": 0}, "duration", "value", "more than 0 s"),
-    ({"duration": float("nan")}, "duration", "value", "must be finite"),
-    ({"start": 10.0, "end": 12.0, "duration": 30.0}, "duration", "value", "does not fit the stretch from 10 s to 12 s"),
+    ({"duration": 0}, "duration", "value", "greater than 0"),
+    ({"start": 1.0, "end": 2.0, "duration": 9.0}, "duration", "value", "from 1 s to 2 s"),
     ({"sa": "positive"}, "sa", "label", "did you mean 'Positive'"),
-    ({"sa": "xyzzy"}, "sa", "label", "labels: Positive, Neutral, Negative"),
-    ({"sa": ["Positive"]}, "sa", "type", "must be one label as a string"),
-    ({"sa": 1}, "sa", "type", "must be one label as a string"),
-    ({"acts": "question"}, "acts", "type", "must be a list of labels"),
+    ({"sa": ["Positive"]}, "sa", "type", "must be a valid string, found"),
+    ({"acts": "question"}, "acts", "type", 'must be a valid list, found "question"'),
     ({"acts": ["question", "qestion"]}, "acts[1]", "label", "did you mean 'question'"),
-    ({"acts": ["thanks", 3]}, "acts[1]", "type", "must be a string"),
     ({"acts": ["thanks", "thanks"]}, "acts", "label", "'thanks' is given twice"),
-    ({"ner": {"label": "ORG"}}, "ner", "type", "must be a list of spans, found an object"),
-    ({"ner": "ORG"}, "ner", "type", "must be a list of spans"),
+    ({"ner": {"label": "ORG"}}, "ner", "type", 'must be a valid list, found {"label"'),
     ({"ner": ["ORG"]}, "ner[0]", "type", "[label, start, end]"),
-    ({"ner": [["ORG", 4]]}, "ner[0]", "type", "[label, start, end]"),
-    ({"ner": [{"label": "ORG", "start": 4}]}, "ner[0].end", "missing", "a span has label, start and end"),
+    ({"ner": [{"label": "ORG", "start": 4}]}, "ner[0].end", "missing", "a span has label"),
     ({"ner": [["ORG", 4, 11], ["PLAC", 19, 24]]}, "ner[1].label", "label", "did you mean 'PLACE'"),
     ({"ner": [[None, 4, 11]]}, "ner[0].label", "type", "found null"),
-    ({"ner": [["ORG", 4.0, 11]]}, "ner[0].start", "type", "whole number, found 4"),
-    ({"ner": [["ORG", 4, "11"]]}, "ner[0].end", "type", "whole number"),
-    ({"ner": [["ORG", False, 3]]}, "ner[0].start", "type", "whole number, found false"),
-    ({"ner": [["ORG", -1, 3]]}, "ner[0].start", "span", "-1 is outside the text of 30 characters"),
-    ({"ner": [["ORG", 30, 31]]}, "ner[0].start", "span", "outside the text"),
-    ({"ner": [["WHEN", 25, 31]]}, "ner[0].end", "span", "31 is past the end of the text of 30 characters"),
+    ({"ner": [["ORG", 4.0, 11]]}, "ner[0].start", "type", "valid integer, found 4"),
+    ({"ner": [["ORG", False, 3]]}, "ner[0].start", "type", "valid integer, found false"),
+    ({"ner": [["ORG", -1, 3]]}, "ner[0].start", "span", "-1 is outside the text of 30"),
+    ({"ner": [["WHEN", 25, 31]]}, "ner[0].end", "span", "31 is outside the text of 30"),
     ({"ner": [["PLACE", 19, 5]]}, "ner[0].end", "span", "not a length"),
     ({"ner": [["PLACE", 19, 19]]}, "ner[0].end", "span", "not after start"),
-    ({"ner": [["ORG", 3, 11]]}, "ner[0].start", "span", "the phrase ' council' has a blank at its start"),
-    ({"ner": [["ORG", 4, 12]]}, "ner[0].end", "span", "the phrase 'council ' has a blank at its end"),
-    ({"ner": [["ORG", 3, 4]]}, "ner[0].start", "span", "blank at its start"),
-    ({"ner": [["ORG", 4, 15], ["LAW", 12, 18]]}, "ner", "overlap", "ORG 4..15 and LAW 12..18 overlap"),
-    ({"ner": [["ORG", 4, 24], ["PLACE", 19, 24]]}, "ner", "overlap", "ORG 4..24 and PLACE 19..24"),
+    ({"ner": [["ORG", 3, 11]]}, "ner[0].start", "span", "3 puts a blank at the start"),
+    ({"ner": [["ORG", 4, 12]]}, "ner[0].end", "span", "12 puts a blank at the end"),
+    ({"ner": [["ORG", 4, 15], ["LAW", 12, 18]]}, "ner", "overlap", "ORG 4..15 and LAW 12..18"),
     ({"ner": [["ORG", 4, 11], ["ORG", 4, 11]]}, "ner", "overlap", "flat"),
     ({"nre": []}, "nre", "unknown_key", "did you mean 'ner'"),
-    ({"NER": []}, "NER", "unknown_key", "did you mean 'ner'"),
     ({"sentiment": "Positive"}, "sentiment", "unknown_key", "did you mean 'sa'"),
     ({"speakr": "s"}, "speakr", "unknown_key", "did you mean 'speaker'"),
-    ({"durations": 2}, "durations", "unknown_key", "did you mean 'duration'"),
-    ({"audio": None, "auido": "a.wav"}, "auido", "unknown_key", "did you mean 'audio'"),
-    ({"audio": None, "audio_filepath": "a.wav"}, "audio_filepath", "unknown_key", "did you mean 'audio'"),
+    ({"audio": None, "wav": "a.wav"}, "wav", "unknown_key", "did you mean 'audio'"),
+    ({"hypotesis": "a"}, "hypotesis", "unknown_key", "did you mean 'hypothesis'"),
+    ({"hypothesis": "the [NER] council"}, "hypothesis", "marker", "[NER]"),
+    ({"hypothesis": 3}, "hypothesis", "type", "must be a valid string"),
+    ({"sa": "NEUTRAL"}, "sa", "label", "did you mean 'Neutral'"),
 ]
 
 
@@ -234,32 +208,30 @@ def test_a_bad_row_gives_one_problem(tmp_path: Path, changes: dict[str, Any], fi
     ('["a", "b"]', "json", "expected a JSON object, found list"),
     ("null", "json", "expected a JSON object"),
     ('{"id": "a", "text": "b", "text": "c"}', "json", "key 'text' is given twice"),
-    ('{"id": "a", "text": "b", "ner": [{"label": "ORG", "label": "LAW"}]}', "json", "key 'label' is given twice"),
+    ('{"id": "a", "text": "b", "ner": [{"label": "ORG", "label": "LAW"}]}', "json",
+     "key 'label' is given twice"),
     (b'{"id": "a", "text": "caf\xe9"}', "encoding", "byte 25 is not UTF-8"),
     ("[" * 200_000, "json", "not usable JSON"),
     ('{"id": "a", "end": ' + "9" * 5000 + "}", "json", "not usable JSON"),
 ])
-def test_a_bad_line_gives_one_problem(tmp_path: Path, line: str | bytes, kind: str, message: str) -> None:
+def test_a_bad_line_gives_one_problem(tmp_path: Path, line: str | bytes, kind: str,
+                                      message: str) -> None:
     problem = only_problem(tmp_path, line)
     assert (problem.field, problem.kind) == ("line", kind)
     assert message in problem.message
 
 
-def test_every_kind_of_problem_is_tested_here() -> None:
-    elsewhere = {"json", "encoding", "empty", "duplicate_id", "audio_missing"}
-    assert {kind for _, _, kind, _ in BAD_ROWS} | elsewhere == set(KINDS)
-
-
 def test_ids_are_unique_also_among_bad_rows(tmp_path: Path) -> None:
     found = problems(tmp_path, row(), row(id="b", sa="x"), row(id="b"), row())
-    assert [(p.line, p.field, p.kind) for p in found] == [(2, "sa", "label"), (3, "id", "duplicate_id"),
-                                                          (4, "id", "duplicate_id")]
+    assert [(p.line, p.field, p.kind) for p in found] == [
+        (2, "sa", "label"), (3, "id", "duplicate_id"), (4, "id", "duplicate_id")]
     assert "line 2" in found[1].message
     assert "line 1" in found[2].message
 
 
 def test_all_problems_of_a_row_are_given(tmp_path: Path) -> None:
-    found = problems(tmp_path, row(text=" x", start=-1, sa="x", ner=[["ORG", 0, 99], ["NOPE", 1, 2]]))
+    spans = [["ORG", 0, 99], ["NOPE", 1, 2]]
+    found = problems(tmp_path, row(text="x ", start=-1, sa="x", ner=spans))
     assert {p.field for p in found} == {"text", "start", "sa", "ner[0].end", "ner[1].label"}
 
 
@@ -267,7 +239,9 @@ def test_all_problems_of_a_row_are_given(tmp_path: Path) -> None:
 def test_an_empty_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "m.jsonl"
     path.write_bytes(content)
-    assert list(iter_manifest(path, REGISTRY)) == [Problem(path, 0, "file", "empty", "the manifest has no rows; give one a line")]
+    (found,) = iter_rows(path, REGISTRY)
+    assert found.problems == (
+        Problem("file", "empty", "the manifest has no rows; give one a line", file=path),)
     with pytest.raises(UserError, match=r"m\.jsonl: file: the manifest has no rows"):
         read_manifest(path, REGISTRY)
 
@@ -279,17 +253,13 @@ def test_missing_audio_is_a_problem_only_when_asked_for(tmp_path: Path) -> None:
     assert str(tmp_path / "wav/a.flac") in problem.message
 
 
-def test_a_missing_manifest_is_refused_at_once(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"none\.jsonl: manifest does not exist"):
-        iter_manifest(tmp_path / "none.jsonl", REGISTRY)
-    with pytest.raises(UserError, match="is not a file"):
-        iter_manifest(tmp_path, REGISTRY)
-
-
-def test_a_task_named_like_a_field_is_refused(tmp_path: Path) -> None:
+def test_a_missing_manifest_and_a_task_named_like_a_field_are_refused(tmp_path: Path) -> None:
+    for path in (tmp_path / "none.jsonl", tmp_path):
+        with pytest.raises(UserError, match="manifest does not exist or is no file"):
+            read_manifest(path, REGISTRY)
     registry = TaskRegistry([SpanTask("language", "[LID]", ("EN",))])
     with pytest.raises(UserError, match="task 'language' has the name of a manifest field"):
-        iter_manifest(write(tmp_path, row()), registry)
+        read_manifest(write(tmp_path, row()), registry)
 
 
 def test_read_manifest_raises_one_error_with_the_first_ten_and_the_count(tmp_path: Path) -> None:
@@ -302,6 +272,27 @@ def test_read_manifest_raises_one_error_with_the_first_ten_and_the_count(tmp_pat
     assert lines[10:] == ["... and 3 more"]
 
 
+def test_a_corpus_is_called_after_its_manifest_or_its_folder(tmp_path: Path) -> None:
+    assert manifest_name(tmp_path / "voices" / "train.jsonl") == "voices"
+    assert manifest_name(tmp_path / "voices" / "calls_train.jsonl") == "calls_train"
+
+
+def test_rows_without_text_are_read_where_a_recogniser_is_to_write_it(tmp_path: Path) -> None:
+    spans = [["PLACE", "paris"], {"label": "ORG", "phrase": " the  council"}]
+    path = write(tmp_path, row(text=None, ner=spans, sa="Neutral"),
+                 row(id="b", text="", ner=[]), row(id="c"))
+    found = [r.utterance for r in iter_rows(path, REGISTRY, without_text=True)]
+    assert [(u.text, dict(u.labels)) for u in found if u] == [
+        ("", {"sa": "Neutral"}), ("", {"ner": ()}), (TEXT, {})]
+    assert {p.kind for p in problems(tmp_path, row(text=None, audio=None), without_text=True)} == {
+        "missing"}
+    bad = row(text=None, ner=[["PLAC", "paris"], ["ORG", 3, 5], {"label": "ORG", "phrase": " "},
+                              {"label": "ORG", "start": 3, "end": 5}])
+    assert [(p.field, p.kind) for p in problems(tmp_path, bad, without_text=True)] == [
+        ("ner[0].label", "label"), ("ner[1]", "type"), ("ner[2].phrase", "value"),
+        ("ner[3].phrase", "missing")]
+
+
 # Size
 
 
@@ -309,17 +300,17 @@ def test_large_manifests_are_streamed_fast(tmp_path: Path) -> None:
     good = [json.dumps(row(id=f"u{i}", ner=[["ORG", 4, 11]], condition="x")) for i in range(10_000)]
     path = write(tmp_path, *good)
     started = time.process_time()
-    assert sum(isinstance(item, Utterance) for item in iter_manifest(path, REGISTRY)) == 10_000
+    assert sum(r.utterance is not None for r in iter_rows(path, REGISTRY)) == 10_000
     assert 10_000 / (time.process_time() - started) > 5_000  # rows a second
 
 
-def test_rows_come_before_the_file_is_read_to_its_end(tmp_path: Path) -> None:
-    path = tmp_path / "m.jsonl"
-    with path.open("w") as handle:
-        handle.write(json.dumps(row()) + "\n")
-        handle.flush()
-        items = iter_manifest(path, REGISTRY)
-        assert isinstance(next(items), Utterance)
+def test_a_row_with_very_many_keys_is_checked_in_linear_time(tmp_path: Path) -> None:
+    for line in (row(**{f"k{i}": i for i in range(20_000)}),
+                 row(id=None, text=None, **{f"textt{i}": i for i in range(20_000)})):
+        path = write(tmp_path, line)
+        started = time.process_time()
+        list(iter_rows(path, REGISTRY))
+        assert time.process_time() - started < 5.0  # seconds; comparing all pairs takes many more
 
 
 # Writing
@@ -328,8 +319,8 @@ def test_rows_come_before_the_file_is_read_to_its_end(tmp_path: Path) -> None:
 @st.composite
 def utterances(draw: st.DrawFn) -> Utterance:
     """Any utterance that the format can hold."""
-    words = draw(st.lists(st.text(st.characters(exclude_categories=("C", "Z"), exclude_characters="["), min_size=1),
-                          min_size=1, max_size=8))
+    letters = st.characters(exclude_categories=("C", "Z"), exclude_characters="[")
+    words = draw(st.lists(st.text(letters, min_size=1), min_size=1, max_size=8))
     labels: dict[str, Any] = {}
     if draw(st.booleans()):
         labels["ner"] = tuple(_draw_spans(draw, words))
@@ -337,14 +328,18 @@ def utterances(draw: st.DrawFn) -> Utterance:
         labels["sa"] = draw(st.sampled_from(SA.labels))
     if draw(st.booleans()):
         labels["acts"] = tuple(label for label in ACTS.labels if draw(st.booleans()))
+    segments = [{"start": 0.0, "end": 9.5, "text": "the", "ner": [["ORG", 0, 3]]}]
     start = draw(st.just(0.0) | st.floats(0, 1e4))
     end = draw(st.none() | st.floats(0.01, 30).map(lambda length: start + length))
     duration = end - start if end is not None else draw(st.none() | st.floats(0.01, 30))
     word = st.none() | st.text(st.characters(exclude_categories=("C", "Zl", "Zp")), min_size=1)
-    audio = st.sampled_from(["a.wav", "wav/ü b.flac", "../other/a.ogg", "/data/a.mp3", "..a"]).map(Path)
+    names = ["a.wav", "wav/ü b.flac", "../other/a.ogg", "/data/a.mp3", "..a"]
     return Utterance(
-        id="", audio=draw(st.none() | audio), text=" ".join(words), labels=labels, start=start, end=end,
-        speaker=draw(word), language=draw(word), corpus=draw(word) or "default", duration=duration)
+        id="", audio=draw(st.none() | st.sampled_from(names).map(Path)), text=" ".join(words),
+        labels=labels, start=start, end=end, speaker=draw(word), language=draw(word),
+        corpus=draw(word) or "default", duration=duration, text_source=draw(word),
+        segments=draw(st.none() | st.just(segments)),
+        hypothesis=draw(st.none() | st.just("") | st.just(" ".join(words))))
 
 
 def _draw_spans(draw: st.DrawFn, words: list[str]) -> Iterator[Span]:
@@ -355,7 +350,8 @@ def _draw_spans(draw: st.DrawFn, words: list[str]) -> Iterator[Span]:
         offset += len(word) + 1
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, deadline=None,
+          suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(drawn=st.lists(utterances(), min_size=1, max_size=4))
 def test_written_manifests_read_back_equal(tmp_path: Path, drawn: list[Utterance]) -> None:
     root = tmp_path.resolve()
@@ -371,35 +367,31 @@ def _placed(audio: Path | None, root: Path) -> Path | None:
     return root / "other/a.ogg" if audio.parts[0] == ".." else root / "lists" / audio
 
 
-def test_segments_survive_writing(tmp_path: Path) -> None:
-    segments = [{"start": 0.0, "end": 9.5, "text": "the council", "ner": [["ORG", 4, 11]]},
-                {"start": 9.5, "end": 40, "text": "met"}]
-    utterance = read_one(tmp_path, segments=segments)
-    write_manifest(tmp_path / "copy.jsonl", [utterance])
-    assert json.loads((tmp_path / "copy.jsonl").read_text())["segments"] == segments
-    assert replace(read_manifest(tmp_path / "copy.jsonl", REGISTRY)[0], source="") == replace(utterance, source="")
-
-
 def test_written_audio_paths_move_with_the_folder(tmp_path: Path) -> None:
-    write_manifest(tmp_path / "old/lists/m.jsonl", [Utterance("a", tmp_path / "old/lists/a.wav", "x"),
-                                                    Utterance("b", tmp_path / "old/wav/b.wav", "x")])
+    write_manifest(tmp_path / "old/lists/m.jsonl", [
+        Utterance("a", tmp_path / "old/lists/a.wav", "x"),
+        Utterance("b", tmp_path / "old/wav/b.wav", "x")])
     (tmp_path / "old").rename(tmp_path / "new")
     read = read_manifest(tmp_path / "new/lists/m.jsonl", REGISTRY)
     assert [u.audio for u in read] == [tmp_path / "new/lists/a.wav", tmp_path / "new/wav/b.wav"]
 
 
-def test_relative_paths_are_those_of_the_working_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    write_manifest("m.jsonl", [Utterance("a", Path("wav/a.wav"), "x")])
-    assert json.loads(Path("m.jsonl").read_text())["audio"] == "wav/a.wav"
-    assert read_manifest("m.jsonl", REGISTRY)[0].audio == Path("wav/a.wav")
+def test_only_the_audio_path_of_a_moved_row_changes(tmp_path: Path) -> None:
+    content = {"audio": "wav/a.wav", "text": "\u00e9", "meta": {"audio": "b", "half": "\ud800"}}
+    line = moved(content, tmp_path, tmp_path / "deep/er")
+    assert json.loads(line) == content | {"audio": "../../wav/a.wav"}
+    assert "\u00e9" in line.decode()
+    assert json.loads(moved(content, tmp_path, tmp_path)) == content
+    content["audio"] = "/x.wav"
+    assert json.loads(moved(content, tmp_path, tmp_path / "deep")) == content
 
 
 def test_a_failed_write_leaves_the_old_manifest(tmp_path: Path) -> None:
     path = tmp_path / "m.jsonl"
     write_manifest(path, [Utterance("old", None, "x")])
     with pytest.raises(UserError, match="row 'bad' cannot be written"):
-        write_manifest(path, [Utterance("new", None, "x"), Utterance("bad", None, "x", end=float("nan"))])
+        write_manifest(path, [Utterance("new", None, "x"),
+                              Utterance("bad", None, "x", end=float("nan"))])
     with pytest.raises(UserError, match="row 'bad' cannot be written"):
         write_manifest(path, [Utterance("bad", None, "x\ud800")])
     assert [u.id for u in read_manifest(path, REGISTRY)] == ["old"]

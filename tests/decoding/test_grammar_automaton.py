@@ -1,9 +1,10 @@
-"""The grammar itself: its state under any order of calls, and what it accepts for any registry and tokenizer."""
+"""The grammar itself: its state under any order of calls, what it accepts for any registry."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import pytest
@@ -13,196 +14,185 @@ from hypothesis import strategies as st
 from tokenizers import normalizers
 from torch import Tensor
 
-from unislu_llm.data.targets import TextCodec
-from unislu_llm.decoding.automaton import END, Automaton
-from unislu_llm.decoding.grammar import Grammar, grammar_of
-from unislu_llm.decoding.vocabulary import Brackets, vocabulary_of
+from tests.decoding.common import REGISTRY
+from unislu_llm.decoding.grammar import END, Grammar, GrammarProcessor, grammar_of
+from unislu_llm.decoding.vocabulary import vocabulary_of
 from unislu_llm.errors import UserError
-from unislu_llm.models.base import SLUModel
-from unislu_llm.tasks import SEPARATOR, LabelTask, SpanTask, TaskRegistry
+from unislu_llm.tasks import ASR, SEPARATOR, LabelTask, Span, SpanTask, TaskRegistry
+from unislu_llm.tokenizer import Example, UnifiedTokenizer
 from unislu_llm.unified import parse
-
-Build = Callable[..., SLUModel]
-
-
-# State under any order of calls
+from unislu_llm.utterance import Utterance
 
 
-def random_walk(processor: Any, rows: int, width: int, steps: int, seed: int, *, shuffle: bool) -> Tensor:
-    """Decode random scores; with `shuffle`, rows continue a random row of their own group, as beams do."""
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.zeros(rows, 0, dtype=torch.long)
-    for _ in range(steps):
-        probabilities = processor(ids, torch.randn(rows, width, generator=generator)).softmax(-1)
-        assert probabilities.isfinite().all()
-        ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
-        if shuffle:
-            ids = ids.view(2, rows // 2, -1)[:, torch.randint(rows // 2, (rows // 2,), generator=generator)].flatten(0, 1)
-    return ids
+def draw(processor: Any, scores: Tensor, generator: torch.Generator) -> Tensor:
+    """A token a row, drawn from what the processor leaves of the scores."""
+    shares = processor(scores).softmax(-1)
+    assert shares.isfinite().all()
+    return torch.multinomial(shares, 1, generator=generator)
 
 
 @pytest.mark.parametrize("grounded", [False, True])
-def test_reordered_rows_keep_their_own_state(build: Build, grounded: bool, registry: TaskRegistry) -> None:
-    """The state carried through reordering is that of the ids read from the start."""
-    codec = build("llm").codec
-    grammar, width = grammar_of(codec), len(codec.tokenizer)
-
-    class Checked:
-        def __init__(self) -> None:
-            self.carried = self.fresh()
-
-        def fresh(self) -> Any:
-            return grammar.processor([("ner", True), ("acts", True)], [40, 40], grounded=grounded)
-
-        def __call__(self, ids: Tensor, scores: Tensor) -> Tensor:
-            scores[:, list(codec.marker_ids.values())] += 3.0
-            out: Tensor = self.carried(ids, scores)
-            assert torch.equal(out, self.fresh()(ids, scores))
-            return out
-
+def test_reordered_rows_keep_their_own_state(tokenizer: UnifiedTokenizer, grounded: bool) -> None:
+    """The state that is carried through reordering is that of the ids read at once."""
+    grammar, width = grammar_of(tokenizer), len(tokenizer.base)
+    markers = list(tokenizer.marker_ids.values())
     for seed in range(4):
-        ids = random_walk(Checked(), 8, width, 40, seed, shuffle=True)
+        generator = torch.Generator().manual_seed(seed)
+        requests = [("ner", True), ("acts", True)]
+        carried = GrammarProcessor(grammar, requests, [40, 40], grounded)
+        carried.reorder(torch.arange(2).repeat_interleave(4))
+        ids = torch.zeros(8, 0, dtype=torch.long)
+        for _ in range(40):
+            scores = torch.randn(8, width, generator=generator)
+            scores[:, markers] += 3.0
+            fresh = GrammarProcessor(grammar, [r for r in requests for _ in range(4)], [40] * 8,
+                                     grounded)
+            fresh.advance(ids)
+            assert torch.equal(carried(scores), fresh(scores))
+            tokens = draw(carried, scores, generator)
+            # As beams do: rows continue a random row of their own utterance.
+            rows = torch.randint(4, (2, 4), generator=generator) + torch.tensor([[0], [4]])
+            rows = rows.flatten()
+            carried.reorder(rows)
+            carried.advance(tokens[rows])
+            ids = torch.cat([ids, tokens], dim=1)[rows]
         for i, row in enumerate(ids.tolist()):
-            parsed = parse(codec.decode(row), registry, "ner" if i < 4 else "acts")
-            assert codec.eos_id in row
-            assert parsed.problems == ()
+            assert tokenizer.eos_id in row
+            task = "ner" if i < 4 else "acts"
+            assert parse(tokenizer.decode(row), REGISTRY, task).problems == ()
+
+
+def test_a_step_asks_nothing_of_the_device(tokenizer: UnifiedTokenizer) -> None:
+    """Tensors without values: whatever would have to wait for a GPU's answer fails."""
+    requests = [("ner", True), ("sa", False), (ASR, False)]
+    processor = GrammarProcessor(Grammar(tokenizer, "meta"), requests, [20] * 3, False)
+    scores = torch.zeros(3, len(tokenizer.base), device="meta")
+    for _ in range(4):
+        assert processor(scores).shape == scores.shape
+        processor.advance(torch.zeros(3, 2, dtype=torch.long, device="meta"))
 
 
 @pytest.mark.parametrize("metaspace", [None, "always", "first", "never"])
-def test_text_never_spells_a_marker(tokenizer_of: Callable[..., Any], metaspace: str | None, registry: TaskRegistry) -> None:
-    """`[`, `T`, `/`, `L`, `]` are plain tokens; together they would be read as a marker. Other brackets are text."""
-    codec = TextCodec(tokenizer_of(metaspace), registry)
-    single = {text: i for i, text in enumerate(vocabulary_of(codec).texts) if len(text) == 1}
-    grammar, width = grammar_of(codec), len(codec.tokenizer)
-
-    def allowed(text: str) -> list[bool]:
-        ids = torch.tensor([[single[c] for c in text]])
-        processor = grammar.processor([(None, False)], [50])
-        return [bool(processor(ids[:, :n], torch.zeros(1, width))[0, ids[0, n]].isfinite()) for n in range(len(text))]
-
-    for marker in codec.marker_ids:
-        assert allowed(f"[x{marker}".replace("[x[", "[x [")) == [True] * (len(marker) + 2) + [False]
-        assert allowed(f"[{marker}") == [True] * len(marker) + [False]
-    for text in ("[x]", "[T]", "[T/L", "[ T/L]", "T/L]", "[[S", "[S]"[:2] + " ]"):
-        assert all(allowed(text)), text
+def test_text_never_spells_a_marker(tokenizer_of: Callable[..., Any],
+                                    metaspace: str | None) -> None:
+    """`T`, `/`, `L` and `]` are text; behind a `[` they would be read as a marker."""
+    tokenizer = UnifiedTokenizer(tokenizer_of(metaspace), REGISTRY)
+    vocabulary, width = vocabulary_of(tokenizer), len(tokenizer.base)
+    favoured = torch.zeros(16, width)
+    favoured[:, [i for i, t in enumerate(vocabulary.texts) if t and t in "[]TLS/NERA"]] = 8.0
     generator = torch.Generator().manual_seed(0)
-    favoured = torch.zeros(width)
-    favoured[[single[c] for c in "[]TLS/NERA"]] = 8.0
-    processor = grammar.processor([("ner", True)] * 16, [60] * 16, cut_loops=False)
+    processor = GrammarProcessor(grammar_of(tokenizer), [("ner", True)] * 16, [60] * 16)
     ids = torch.zeros(16, 0, dtype=torch.long)
     for _ in range(60):
-        probabilities = processor(ids, favoured.expand(16, -1)).softmax(-1)
-        ids = torch.cat([ids, torch.multinomial(probabilities, 1, generator=generator)], dim=1)
-    for row in ids.tolist():
-        assert parse(codec.decode(row), registry, "ner").problems == ()
+        ids = torch.cat([ids, draw(processor, favoured, generator)], dim=1)
+        processor.advance(ids[:, -1:])
+    texts = [tokenizer.decode(row) for row in ids.tolist()]
+    assert all(parse(text, REGISTRY, "ner").problems == () for text in texts)
+    single = {text: i for i, text in enumerate(vocabulary.texts) if len(text) == 1}
+    free = GrammarProcessor(grammar_of(tokenizer), [(ASR, False)], [9])
+    allowed = free(torch.zeros(1, width)).isfinite()
+    assert [bool(allowed[0, single[c]]) for c in "T/L][("] == [True, True, True, True, False, True]
 
 
-def test_a_step_asks_nothing_of_the_device(tiny_tokenizer: Callable[..., Any], registry: TaskRegistry) -> None:
-    """Tensors without values: whatever would have to wait for a GPU's answer (`item`, `nonzero`, a mask as index) fails."""
-    codec = TextCodec(tiny_tokenizer(), registry)
-    processor = grammar_of(codec).processor([("ner", True), ("sa", False), (None, False)], [20] * 3)
-    scores = torch.zeros(3, len(codec.tokenizer), device="meta")
-    for length in range(4):
-        assert processor(torch.zeros(3, length, dtype=torch.long, device="meta"), scores).shape == scores.shape
+def test_what_is_well_formed_anyway_stays_as_it_is(tokenizer: UnifiedTokenizer) -> None:
+    """Scores of what is allowed are not touched, and every token of a target is allowed."""
+    text = "anna voted against the law, of (2004)."
+    rows: list[tuple[str | None, dict[str, Any]]] = [
+        ("ner", {"ner": (Span("PERSON", 0, 4), Span("LAW", 19, 26))}), ("ner", {"ner": ()}),
+        ("sa", {"sa": "Neutral"}), ("emotion", {"emotion": "sad face"}),
+        ("acts", {"acts": ("thanks", "question")}), ("acts", {"acts": ()}), (None, {})]
+    width = len(tokenizer.base) + 5
+    for task, labels in rows:
+        target = tokenizer.target(Example(Utterance("u", None, text, labels), task))
+        request = (task or ASR, task is not None)
+        processor = GrammarProcessor(grammar_of(tokenizer), [request], [len(target)], task == "ner")
+        for n, token in enumerate(target.ids):
+            scores = torch.randn(1, width)
+            masked = processor(scores)
+            allowed = masked.isfinite()
+            assert allowed[0, token], f"token {n} of {task}: {tokenizer.decode(target.ids[:n + 1])}"
+            assert torch.equal(masked[allowed], scores[allowed])
+            assert not allowed[0, len(tokenizer.base):].any()
+            processor.advance(torch.tensor([[token]]))
 
 
-def test_brackets_follow_the_text(tokenizer_of: Callable[..., Any], registry: TaskRegistry) -> None:
-    """The node after a token is the longest end of the text that begins a marker, whatever tokens spell it."""
-    codec = TextCodec(tokenizer_of("never"), registry)
-    vocabulary = vocabulary_of(codec)
-    brackets = Brackets(vocabulary, list(codec.marker_ids))
-    starts = sorted({m[:k] for m in codec.marker_ids for k in range(1, len(m))})
-    generator = torch.Generator().manual_seed(0)
-    pieces = [i for i, text in enumerate(vocabulary.texts) if text and (set(text) <= set("[]TLS/NERA") or i % 50 == 0)]
-    seen = set()
-    for _ in range(300):
-        node, text = 0, ""
-        for n in torch.randint(0, len(pieces), (12,), generator=generator).tolist():
-            token = pieces[n]
-            row = brackets.longer_ids[node].tolist()
-            node = int(brackets.longer_nodes[node, row.index(token)]) if token in row else int(brackets.from_root[token])
-            text += vocabulary.texts[token]
-            tail = text[text.rfind("["):] if "[" in text else ""
-            assert node == (starts.index(tail) + 1 if tail in starts else 0), text
-            seen.add(node)
-    assert len(seen) > 5
-
-
-# Any registry
-
-
-labels = st.lists(st.sampled_from(["a", "b", "sad", "sad face", "sad face mask", "sadness", "s", "face", "x-y", "zest", "12"]),
-                  min_size=1, max_size=6, unique=True)
+labels = st.lists(st.sampled_from(["a", "b", "sad", "sad face", "sad face mask", "sadness", "s",
+                                   "face", "x-y", "zest", "12"]), min_size=1, max_size=6,
+                  unique=True)
 tasks = st.one_of(
     labels.map(lambda names: LabelTask("t", "[TT]", tuple(names), "[O]", "[/O]")),
     labels.map(lambda names: LabelTask("t", "[TT]", tuple(names), "[O]", "[/O]", multi=True)),
     labels.map(lambda names: SpanTask("t", "[TT]", tuple(f"L{i}" for i in range(len(names))))))
 
 
-@given(tasks=st.lists(tasks, min_size=1, max_size=3), metaspace=st.sampled_from([None, "always", "first", "never"]),
+@given(tasks=st.lists(tasks, min_size=1, max_size=3),
+       metaspace=st.sampled_from([None, "always", "first", "never"]),
        seed=st.integers(0, 1000), spare=st.integers(0, 25), data=st.data())
-@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate], suppress_health_check=list(HealthCheck))
-def test_any_registry_gives_well_formed_answers(tokenizer_of: Callable[..., Any], tasks: list[Any], metaspace: str | None,
-                                                seed: int, spare: int, data: Any) -> None:
+@settings(max_examples=15, deadline=None, derandomize=True, phases=[Phase.generate],
+          suppress_health_check=list(HealthCheck))
+def test_any_registry_gives_well_formed_answers(
+        tokenizer_of: Callable[..., Any], tasks: list[Any], metaspace: str | None, seed: int,
+        spare: int, data: Any) -> None:
     named = [replace(t, name=f"t{i}", marker=f"[T{i}]", **(
         {"labels": tuple(f"{name}-{i}" for name in t.labels)} if isinstance(t, SpanTask)
         else {"open": f"[O{i}]", "close": f"[/O{i}]"})) for i, t in enumerate(tasks)]
     registry = TaskRegistry(named)
-    codec = TextCodec(tokenizer_of(metaspace), registry)
-    grammar, width = Grammar(codec), len(codec.tokenizer)
-    task = data.draw(st.sampled_from([*registry.names, None]))
+    tokenizer = UnifiedTokenizer(tokenizer_of(metaspace), registry)
+    grammar, width = Grammar(tokenizer), len(tokenizer.base)
+    task = data.draw(st.sampled_from([*registry.names, ASR]))
     force = data.draw(st.booleans())
-    request = task, force
-    budget = grammar.need(request) + spare
+    budget = grammar.need((task, force)) + spare
     generator = torch.Generator().manual_seed(seed)
-    processor = grammar.processor([request] * 3, [budget] * 3, grounded=data.draw(st.booleans()))
+    processor = GrammarProcessor(grammar, [(task, force)] * 3, [budget] * 3,
+                                 data.draw(st.booleans()))
     ids = torch.zeros(3, 0, dtype=torch.long)
     for _ in range(budget):
         scores = torch.randn(3, width, generator=generator)
-        scores[:, list(codec.marker_ids.values())] += 3.0
-        ids = torch.cat([ids, torch.multinomial(processor(ids, scores).softmax(-1), 1, generator=generator)], dim=1)
+        scores[:, list(tokenizer.marker_ids.values())] += 3.0
+        ids = torch.cat([ids, draw(processor, scores, generator)], dim=1)
+        processor.advance(ids[:, -1:])
     for row in ids.tolist():
-        assert codec.eos_id in row
-        parsed = parse(codec.decode(row), registry, task if force else None)
+        assert tokenizer.eos_id in row
+        parsed = parse(tokenizer.decode(row), registry, task if force else None)
         assert parsed.problems == ()
-        assert not force or parsed.task == task
-        assert task is None or parsed.task is not None
+        assert not force or parsed.task == (None if task == ASR else task)
+        assert task == ASR or parsed.task is not None
 
 
-def test_every_label_can_be_said_and_nothing_else(tiny_tokenizer: Callable[..., Any], registry: TaskRegistry) -> None:
-    codec = TextCodec(tiny_tokenizer(), registry)
-    automaton = Automaton(codec)
+def test_every_label_can_be_said_and_nothing_else(tokenizer: UnifiedTokenizer) -> None:
+    grammar, markers = grammar_of(tokenizer), tokenizer.marker_ids
 
-    def read(text_pieces: Sequence[str]) -> bool:
-        """Whether the automaton accepts markers and texts, piece by piece, and the end of text after them."""
-        state = automaton.start("emotion" if "[EMO]" in text_pieces else "acts", True)
-        ids = [i for p in text_pieces for i in ([codec.marker_ids[p]] if p in codec.marker_ids else codec.text_ids(p))]
-        for i in [*ids, codec.eos_id]:
-            row = automaton.edge_ids[state].tolist()
+    def read(pieces: Sequence[str]) -> bool:
+        """Whether markers and texts, and the end of text behind them, are accepted."""
+        state = grammar.starts["emotion" if "[EMO]" in pieces else "acts", True]
+        ids = [i for p in pieces for i in ([markers[p]] if p in markers else tokenizer.text_ids(p))]
+        for i in [*ids, tokenizer.eos_id]:
+            row = grammar.edge_ids[state].tolist()
             if i not in row:
                 return False
-            state = int(automaton.edge_next[state][row.index(i)])
+            state = int(grammar.edge_next[state][row.index(i)])
         return state == END
 
-    for label in registry["emotion"].labels:
-        assert read([SEPARATOR, "[EMO]", "[E]", label, "[/E]"])
-    assert not read([SEPARATOR, "[EMO]"])
-    assert not read([SEPARATOR, "[EMO]", "[E]", "sad face", "[/E]", "[E]", "sad", "[/E]"])
-    assert not read([SEPARATOR, "[EMO]", "[E]", "sa", "[/E]"])
+    head = [SEPARATOR, "[EMO]"]
+    assert all(read([*head, "[E]", label, "[/E]"]) for label in REGISTRY["emotion"].labels)
+    assert not read(head)
+    assert not read([*head, "[E]", "sad face", "[/E]", "[E]", "sad", "[/E]"])
+    assert not read([*head, "[E]", "sa", "[/E]"])
     for chosen in range(16):
-        names = [label for k, label in enumerate(registry["acts"].labels) if chosen >> k & 1]
+        names = [label for k, label in enumerate(REGISTRY["acts"].labels) if chosen >> k & 1]
         groups = [["[A]", name, "[/A]"] for name in names]
-        assert read([SEPARATOR, "[ACT]", *(p for g in groups for p in g)])
-        if len(names) > 1:
-            assert not read([SEPARATOR, "[ACT]", *(p for g in reversed(groups) for p in g)]), "registry order alone"
-        if names:
-            assert not read([SEPARATOR, "[ACT]", *groups[0], *groups[0]]), "none twice"
+        head = [SEPARATOR, "[ACT]"]
+        assert read([*head, *chain(*groups)])
+        if len(names) > 1:  # in the registry's order alone
+            assert not read([*head, *chain(*reversed(groups))])
+        if names:  # none twice
+            assert not read([*head, *groups[0], *groups[0]])
 
 
-def test_a_label_that_the_tokenizer_cannot_spell_is_named(tiny_tokenizer: Callable[..., Any]) -> None:
+def test_a_label_that_cannot_be_spelt_is_named(tiny_tokenizer: Callable[..., Any]) -> None:
     registry = TaskRegistry([LabelTask("t", "[TT]", ("fine", "odd</s>"), "[O]", "[/O]")])
-    tokenizer = tiny_tokenizer()
-    tokenizer.backend_tokenizer.normalizer = normalizers.Replace("</s>", "")
-    codec = TextCodec(tokenizer, registry)
-    with pytest.raises(UserError, match=r"task 't': the tokenizer gives label 'odd</s>' back as 'odd'; rename it"):
-        Automaton(codec)
+    base = tiny_tokenizer()
+    base.backend_tokenizer.normalizer = normalizers.Replace("</s>", "")
+    with pytest.raises(UserError, match=r"task 't': the tokenizer gives label 'odd</s>' back as "
+                                        "'odd'; rename it"):
+        Grammar(UnifiedTokenizer(base, registry))

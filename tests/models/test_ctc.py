@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,26 +11,34 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from tests.models.common import SHORT, examples, make_batch, singles
+from tests.tiny import TEXTS
+from unislu_llm.data.dataset import Item
+from unislu_llm.data.text_injection import SparsePosteriors
 from unislu_llm.errors import UserError
-from unislu_llm.models.ctc import CTCProjector, CtcVocabulary, collapse, mix_embeddings
+from unislu_llm.models.ctc import CTCProjector, collapse
+from unislu_llm.models.ctc_mixture import mix_embeddings
+from unislu_llm.models.ctc_vocabulary import CtcVocabulary
 from unislu_llm.models.encoder import valid_mask
-from unislu_llm.models.tiny import TEXTS
+from unislu_llm.models.saved import Description
 
 D, H, IDS = 32, 24, [4, 9, 11, 30, 31, 40]
+CTC = {"projector": "ctc", "projector_options": {"heads": 2, "blank_bias": 0.0},
+       "whisper_options": {"init_std": 0.3}}
 
 
 def build(**options: Any) -> CTCProjector:
     torch.manual_seed(3)
     embeddings = nn.Embedding(50, H).requires_grad_(False)
-    projector = CTCProjector(D, H, float(embeddings.weight.pow(2).mean().sqrt()), heads=4, **{"blank_bias": 0.0} | options).eval()
+    scale = float(embeddings.weight.pow(2).mean().sqrt())
+    projector = CTCProjector(D, H, scale, heads=4, **{"blank_bias": 0.0} | options).eval()
     projector.attach(embeddings, IDS)
     return projector
 
 
-def random_frames(lengths: list[int]) -> tuple[Tensor, Tensor]:
-    n = torch.tensor(lengths)
+def random_frames(lengths: list[int]) -> Tensor:
     frames = torch.randn(len(lengths), max(lengths), D, generator=torch.Generator().manual_seed(4))
-    return frames.masked_fill(~valid_mask(n, max(lengths))[:, :, None], 0.0), n
+    return frames.masked_fill(~valid_mask(lengths, max(lengths))[:, :, None], 0.0)
 
 
 def one_hot(path: list[int]) -> Tensor:
@@ -38,18 +47,20 @@ def one_hot(path: list[int]) -> Tensor:
 
 @torch.no_grad()
 def test_batch_composition_changes_nothing() -> None:
-    projector = build()
-    frames, lengths = random_frames([200, 1, 37, 50, 16])
-    speech, out = projector(frames.masked_fill(~valid_mask(lengths, 200)[:, :, None], torch.nan), lengths)
-    ids = projector.ctc_ids(frames, lengths)
-    assert (out >= 1).all()
-    assert (out <= projector.output_length(lengths)).all()
-    for i, n in enumerate(lengths.tolist()):
-        alone, m = projector(frames[i:i + 1, :n], lengths[i:i + 1])
-        assert int(m) == int(out[i])
-        torch.testing.assert_close(speech[i, : int(m)], alone[0], rtol=0, atol=2e-5)
-        assert not speech[i, int(m):].any(), "zero beyond the length"
-        assert projector.ctc_ids(frames[i:i + 1, :n], lengths[i:i + 1])[0] == ids[i]
+    projector, lengths = build(), [200, 1, 37, 50, 16]
+    frames = random_frames(lengths)
+    dirty = frames.masked_fill(~valid_mask(lengths, 200)[:, :, None], torch.nan)
+    speech = projector(dirty, lengths, transcribe=True)
+    assert speech.ids == projector.greedy(frames, lengths)
+    assert projector(frames, lengths).ids is None, "a transcript is made where it is asked for"
+    for i, (n, out) in enumerate(zip(lengths, speech.lengths, strict=True)):
+        assert 1 <= out <= projector.output_length(n)
+        alone = projector(frames[i:i + 1, :n], [n], transcribe=True)
+        assert alone.lengths == (out,)
+        torch.testing.assert_close(speech.embeddings[i, :out], alone.embeddings[0], rtol=0,
+                                   atol=2e-5)
+        assert not speech.embeddings[i, out:].any(), "zero beyond the length"
+        assert alone.ids == [speech.ids[i]]
 
 
 @torch.no_grad()
@@ -59,11 +70,11 @@ def test_one_hot_posteriors_are_the_text_embeddings() -> None:
     path = [0, 2, 2, 0, 2, 5, 5, 1, 0, 0]
     assert collapse(torch.tensor(path)) == [2, 2, 5, 1]
     expected = projector.rows(torch.tensor([2, 2, 5, 1]))
-    blurred = one_hot(path) / 15 + 0.2 * torch.rand(1, 10, 7, generator=torch.Generator().manual_seed(0))
-    for logits in (one_hot(path), blurred):
-        speech, out = projector.mix(logits, torch.tensor([10]))
-        assert out.tolist() == [4]
-        torch.testing.assert_close(speech[0], expected, rtol=1e-6, atol=1e-6)
+    noise = torch.rand(1, 10, 7, generator=torch.Generator().manual_seed(0))
+    for logits in (one_hot(path), one_hot(path) / 15 + 0.2 * noise):
+        speech = projector.mix(logits, [10])
+        assert speech.lengths == (4,)
+        torch.testing.assert_close(speech.embeddings[0], expected, rtol=1e-6, atol=1e-6)
 
 
 @torch.no_grad()
@@ -71,10 +82,11 @@ def test_blank_alone_leaves_one_position() -> None:
     projector = build()
     logits = one_hot([0, 0, 0]).repeat(2, 1, 1)
     logits[0, 1, 4] = 10.0
-    speech, out = projector.mix(logits, torch.tensor([3, 1]))
-    assert out.tolist() == [1, 1]
-    assert speech.isfinite().all()
-    torch.testing.assert_close(speech[0, 0], projector.rows(torch.tensor([4]))[0], rtol=0, atol=2e-3)
+    speech = projector.mix(logits, [3, 1])
+    assert speech.lengths == (1, 1)
+    assert speech.embeddings.isfinite().all()
+    torch.testing.assert_close(speech.embeddings[0, 0], projector.rows(torch.tensor([4]))[0],
+                               rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("sharpness", [0.0, 1.0, 10.0])
@@ -83,62 +95,128 @@ def test_what_enters_the_llm_is_as_loud_as_its_embeddings(sharpness: float) -> N
     projector = build(residual=0.1)
     logits = sharpness * torch.randn(2, 40, 7, generator=torch.Generator().manual_seed(0))
     states = torch.randn(2, 40, D, generator=torch.Generator().manual_seed(1))
-    speech, out = mix_embeddings(logits, torch.tensor([40, 20]), projector.rows(), 1.0, 0.9,
-                                 projector.gate * projector.norm(projector.to_residual(states)))
+    residual = projector.gate * projector.norm(projector.to_residual(states))
+    speech, out = mix_embeddings(logits, [40, 20], projector.rows(), 1.0, 0.9, residual)
     rms = speech[valid_mask(out, speech.shape[1])].pow(2).mean().sqrt()
     assert float(rms) == pytest.approx(projector.norm.scale, rel=0.2)
 
 
 def test_gradients_reach_every_parameter_and_not_the_llm() -> None:
     projector = build().train()
-    frames, lengths = random_frames([60, 37])
-    speech, _ = projector(frames, lengths)
-    (speech * torch.randn(speech.shape, generator=torch.Generator().manual_seed(5))).sum().backward()
+    speech = projector(random_frames([60, 37]), [60, 37]).embeddings
+    weights = torch.randn(speech.shape, generator=torch.Generator().manual_seed(5))
+    (speech * weights).sum().backward()
     for name, parameter in projector.named_parameters():
         assert parameter.grad is not None, name
         assert parameter.grad.isfinite().all(), name
         assert parameter.grad.any() or name in ("blank", "blank_bias"), name
-    assert "_embeddings" not in projector.state_dict()
-    assert sum(p.numel() for p in projector.parameters()) == sum(v.numel() for v in projector.state_dict().values())
+    names = set(dict(projector.named_parameters()))
+    assert set(projector.state_dict()) == names, "neither embeddings nor ids are saved"
 
 
 def test_options_and_a_missing_vocabulary_are_named() -> None:
     with pytest.raises(UserError, match="no vocabulary yet"):
-        CTCProjector(D, H, 1.0, heads=4)(*random_frames([9]))
-    for options in ({"temperature": 0.0}, {"blank_threshold": 1.5}, {"kernel": 4}, {"heads": 5}, {"dropout": 1.0}):
+        CTCProjector(D, H, 1.0, heads=4)(random_frames([9]), [9])
+    for options in ({"temperature": 0.0}, {"blank_threshold": 1.5}, {"kernel": 4}, {"heads": 5},
+                    {"dropout": 1.0}):
         with pytest.raises(UserError, match="ctc"):
             CTCProjector(D, H, 1.0, **options)
 
 
 def test_vocabulary_spells_what_it_has_not(tiny_tokenizer: Callable[..., Any]) -> None:
-    """With the letters of rare tokens kept, every training text comes back, whatever the least count."""
     tokenizer = tiny_tokenizer()
     ids = [tokenizer(" " + text)["input_ids"] for text in TEXTS]
-    whole, frequent = CtcVocabulary.learn(ids, tokenizer), CtcVocabulary.learn(ids, tokenizer, min_count=3)
-    assert len(frequent) < len(whole)
+    whole = CtcVocabulary.learn(ids, tokenizer)
+    letters = [i for i, piece in zip(whole.token_ids, whole.pieces, strict=True) if len(piece) == 1]
+    part = CtcVocabulary.of(sorted({*letters, *ids[0]}), tokenizer)
+    assert len(part) < len(whole)
     for row, text in zip(ids, TEXTS, strict=True):
         assert [whole.token_ids[c - 1] for c in whole.classes(row, tokenizer)] == row
-        spelt = [frequent.token_ids[c - 1] for c in frequent.classes(row, tokenizer)]
+        spelt = [part.token_ids[c - 1] for c in part.classes(row, tokenizer)]
         assert tokenizer.decode(spelt).strip() == text
     assert not whole.classes([tokenizer.eos_token_id], tokenizer)
     with pytest.raises(UserError, match="no transcript"):
         CtcVocabulary.learn([], tokenizer)
 
 
+# The projector in its model
+
+
+@pytest.fixture
+def model(tiny_speech_llm: Callable[..., Any]) -> Any:
+    made = tiny_speech_llm(**CTC)
+    vocabulary = made.learn_vocabulary([text for _, text, _, _ in SHORT])
+    assert not set(vocabulary.token_ids) & set(made.tokenizer.marker_ids.values())
+    return made
+
+
+def test_every_objective_gives_every_trainable_weight_a_gradient(model: Any) -> None:
+    """As DDP wants it, of audio, of simulated posteriors, and with CTC; none where not used."""
+    model.train()
+    batch = make_batch(model, SHORT)
+    classes = [model.ctc_vocabulary.classes(model.tokenizer.text_ids(e.utterance.text),
+                                            model.tokenizer.base) for e in examples(SHORT)]
+    assert batch.ctc_targets == tuple(map(tuple, classes))
+    sparse = [SparsePosteriors(torch.tensor(c)[:, None], torch.ones(len(c), 1)) for c in classes]
+    texts = model.collator()([Item(e, "posteriors", s)
+                              for e, s in zip(examples(SHORT), sparse, strict=True)])
+    for losses, used in ((model(batch), {"projector", "lora", "markers"}),
+                         (model(texts), {"lora", "markers"}),
+                         (model(batch, "ctc"), {"projector"})):
+        model.zero_grad()
+        losses.sum().backward()
+        for group, named in model.trainable_groups().items():
+            assert all(p.grad is not None for _, p in named)
+            assert any(p.grad.any() for _, p in named) == (group in used), group
+    assert model(batch, "ctc").shape == (len(SHORT),)
+
+
 @torch.no_grad()
-def test_save_and_load(tiny_speech_llm: Callable[..., Any], tmp_path: Path) -> None:
-    options = {"projector": "ctc", "projector_options": {"heads": 2, "blank_bias": 0.0}}
-    model = tiny_speech_llm(**options)
-    vocabulary = model.learn_vocabulary(TEXTS)
-    assert not set(vocabulary.token_ids) & set(model.codec.marker_ids.values()), "markers are not heard"
+def test_ctc_losses_and_transcripts_do_not_depend_on_the_batch(model: Any) -> None:
+    batch = make_batch(model, SHORT)
+    losses, ids = model(batch, "ctc"), model.ctc_transcripts(batch)
+    assert model.prefill(batch).ctc_hypothesis == ids
+    posteriors = model.ctc_posteriors(batch)
+    for i, single in enumerate(singles(model, SHORT)):
+        torch.testing.assert_close(model(single, "ctc")[0], losses[i], rtol=1e-4, atol=1e-4)
+        assert model.ctc_transcripts(single) == [ids[i]]
+        torch.testing.assert_close(model.ctc_posteriors(single)[0], posteriors[i], rtol=1e-4,
+                                   atol=1e-4)
+        best = collapse(posteriors[i].argmax(-1))
+        assert [model.ctc_tokens[c - 1] for c in best] == ids[i]
+
+
+@torch.no_grad()
+def test_certain_posteriors_read_as_text(model: Any) -> None:
+    """The LLM then has the very embeddings of the text, and so the losses of a prompt of it."""
+    text = model.tokenizer.text_ids("anna met")
+    classes = model.ctc_vocabulary.classes(text, model.tokenizer.base)
+    path = torch.tensor([c for pair in zip(classes, [0] * len(classes), strict=True)
+                         for c in pair])
+    batch = model.collator()([Item(examples(SHORT)[2], "posteriors", SparsePosteriors(
+        path[:, None], torch.ones(len(path), 1)))])
+    speech = model.speech(batch)
+    assert speech.lengths == (len(classes),)
+    ids = torch.tensor([model.ctc_tokens[c - 1] for c in classes])
+    torch.testing.assert_close(speech.embeddings[0], model.llm.get_input_embeddings()(ids),
+                               rtol=1e-3, atol=1e-3)
+
+
+@torch.no_grad()
+def test_save_and_load(model: Any, tiny_speech_llm: Callable[..., Any], tmp_path: Path) -> None:
     for parameter in model.projector.parameters():
         parameter.add_(0.01)
-    model.save_pretrained(tmp_path)
-    again = tiny_speech_llm(**options, ctc_tokens=type(model.config).from_pretrained(str(tmp_path)).ctc_tokens)
-    again.load_trained(tmp_path)
-    mel = torch.randn(2, 80, 120, generator=torch.Generator().manual_seed(0))
-    lengths = torch.tensor([120, 70])
-    torch.testing.assert_close(again.speech(mel, lengths), model.speech(mel, lengths), rtol=0, atol=0)
-    assert again.ctc_vocabulary == vocabulary
-    with pytest.raises(UserError, match="takes no vocabulary"):
+        assert parameter.ndim, "FSDP shards no scalars"
+    batch = make_batch(model, SHORT)
+    state = model.trained_state()
+    earlier = {n: v[0] if v.shape == (1,) else v for n, v in state.items()}
+    for saved in (state, earlier):  # files of earlier versions hold scalars
+        model.save_pretrained(tmp_path, saved)
+        again = tiny_speech_llm(**CTC, ctc_tokens=Description.read(tmp_path).ctc_tokens)
+        again.load_trained(tmp_path)
+        assert again.ctc_vocabulary == model.ctc_vocabulary
+        assert torch.equal(again.losses(batch), model.losses(batch))
+    with pytest.raises(UserError, match=r"set model\.projector ctc"):
         tiny_speech_llm().learn_vocabulary(TEXTS)
+    with pytest.raises(UserError, match=r"set model\.projector ctc"):
+        tiny_speech_llm()(replace(batch, ctc_targets=()), "ctc")

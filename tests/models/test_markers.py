@@ -1,4 +1,4 @@
-"""Marker rows beside a frozen vocabulary: where they start, what trains, and which columns their logits have."""
+"""Marker rows beside a frozen vocabulary: where they start, what trains, their columns."""
 
 from __future__ import annotations
 
@@ -9,43 +9,45 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from unislu_llm.data.targets import TextCodec
 from unislu_llm.models.markers import MarkerEmbedding, MarkerHead, install_markers
 from unislu_llm.tasks import TaskRegistry
+from unislu_llm.tokenizer import UnifiedTokenizer
 
 REGISTRY = TaskRegistry()
 N = len(REGISTRY.markers)
-Installed = tuple[Any, TextCodec, MarkerEmbedding, MarkerHead]
+Installed = tuple[Any, UnifiedTokenizer, MarkerEmbedding, MarkerHead]
+Install = Callable[..., Installed]
 
 
 @pytest.fixture
-def install(tiny_tokenizer: Callable[..., Any], tiny_llm: Callable[..., Any]) -> Callable[..., Installed]:
-    def build(arch: str = "llama", tied: bool = True, extra_rows: int = 0, gap: int = 0) -> Installed:
-        tokenizer = tiny_tokenizer()
-        model = tiny_llm(arch, tokenizer, tied=tied, vocab_size=len(tokenizer) + extra_rows)
-        tokenizer.add_tokens([f"unused{i}" for i in range(gap)])
+def install(tiny_tokenizer: Callable[..., Any], tiny_llm: Callable[..., Any]) -> Install:
+    def build(arch: str = "llama", tied: bool = True, extra_rows: int = 0,
+              gap: int = 0) -> Installed:
+        base = tiny_tokenizer()
+        model = tiny_llm(arch, base, tied=tied, vocab_size=len(base) + extra_rows)
+        base.add_tokens([f"unused{i}" for i in range(gap)])
         model.requires_grad_(False)
-        codec = TextCodec(tokenizer, REGISTRY)
-        install_markers(model, codec)
-        return model, codec, model.get_input_embeddings(), model.get_output_embeddings()
+        tokenizer = UnifiedTokenizer(base, REGISTRY)
+        install_markers(model, tokenizer)
+        return model, tokenizer, model.get_input_embeddings(), model.get_output_embeddings()
 
     return build
 
 
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
-def test_rows_start_at_the_mean_of_their_words(install: Callable[..., Installed], tied: bool) -> None:
-    _, codec, embedding, head = install(tied=tied)
+def test_rows_start_at_the_mean_of_their_words(install: Install, tied: bool) -> None:
+    _, tokenizer, embedding, head = install(tied=tied)
     for wrapped in (embedding, head):
         for i, marker in enumerate(REGISTRY.markers):
-            words = codec.text_ids(REGISTRY.meaning(marker))
+            words = tokenizer.text_ids(REGISTRY.meaning(marker))
             expected = torch.stack([wrapped.base.weight[w] for w in words]).mean(0)
             torch.testing.assert_close(wrapped.rows[i], expected)
-    assert embedding.first == head.first == codec.marker_ids["[T/L]"]
+    assert embedding.first == head.first == tokenizer.marker_ids["[T/L]"]
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_a_tied_base_stays_tied(install: Callable[..., Installed], tied: bool) -> None:
+def test_a_tied_base_stays_tied(install: Install, tied: bool) -> None:
     model, _, embedding, head = install(tied=tied)
     assert (head.base.weight is embedding.base.weight) == tied
     assert (head.rows is embedding.rows) == tied
@@ -57,12 +59,12 @@ def test_a_tied_base_stays_tied(install: Callable[..., Installed], tied: bool) -
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_rows_train_and_the_base_does_not(install: Callable[..., Installed], arch: str, tied: bool) -> None:
-    model, codec, embedding, head = install(arch, tied)
+def test_rows_train_and_the_base_does_not(install: Install, arch: str, tied: bool) -> None:
+    model, tokenizer, embedding, head = install(arch, tied)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     trained = [p for p in model.parameters() if p.requires_grad]
     assert all(p.shape == (N, 32) for p in trained), "gradients have the size of the rows"
-    ids = torch.tensor([[5, *codec.marker_ids.values(), 9]])
+    ids = torch.tensor([[5, *tokenizer.marker_ids.values(), 9]])
     optimizer = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.1)
     losses = []
     for _ in range(5):
@@ -82,18 +84,19 @@ def test_rows_train_and_the_base_does_not(install: Callable[..., Installed], arc
 
 
 # (rows of the base beyond the tokenizer, tokens between the base's last row and the first marker)
-LAYOUTS = {"right after": (0, 0), "inside padding": (N + 6, 0), "half inside": (7, 0), "with a gap": (0, 3)}
+LAYOUTS = {"right after": (0, 0), "inside padding": (N + 6, 0), "half inside": (7, 0),
+           "with a gap": (0, 3)}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("tied", [True, False])
 @torch.no_grad()
-def test_logits_have_the_right_columns(install: Callable[..., Installed], layout: str, tied: bool) -> None:
+def test_logits_have_the_right_columns(install: Install, layout: str, tied: bool) -> None:
     extra, gap = LAYOUTS[layout]
-    model, codec, embedding, head = install(tied=tied, extra_rows=extra, gap=gap)
+    model, tokenizer, embedding, head = install(tied=tied, extra_rows=extra, gap=gap)
     rows_of_base = head.base.weight.shape[0]
     first, last = head.first, head.first + N
-    assert (first, last) == (min(codec.marker_ids.values()), max(codec.marker_ids.values()) + 1)
+    assert list(tokenizer.marker_ids.values()) == list(range(first, last)), "one id a marker"
     hidden = torch.randn(2, 3, 32)
     logits, plain = head(hidden), hidden @ head.base.weight.T
     assert logits.shape == (2, 3, max(rows_of_base, last))
@@ -114,12 +117,12 @@ def test_logits_have_the_right_columns(install: Callable[..., Installed], layout
 
 
 @torch.no_grad()
-def test_scaled_embeddings_scale_the_markers_as_well(install: Callable[..., Installed]) -> None:
-    _, codec, embedding, _ = install("gemma3_text")
-    ids = torch.tensor(list(codec.marker_ids.values()))
+def test_scaled_embeddings_scale_the_markers_as_well(install: Install) -> None:
+    _, tokenizer, embedding, _ = install("gemma3_text")
+    ids = torch.tensor(list(tokenizer.marker_ids.values()))
     assert embedding.scale == pytest.approx(32**0.5, rel=1e-5)
     torch.testing.assert_close(embedding(ids), embedding.rows * 32**0.5)
-    words = codec.text_ids(REGISTRY.meaning("[NER]"))
+    words = tokenizer.text_ids(REGISTRY.meaning("[NER]"))
     torch.testing.assert_close(embedding(ids[1]), embedding(torch.tensor(words)).mean(0))
 
 
@@ -131,40 +134,3 @@ def test_the_scale_does_not_hang_on_one_row() -> None:
         base.weight[zeros] = 0.0
         embedding = MarkerEmbedding(base, torch.nn.Parameter(torch.ones(2, 8)), 100)
         torch.testing.assert_close(embedding(torch.tensor([100])), torch.ones(1, 8))
-
-
-@torch.no_grad()
-def test_fp32_rows_beside_a_half_precision_base(install: Callable[..., Installed]) -> None:
-    _, codec, embedding, head = install()
-    embedding.base.to(torch.bfloat16)
-    ids = torch.tensor([[3, codec.marker_ids["[NER]"]]])
-    assert embedding(ids).dtype == torch.bfloat16
-    logits = head(torch.randn(1, 2, 32, dtype=torch.bfloat16))
-    assert logits.dtype == torch.bfloat16
-    assert embedding.rows.dtype == torch.float32
-
-
-@torch.no_grad()
-def test_the_base_gets_positions_without_gaps() -> None:
-    """The last position of a batch is a view; a CPU's bf16 product of it is slow beyond use."""
-    seen: list[torch.Tensor] = []
-    base = torch.nn.Linear(4, 9, bias=False)
-    base.register_forward_hook(lambda _, inputs, __: seen.append(inputs[0]))
-    head = MarkerHead(base, torch.nn.Parameter(torch.randn(2, 4)), 7)
-    hidden = torch.randn(3, 5, 4)
-    torch.testing.assert_close(head(hidden[:, -1:]), head(hidden)[:, -1:])
-    assert all(x.is_contiguous() for x in seen)
-
-
-@torch.no_grad()
-def test_markers_in_whisper(tiny_whisper: Callable[..., Any]) -> None:
-    model, tokenizer = tiny_whisper()
-    codec = TextCodec(tokenizer, REGISTRY, eos_id=model.config.eos_token_id)
-    install_markers(model, codec)
-    head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    assert head.rows is embedding.rows
-    assert head.base.weight is embedding.base.weight
-    hidden = torch.randn(1, 2, 32)
-    ids = list(codec.marker_ids.values())
-    torch.testing.assert_close(head(hidden)[..., ids], hidden @ head.rows.T)
-    assert model.model.decoder.embed_tokens is embedding

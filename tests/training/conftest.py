@@ -1,51 +1,103 @@
-"""A configuration that trains on tiny checkpoints, for tests of the loop through its real entry points."""
+"""A configuration that trains on tiny checkpoints, for tests of runs by their real entry points."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
+from unislu_llm.config import Config
+from unislu_llm.config_file import config_from_dict, merge, to_yaml
 from unislu_llm.data.manifest import write_manifest
-from unislu_llm.training.config import Config, apply
+from unislu_llm.training.trainer import Trainer
+
+SECONDS = [0.6, 1.9, 0.7, 1.0, 0.8, 2.5, 1.2, 0.5, 1.4, 1.1, 0.9, 3.0]
+CTC: dict[str, Any] = {"projector": "ctc", "projector_options": {
+    "stack": 2, "layers": 1, "heads": 2, "hidden": 16, "blank_bias": 1.0}}
+"""Model section of a tiny `ctc` projector."""
 
 
 @pytest.fixture
-def tiny_config(tiny_checkpoints: dict[str, str], make_utterances: Any, tmp_path: Path) -> Callable[..., Config]:
-    """Factory of configurations: a tiny corpus of 12 utterances, tiny models, no trackers; sections can be overridden."""
+def tiny_config(tiny_checkpoints: dict[str, str], make_utterances: Any,
+                tmp_path: Path) -> Callable[..., Config]:
+    """Factory of configurations: 12 utterances, tiny models, no trackers; sections lie over it."""
 
-    def make(output: str = "run", **sections: dict[str, Any]) -> Config:
+    def make(output: str = "run", **sections: Any) -> Config:
         manifest = tmp_path / "corpus" / "train.jsonl"
         if not manifest.exists():
-            utterances = make_utterances(seconds=[0.6, 1.9, 0.7, 1.0, 0.8, 2.5, 1.2, 0.5, 1.4, 1.1, 0.9, 3.0])
-            manifest.parent.mkdir(exist_ok=True)
-            write_manifest(manifest, utterances)
-        config = Config(output=str(tmp_path / output))
-        base: dict[str, dict[str, Any]] = {
+            write_manifest(manifest, make_utterances(seconds=SECONDS))
+        base = {
+            "output": str(tmp_path / output),
             "model": {"encoder": tiny_checkpoints["whisper"], "llm": tiny_checkpoints["llm"],
                       "projector_options": {"stack": 5, "hidden": 32},
                       "lora": {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]}},
             "data": {"train": [str(manifest)], "dev": [str(manifest)]},
-            "train": {"epochs": 2, "batch_size": 8, "micro_batch_size": 8, "eval_start": False, "trackers": [], "threads": 1,
+            "train": {"epochs": 2, "batch_size": 8, "trackers": [], "threads": 1,
                       "lr": {"projector": 1e-2, "lora": 1e-2, "markers": 1e-2}},
             "decode": {"max_new_tokens": 12},
         }
-        for section in (base, sections):
-            apply(config, section, "test")
-        return config
+        return config_from_dict(merge(Config, base, sections), "test")
 
     return make
 
 
 @pytest.fixture(autouse=True)
-def _one_accelerator_state() -> Any:
+def _one_accelerator_state() -> Iterator[None]:
     """Accelerate keeps its state in the process; each test starts anew."""
     from accelerate.state import AcceleratorState, GradientState, PartialState
 
     yield
     for state in (AcceleratorState, GradientState, PartialState):
         state._reset_state()
-    torch.set_num_threads(max(1, torch.get_num_threads()))
+
+
+@pytest.fixture
+def launch(tmp_path: Path) -> Callable[..., str]:
+    """Factory: train a configuration by `torchrun` in as many processes; what was printed."""
+
+    def run(kind: str, config: Config, processes: int, *more: str, fails: bool = False) -> str:
+        file = tmp_path / f"{Path(config.output).name}.yaml"
+        file.write_text(to_yaml(config))
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
+                   "--nproc_per_node", str(processes), str(Path(__file__).with_name("run.py")),
+                   kind, str(file), *more]
+        env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+        told = done.stderr.partition("elastic/multiprocessing")[0]  # the launcher's own traceback
+        assert (done.returncode != 0) == fails, told[-4000:]
+        return done.stdout
+
+    return run
+
+
+def logged(run: Path, part: str = "train") -> list[dict[str, Any]]:
+    """Rows of one part of a run's log."""
+    rows = map(json.loads, (run / "metrics.jsonl").read_text().splitlines())
+    return [row for row in rows if row["part"] == part]
+
+
+def weights(folder: Path) -> dict[str, Tensor]:
+    """Trained weights in a folder of a saved model."""
+    return load_file(folder / "model.safetensors")
+
+
+def stop_after(trainer: Trainer, steps: int) -> None:
+    """Train until the run is killed behind its step number `steps`."""
+    step = trainer.step
+
+    def killed(micro: Any) -> None:
+        if trainer.progress.step == steps:
+            raise KeyboardInterrupt
+        step(micro)
+
+    trainer.step = killed  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        trainer.fit()

@@ -1,51 +1,136 @@
-"""One global batch gives one loss and one gradient, however processes and micro-batches share it."""
+"""However processes and micro-batches share a global batch, it is one batch."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
+import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
+from safetensors.torch import load_file
 
-from unislu_llm.training.config import Config
+from tests.training.conftest import CTC, logged, weights
+from unislu_llm.config import Config
+from unislu_llm.data.manifest import read_manifest, write_manifest
+from unislu_llm.errors import UserError
+from unislu_llm.run_folder import read_finished
+from unislu_llm.tasks import TaskRegistry
+from unislu_llm.training.trainer import Trainer
 
-SCRIPT = Path(__file__).with_name("first_step.py")
-
-
-def first_step(kind: str, config: Config, folder: Path, name: str, processes: int = 1) -> dict[str, Any]:
-    """Run `first_step.py` in as many processes and load what it saved."""
-    config.output = str(folder / f"run-{name}")
-    (folder / f"{name}.yaml").write_text(yaml.safe_dump(config.to_dict()))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(processes)]
-    command = (launcher if processes > 1 else [sys.executable]) + [
-        str(SCRIPT), kind, str(folder / f"{name}.yaml"), str(folder / f"{name}.pt")]
-    done = subprocess.run(command, env=os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"},
-                          capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return torch.load(folder / f"{name}.pt", weights_only=True)
+LAYOUTS = {"whole": (1, 1), "accumulated": (4, 1), "two": (2, 2)}
+"""Accumulation and processes."""
+AUGMENT: dict[str, Any] = {"freq_masks": 1, "time_masks": 1, "speeds": [0.9, 1.0, 1.1],
+                           "gain_db": 3.0, "silence_share": 0.1}
+STILL = CTC | {"projector_options": CTC["projector_options"] | {"dropout": 0.0}}
+"""Each process draws a dropout of its own."""
 
 
-@pytest.mark.parametrize(("kind", "loss"), [("speech_llm", "dynamic"), ("speech_llm", "fixed"), ("whisper_slu", "dynamic")])
-def test_processes_and_accumulation_change_nothing(kind: str, loss: str, tiny_config: Callable[..., Config],
-                                                   tmp_path: Path) -> None:
-    """1 process x 8, 4 micro-batches of 2, and 2 processes x 2 micro-batches of 2 agree on loss and gradients."""
-    layouts = {"whole": (8, 1), "accumulated": (2, 1), "two": (2, 2)}
-    found = {name: first_step(kind, tiny_config(train={"micro_batch_size": size, "loss": loss}), tmp_path, name, processes)
-             for name, (size, processes) in layouts.items()}
-    whole = found["whole"]
-    assert max(float(g.abs().max()) for g in whole["gradients"].values()) > 1e-4
+@pytest.fixture
+def texts_and_speech(tiny_config: Callable[..., Config]) -> list[str]:
+    """A manifest in which every third row has no audio, in batches of both."""
+    path = Path(tiny_config().data.train[0])
+    rows = [replace(u, audio=None, duration=None) if i % 3 == 0 else u
+            for i, u in enumerate(read_manifest(path, TaskRegistry()))]
+    write_manifest(path.with_name("mixed.jsonl"), rows)
+    return [str(path.with_name("mixed.jsonl"))]
+
+
+@pytest.mark.parametrize("case", ["dynamic", "fixed", "whisper", "ctc", "text", "cache"])
+def test_processes_and_accumulation_change_no_loss_and_no_gradient(
+        case: str, tiny_config: Callable[..., Config], launch: Callable[..., str],
+        texts_and_speech: list[str], tmp_path: Path) -> None:
+    """1 process x 8, 4 micro-batches of 2, and 2 processes x 2 micro-batches of 2."""
+    kind = "whisper_slu" if case == "whisper" else "speech_llm"
+    model = STILL if case in ("ctc", "text") else {}
+    data: dict[str, Any] = {"train": texts_and_speech, "dev": []} if case == "text" else {}
+    if case == "cache":
+        data = {"frame_cache": str(tmp_path / "frames")}
+    train = {"loss": "fixed"} if case == "fixed" else {"objective": "ctc"} if case == "ctc" else {}
+    found = {}
+    for name, (accumulation, processes) in LAYOUTS.items():
+        config = tiny_config(name, model=model, data=data,
+                             train=train | {"accumulation": accumulation})
+        launch(kind, config, processes, "first", str(tmp_path / name))
+        found[name] = (json.loads((tmp_path / f"{name}.json").read_text()),
+                       load_file(tmp_path / f"{name}.safetensors"))
+    metrics, gradients = found["whole"]
+    assert max(float(g.abs().max()) for g in gradients.values()) > 1e-4
     for name in ("accumulated", "two"):
-        other = found[name]
-        assert other["steps"] == whole["steps"]
-        for key in ("loss", "loss_asr", "loss_task", "w_asr", "tokens"):
-            assert other["figures"][key] == pytest.approx(whole["figures"][key], rel=1e-5), (name, key)
-        assert other["gradients"].keys() == whole["gradients"].keys()
-        for parameter, gradient in whole["gradients"].items():
-            torch.testing.assert_close(other["gradients"][parameter], gradient, rtol=1e-3, atol=1e-5,
+        others, other_gradients = found[name]
+        for key in metrics.keys() & {"loss", "loss_asr", "loss_task", "loss_ner", "w_asr",
+                                     "tokens", "audio_seconds", "steps"}:
+            assert others[key] == pytest.approx(metrics[key], rel=1e-5), (name, key)
+        assert other_gradients.keys() == gradients.keys()
+        for parameter, gradient in gradients.items():
+            torch.testing.assert_close(other_gradients[parameter], gradient, rtol=1e-3, atol=1e-5,
                                        msg=lambda m, p=parameter: f"{p}: {m}")
+
+
+def test_a_stopped_run_of_stages_on_two_processes_ends_as_one_that_was_not(
+        tiny_config: Callable[..., Config], launch: Callable[..., str]) -> None:
+    """Stopped within an epoch of either objective; dropout is at work. Also against one process."""
+    lora = {"rank": 4, "target_modules": ["q_proj", "v_proj"]}
+    stages = [{"name": "ctc", "train": {"objective": "ctc", "epochs": 2}},
+              {"name": "adapt", "train": {"epochs": 2}}]
+
+    def config(name: str, **more: Any) -> Config:
+        return tiny_config(name, model=CTC | {"lora": lora}, stages=stages, **more,
+                           train={"batch_size": 4, "accumulation": 2, "save_every": 2})
+
+    printed = launch("speech_llm", config("whole"), 2)
+    whole = Path(config("whole").output)
+    assert printed.strip().endswith(f"best: {whole / 'best'}\nscore it: python eval/evaluate.py "
+                                    f"{whole}")
+    launch("speech_llm", config("part"), 2, "stop", "5", fails=True)
+    part = Path(config("part").output)
+    assert not read_finished(part / "ctc")
+    # It goes on from step 4, and stops again at step 5 of the stage after.
+    launch("speech_llm", config("part", resume=True), 2, "stop", "5", fails=True)
+    launch("speech_llm", config("part", resume=True), 2)
+    for place in ("ctc/best", "ctc/last", "adapt/last", "best"):
+        a, b = weights(whole / place), weights(part / place)
+        assert a.keys() == b.keys()
+        assert all(torch.equal(a[name], b[name]) for name in a), place
+    assert read_finished(part)["step"] == 12
+
+
+@pytest.mark.parametrize(("sections", "says"), [
+    ({"train": {"batch_tokens": 240}}, "batch: at most 240 tokens"),
+    ({"data": {"temperature": 3.0, "epoch_samples": 20}, "augment": AUGMENT,
+      "train": {"batch_size": 4}}, "mixture: 20 samples an epoch"),
+], ids=["tokens", "mixture"])
+def test_one_and_two_processes_take_the_same_steps(
+        sections: dict[str, Any], says: str, tiny_config: Callable[..., Config],
+        launch: Callable[..., str]) -> None:
+    """Three epochs of an odd number of examples, with real optimizer steps."""
+    rows = {}
+    for processes in (1, 2):
+        train = sections["train"] | {"accumulation": 2 // processes, "epochs": 3}
+        data = sections.get("data", {}) | {"dev": []}
+        config = tiny_config(f"on-{processes}", **sections | {"data": data, "train": train})
+        manifest = Path(config.data.train[0])
+        manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:11]))
+        assert says in launch("speech_llm", config, processes)
+        rows[processes] = logged(Path(config.output))
+    one, two = rows[1], rows[2]
+    assert len(one) == len(two) >= 6
+    # The same clips fall silent, at the same speeds.
+    for key in ("step", "epoch", "tokens", "audio_seconds"):
+        assert [r[key] for r in one] == pytest.approx([r[key] for r in two]), key
+    assert [r["loss"] for r in one[:3]] == pytest.approx([r["loss"] for r in two[:3]], rel=1e-3)
+    assert {r["epoch"] for r in one} == {0, 1, 2}
+    assert all(0 <= r["padding"] < 1 and 0 <= r["data_wait"] < 1 for r in one + two)
+
+
+@pytest.mark.parametrize(("flag", "name"), [("ACCELERATE_USE_FSDP", "FSDP"),
+                                            ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")])
+def test_sharding_is_refused_before_anything_is_loaded(
+        flag: str, name: str, tiny_config: Callable[..., Config],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(flag, "true")
+    config = tiny_config(model={"llm": "no/such-model"})
+    with pytest.raises(UserError, match=f"{name} is not supported yet"):
+        Trainer("speech_llm", config)

@@ -1,1 +1,1 @@
-"""Speech and annotations to batches."""
+"""Audio, manifests, examples and batches."""

@@ -1,280 +1,214 @@
-"""Every check of `unislu validate` on manifests, row by row: errors (not to be trained on) and warnings (worth a look).
+"""Every check on manifests: errors (a row is not to be trained on) and warnings (worth a look).
 
-What one row says is checked by :mod:`unislu_llm.data.rows`, its audio by :mod:`unislu_llm.data.audio_checks`; here are added
-what rows share (ids, texts, audio), the segments of long recordings, the characters, and the pace of the speech.
+What a row says is checked by :mod:`unislu_llm.data.row_reader`; here are added its audio, what rows
+share (texts, audio), the segments of long recordings, the characters, and the pace of the speech.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
-import os
-import sqlite3
+import math
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Literal
 
-from unislu_llm.data.audio import MAX_SECONDS
-from unislu_llm.data.audio_checks import AudioCheck, check_audio
-from unislu_llm.data.long_audio import cut
-from unislu_llm.data.manifest import KINDS, Problem, Row, iter_rows
-from unislu_llm.data.rows import Fault, RowReader
+import numpy as np
+
+from unislu_llm.data.audio import MAX_SECONDS, SAMPLE_RATE
+from unislu_llm.data.audio_file import crop, open_audio, read_frames
+from unislu_llm.data.long_rows import read_segments
+from unislu_llm.data.manifest import Ids, Row, iter_rows
+from unislu_llm.data.row_reader import Problem, RowReader
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.utterance import Utterance
 
-ERRORS: dict[str, str] = KINDS | {
-    "audio": "the audio cannot be read, is empty or truncated",
-    "crop": "the stretch is outside the audio",
-    "length": "the row says another length than the audio has",
-    "samples": "samples are NaN, infinite or far outside -1..1",
-    "too_long": "longer than Whisper's 30 s, and no segments to cut it at",
-    "segments": "a segment of a long recording is faulty",
-}
-"""Kinds of errors: the row cannot be trained on."""
+AudioCheck = Literal["none", "header", "full"]
+"""Believe the manifest, read the headers, or decode the samples too."""
 
-WARNINGS: dict[str, str] = {
-    "clipping": "many samples stand at full scale",
-    "silence": "next to no sound",
-    "rate": "sampled below 16 kHz",
-    "channels": "more than one channel",
-    "suffix": "the name ends like another format than the file has",
-    "long": "longer than 30 s, to be cut at its segments",
-    "same_row": "an earlier row has the same audio",
-    "leak": "another manifest has the same text or audio",
-    "characters": "characters that a tokenizer cannot hold, or that stand for lost ones",
-    "pace": "more or fewer words than anyone says in that time",
-    "rare_label": "a label is much rarer than the others",
-}
-"""Kinds of warnings: the row can be trained on."""
-
+_SLACK = 0.2  # seconds between stated and measured length: durations are rounded
+_BLOCK = 30  # seconds decoded at a time, so that memory does not follow the length of a recording
+_FULL_SCALE = 0.999  # of the largest sample: from here on a sample may be clipped
+_CLIPPED = 0.001  # share of clipped samples that is worth a look
+_SILENT = 1e-3  # root mean square of near silence: -60 dB of full scale
+_SUFFIXES = {"WAV": ("wav", "wave"), "WAVEX": ("wav", "wave"), "FLAC": ("flac",),
+             "OGG": ("ogg", "oga", "opus"), "MP3": ("mp3",), "MPEG": ("mp3",),
+             "AIFF": ("aif", "aiff", "aifc"), "AU": ("au", "snd")}  # others are not judged
 _LEAK_WORDS = 4  # shorter texts ("yes", "thank you") are said again and again
 _FAST, _SLOW = 7.0, 0.2  # words a second; fast debates have 4
-_FAST_LETTERS, _SLOW_LETTERS = 35.0, 1.0  # characters a second, for scripts without blanks between words
+_FAST_LETTERS, _SLOW_LETTERS = 35.0, 1.0  # characters a second, for scripts without blanks
 _SLOW_FROM = 5.0  # seconds: shorter clips may hold one word and a pause
-_RARE, _RARE_FROM = 0.01, 200  # share of the most frequent label, and annotations of the task from which it is judged
-_INVISIBLE = "\u00ad\u200b\u2060\ufeff"
-_INHERITED = ("corpus", "speaker", "language")
-
-
-@dataclass(frozen=True)
-class Checked:
-    """A row after all checks.
-
-    Args:
-        row: as read. seconds: length of its audio, where known.
-        errors, warnings: what is wrong; a row without errors has an utterance.
-    """
-
-    row: Row
-    seconds: float | None
-    errors: tuple[Problem, ...]
-    warnings: tuple[Problem, ...]
-
-
-class Places:
-    """Where keys were seen first, in an SQLite database in a temporary file, deleted when closed.
-
-    Memory is SQLite's page cache of 16 MB, whatever the number of rows; the file has about 50 bytes a key. Keys are compared
-    by 16-byte digests.
-    """
-
-    def __init__(self) -> None:
-        self._db = sqlite3.connect("", isolation_level=None)
-        for line in ("PRAGMA cache_size=-16384", "PRAGMA journal_mode=OFF", "PRAGMA synchronous=OFF",
-                     "CREATE TABLE seen (key BLOB PRIMARY KEY, file INT, line INT, value BLOB) WITHOUT ROWID", "BEGIN"):
-            self._db.execute(line)
-
-    def first(self, key: str, file: int, line: int, value: bytes = b"") -> tuple[int, int, bytes] | None:
-        """File, line and value of the same key before; None (and the key is remembered) when there is none."""
-        done = self._db.execute("INSERT OR IGNORE INTO seen VALUES (?, ?, ?, ?)", (_digest(key), file, line, value))
-        if done.rowcount:
-            return None
-        found: tuple[int, int, bytes] = self._db.execute("SELECT file, line, value FROM seen WHERE key = ?",
-                                                         (_digest(key),)).fetchone()
-        return found
-
-    def close(self) -> None:
-        self._db.close()
+_RARE, _RARE_FROM = 0.01, 200  # share of the most frequent label; annotations that it takes
+_ODD = {"Cn": "is not assigned to any character", "Co": "is for private use",
+        "\ufffd": "stands for a character that was lost when the text was decoded",
+        **dict.fromkeys("\u00ad\u200b\u2060\ufeff", "is invisible")}
+"""What speaks against a character or a Unicode category in a transcript."""
 
 
 class Checker:
-    """Checks manifests one after another, and against each other. Memory does not grow with their rows.
+    """Checks manifests one after another, and against each other."""
 
-    Args:
-        registry: the tasks whose annotations are read.
-        audio: what is opened of the audio.
-        tokenizers: by name, a function that says whether a character survives the tokenizer.
-    """
+    def __init__(self, registry: TaskRegistry, audio: AudioCheck = "header") -> None:
+        self._registry, self._audio = registry, audio
+        self._reader = RowReader(registry)
+        self._ids: Ids = {}
+        # Where an audio or a text was seen first, and the text of that row.
+        self._seen: dict[tuple[str, str], tuple[Path, int, str]] = {}
 
-    def __init__(self, registry: TaskRegistry, audio: AudioCheck = "header",
-                 tokenizers: Mapping[str, Callable[[str], bool]] | None = None) -> None:
-        self._registry = registry
-        self._audio: AudioCheck = audio
-        self._tokenizers = dict(tokenizers or {})
-        self._lost: dict[str, str] = {}  # by character: why it is lost, or ""
-        self._files: list[Path] = []
-        self._places = Places()
+    def check(self, path: Path) -> Iterator[Row]:
+        """Every row of a manifest, its duration measured; line 0 is for the file as a whole."""
+        good: list[Utterance] = []
+        for row in iter_rows(path, self._registry, ids=self._ids):
+            checked = self._check(row, row.utterance, path) if row.utterance else row
+            good += [checked.utterance] if checked.utterance else []
+            yield checked
+        yield Row(0, problems=tuple(p._replace(file=path) for p in self._rare(good)))
 
-    def __enter__(self) -> Checker:
-        return self
+    def _check(self, row: Row, u: Utterance, path: Path) -> Row:
+        problems, seconds, key = _check_audio(u, self._audio)
+        if row.content.get("segments") is not None and all(p.warning for p in problems):
+            # Audio that was not opened is believed to be long enough.
+            end = math.inf if seconds is None else u.start + seconds
+            problems += read_segments(u, self._reader, end)[1]
+        if seconds is not None and seconds > MAX_SECONDS:
+            cut = ("too_long", "give it `start` and `end`, or `segments` to cut it at")
+            kind, what = cut if u.segments is None else ("long", "it is cut at its segments")
+            problems.append(Problem("audio", kind, f"{seconds:.2f} s is longer than "
+                                    f"{MAX_SECONDS:g} s; {what}"))
+        good = all(p.warning for p in problems)
+        if good:  # a row that is left out can neither leak nor repeat another
+            problems += [*_characters(u), *_pace(u, seconds), *self._shared(u, key, path, row.line)]
+        return replace(row, utterance=replace(u, duration=seconds) if good else None,
+                       problems=tuple(p._replace(file=path, line=row.line) for p in problems))
 
-    def __exit__(self, *_: object) -> None:
-        self._places.close()
+    def _shared(self, u: Utterance, audio: str, path: Path, line: int) -> Iterator[Problem]:
+        """The same audio in an earlier row, and the same audio or text in another manifest."""
+        long_text = u.text if len(u.text.split()) >= _LEAK_WORDS else ""
+        for what, key in (("audio", audio), ("text", long_text)):
+            # Rows without audio, or with few words, share an empty key that says nothing.
+            file, first, other = self._seen.setdefault((what, key), (path, line, u.text))
+            if key and file != path:
+                yield Problem(what, "leak", f"the same {what} is in {file}:{first}; if one of the "
+                              "manifests is there to test, take it out of the other")
+            elif key and first != line and what == "audio":
+                same = "the same text" if other == u.text else "another text"
+                yield Problem(what, "same_row", f"line {first} has the same audio and {same}; keep "
+                              "the row that is right")
 
-    def check(self, path: Path) -> Iterator[Checked]:
-        """Every row of a manifest, in order; what concerns the file as a whole comes as line 0.
-
-        Raises:
-            UserError: there is no such manifest, or it cannot be read.
-        """
-        rows = iter_rows(path, self._registry, earlier=self._earlier)
-        self._files.append(path)
-        labels: dict[str, Counter[str]] = {}
-        try:
-            for row in rows:
-                yield self._row(row, path, labels)
-        except OSError as error:
-            raise UserError(f"{path}: cannot be read ({error}); correct the path or its permissions") from error
-        rare = tuple(self._rare(path, labels))
-        if rare:
-            yield Checked(Row(0, b"", None, None, ()), None, (), rare)
-
-    def _row(self, row: Row, path: Path, labels: dict[str, Counter[str]]) -> Checked:
-        if row.utterance is None:
-            return Checked(row, None, row.problems, ())
-        utterance = row.utterance
-        heard = check_audio(utterance, self._audio)
-        errors, warnings = list(heard.errors), list(heard.warnings)
-        if (row.content or {}).get("segments") is not None and not errors:
-            errors += self._segments(utterance, heard.seconds)
-        if heard.seconds is not None and heard.seconds > MAX_SECONDS:
-            self._long(utterance, heard.seconds, errors, warnings)
-        if not errors:
-            warnings += [*self._characters(utterance), *_pace(utterance, heard.seconds),
-                         *self._shared(utterance, heard.key, row.line)]
-            for name, value in utterance.labels.items():
-                found = [value] if isinstance(value, str) else [v if isinstance(v, str) else v.label for v in value]
-                labels.setdefault(name, Counter()).update(found)
-        return Checked(row, heard.seconds, tuple(Problem(path, row.line, *fault) for fault in errors),
-                       tuple(Problem(path, row.line, *fault) for fault in warnings))
-
-    def _earlier(self, name: str, line: int) -> str | None:
-        before = self._places.first(f"id {name}", len(self._files) - 1, line)
-        if before is None:
-            return None
-        if before[0] == len(self._files) - 1:
-            return f"line {before[1]}; ids must be unique in a manifest"
-        return f"{self._place(before)}; an id may be in one of the manifests only: rename it, or drop one of the rows"
-
-    def _place(self, found: tuple[int, int, bytes]) -> str:
-        return f"{self._files[found[0]]}:{found[1]}"
-
-    def _long(self, utterance: Utterance, seconds: float, errors: list[Fault], warnings: list[Fault]) -> None:
-        length = f"{seconds:.2f} s is longer than {MAX_SECONDS} s; "
-        if utterance.segments is None:
-            errors.append(Fault("audio", "too_long", f"{length}cut it with `start` and `end`, or give it `segments`"))
-        elif not errors:
-            warnings.append(Fault("audio", "long", f"{length}train with --data.long_audio cut, which cuts it at its segments"))
-
-    def _segments(self, utterance: Utterance, seconds: float | None) -> Iterator[Fault]:
-        """The same rules as where training cuts a recording, but every segment is looked at."""
-        segments = utterance.segments
-        if segments is None:
-            yield Fault("segments", "segments", "must be a list of objects with start, end and text; correct or remove it")
-            return
-        reader = RowReader(self._registry, Path(), utterance.corpus, False)
-        inherited = {key: value for key in _INHERITED if (value := getattr(utterance, key)) is not None}
-        found: list[Fault] = []
-        for i, segment in enumerate(segments):
-            faults: list[Fault] = []
-            if isinstance(segment, dict):
-                reader.read({**inherited, **segment, "id": "segment"}, "", faults)
-            found += [Fault(f"segments[{i}].{fault.field}", "segments", fault.message) for fault in faults]
-        if found:
-            yield from found
-            return
-        end = utterance.start + seconds if seconds is not None else float("inf")
-        placed = dataclasses.replace(utterance, end=end, audio=utterance.audio or Path("text"))
-        try:
-            cut(placed, segments, self._registry, MAX_SECONDS)
-        except UserError as error:
-            field, _, message = str(error).removeprefix(f"{utterance.source}: ").partition(": ")
-            yield Fault(field, "segments", message)
-
-    def _characters(self, utterance: Utterance) -> Iterator[Fault]:
-        segments = utterance.segments or ()
-        for field, text in [("text", utterance.text), *((f"segments[{i}].text", s["text"]) for i, s in enumerate(segments))]:
-            if text.isascii() and not self._tokenizers:
-                continue
-            lost = [c for c in dict.fromkeys(text) if self._why_lost(c)]
-            if lost:
-                shown = "; ".join(f"'{c}' (U+{ord(c):04X}) {self._lost[c]}" for c in lost[:3])
-                more = f"; and {len(lost) - 3} more" if len(lost) > 3 else ""
-                yield Fault(field, "characters", f"{shown}{more}; replace, or take another tokenizer" if self._tokenizers
-                            else f"{shown}{more}; look at the source and correct it")
-
-    def _why_lost(self, character: str) -> str:
-        if character not in self._lost:
-            names = [name for name, holds in self._tokenizers.items() if not character.isspace() and not holds(character)]
-            lost = f"cannot be held by {' and '.join(names)}" if names else ""
-            self._lost[character] = _odd(character) or lost
-        return self._lost[character]
-
-    def _shared(self, utterance: Utterance, key: str | None, line: int) -> Iterator[Fault]:
-        now = len(self._files) - 1
-        if key is not None:
-            text = _digest(utterance.text)[:8]
-            before = self._places.first(f"audio {os.path.abspath(key)}", now, line, text)
-            if before is not None and before[0] != now:
-                yield Fault("audio", "leak", f"the same audio is in {self._place(before)}; if one of the manifests is there to "
-                            "test, take it out of the other")
-            elif before is not None:
-                other = "the same text" if before[2] == text else "another text"
-                yield Fault("audio", "same_row", f"line {before[1]} has the same audio and {other}; keep the row that is right")
-        if len(utterance.text.split()) >= _LEAK_WORDS:
-            before = self._places.first(f"text {utterance.text}", now, line)
-            if before is not None and before[0] != now:
-                yield Fault("text", "leak", f"the same text is in {self._place(before)}; if one of the manifests is there to "
-                            "test, take it out of the other")
-
-    def _rare(self, path: Path, labels: Mapping[str, Counter[str]]) -> Iterator[Problem]:
-        for name, counts in labels.items():
+    def _rare(self, utterances: Sequence[Utterance]) -> Iterator[Problem]:
+        for task in self._registry:
+            counts = label_counts(utterances, task.name)
             most, top = counts.most_common(1)[0] if counts else ("", 0)
-            for label in self._registry[name].labels if counts.total() >= _RARE_FROM else ():
-                if counts[label] < _RARE * top:
-                    yield Problem(path, 0, name, "rare_label", f"'{label}' is there {counts[label]} times, '{most}' {top} times; "
-                                  "a model will hardly learn it: annotate more, or leave the label out of the task")
+            for label in task.labels:
+                if counts.total() >= _RARE_FROM and counts[label] < _RARE * top:
+                    yield Problem(task.name, "rare_label", f"'{label}' is there {counts[label]} "
+                                  f"times, '{most}' {top} times; annotate more, or leave the label "
+                                  "out of the task")
 
 
-def plain_field(field: str) -> str:
-    """A field without its indices: `ner[2].end` is `ner.end`."""
-    return "".join(part.partition("]")[2] if i else part for i, part in enumerate(field.split("[")))
+def label_counts(utterances: Sequence[Utterance], task: str) -> Counter[str]:
+    """How often each label of a task is there."""
+    values = [u.labels[task] for u in utterances if task in u.labels]
+    return Counter(label if isinstance(label, str) else label.label for value in values
+                   for label in ([value] if isinstance(value, str) else value))
 
 
-def _pace(utterance: Utterance, seconds: float | None) -> Iterator[Fault]:
+def _characters(u: Utterance) -> Iterator[Problem]:
+    texts = {"text": u.text}
+    texts |= {f"segments[{i}].text": s["text"] for i, s in enumerate(u.segments or ())}
+    for field, text in texts.items():
+        odd = {} if text.isascii() else {
+            c: why for c in text if (why := _ODD.get(c) or _ODD.get(unicodedata.category(c)))}
+        if odd:
+            named = "; ".join(f"'{c}' (U+{ord(c):04X}) {why}" for c, why in odd.items())
+            yield Problem(field, "characters", f"{named}; look at the source")
+
+
+def _pace(u: Utterance, seconds: float | None) -> Iterator[Problem]:
     if not seconds:
         return
-    words, letters = len(utterance.text.split()) / seconds, len(utterance.text) / seconds
+    words, letters = len(u.text.split()) / seconds, len(u.text) / seconds
     if words > _FAST or letters > _FAST_LETTERS:
-        yield Fault("text", "pace", f"{words:.1f} words and {letters:.0f} characters a second; text and audio hardly belong "
-                    "together: compare them")
+        yield Problem("text", "pace", f"{words:.1f} words and {letters:.0f} characters a second; "
+                      "text and audio hardly belong together")
     elif seconds >= _SLOW_FROM and words < _SLOW and letters < _SLOW_LETTERS:
-        yield Fault("text", "pace", f"{len(utterance.text.split())} words in {seconds:.1f} s; is the transcript whole?")
+        yield Problem("text", "pace", f"{len(u.text.split())} words in {seconds:.1f} s; is the "
+                      "transcript whole?")
 
 
-def _odd(character: str) -> str:
-    """Why a character should not be in a transcript, whatever the tokenizer; else nothing."""
-    if character == "\ufffd":
-        return "stands for a character that was lost when the text was decoded"
-    category = unicodedata.category(character)
-    if category in ("Cn", "Co"):
-        return "is not assigned to any character" if category == "Cn" else "is for private use"
-    return "is invisible" if character in _INVISIBLE else ""
+def _check_audio(u: Utterance, how: AudioCheck) -> tuple[list[Problem], float | None, str]:
+    """What is wrong with the audio of a row; never raises.
+
+    Returns:
+        Problems; seconds of the audio, None where that is not known; and a key that equal audio
+        shares: a digest of the samples after a full check, else path and crop; empty for text.
+    """
+    path, stated, frames = u.audio, u.stated_seconds, 0
+    if path is None:
+        return [], None, ""
+    key = f"{path.absolute()}|{u.start}|{u.end}"
+    if how == "none":
+        return [], stated, key
+    try:
+        frames, rate, channels, form = _header(path)
+        first, last = crop(path, frames, rate, u.start, u.end)
+    except (UserError, OSError, ValueError) as error:
+        if frames:
+            field = "start" if u.start * rate >= frames else "end"
+            return [Problem(field, "crop", str(error))], stated, key
+        kind = "audio_missing" if "does not exist" in str(error) else "audio"
+        return [Problem("audio", kind, f"{error}; correct the path or the file")], stated, key
+    seconds = (last - first) / rate
+    if stated is not None and abs(seconds - stated) > _SLACK:
+        field = "end" if u.duration is None else "duration"
+        return [Problem(field, "length", f"the row says {stated:g} s, the audio has {seconds:.2f} "
+                        "s; correct the row")], seconds, key
+    suffix, doubts = path.suffix[1:].lower(), {}
+    if rate < SAMPLE_RATE:
+        doubts["rate"] = f"{rate} Hz, nothing above {rate // 2} Hz; is there a source of 16 kHz?"
+    if channels > 1:
+        doubts["channels"] = f"{channels} channels, which are averaged; has each its own speaker?"
+    if suffix not in _SUFFIXES.get(form, suffix):
+        doubts["suffix"] = f"is {form} by its content and '.{suffix}' by its name; rename it"
+    problems = []
+    if how == "full":
+        try:
+            key = _decode(path, first, last, doubts)
+        except UserError as error:
+            bad = "NaN" in str(error) or "samples reach" in str(error)
+            problems.append(Problem("audio", "samples" if bad else "audio", str(error)))
+    problems += [Problem("audio", kind, text) for kind, text in doubts.items()]
+    return problems, seconds, key
 
 
-def _digest(key: Any) -> bytes:
-    return hashlib.blake2b(str(key).encode("utf-8", "surrogatepass"), digest_size=16).digest()
+@lru_cache(maxsize=1024)  # rows that are stretches of one recording follow one another
+def _header(path: Path) -> tuple[int, int, int, str]:
+    with open_audio(path) as sound:
+        return sound.frames, sound.samplerate, sound.channels, sound.format
+
+
+def _decode(path: Path, first: int, last: int, doubts: dict[str, str]) -> str:
+    """Digest of the frames `first` to `last`; what is to be doubted about them is added."""
+    digest = hashlib.blake2b(digest_size=16)
+    energy = clipped = count = 0.0
+    with open_audio(path) as sound:
+        step = _BLOCK * sound.samplerate
+        for at in range(first, last, step):
+            block = read_frames(path, sound, at, min(at + step, last))
+            digest.update(np.ascontiguousarray(block).tobytes())
+            energy += float(np.square(block, dtype=np.float64).sum())
+            # A sample is clipped where its neighbours stand at full scale too: peaks do not.
+            full = np.abs(block) >= _FULL_SCALE
+            clipped += float((full[:-2] & full[1:-1] & full[2:]).sum())
+            count += block.size
+    level = math.sqrt(energy / count)
+    if clipped > _CLIPPED * count:
+        doubts["clipping"] = f"{100 * clipped / count:.1f} % of the samples are clipped; listen"
+    if level < _SILENT:
+        how = f"{20 * math.log10(level):.0f} dB of full scale" if level else "zeros alone"
+        doubts["silence"] = f"is nearly silent ({how}); listen, and drop it if nobody speaks"
+    return digest.hexdigest()

@@ -1,1 +1,1 @@
-"""From speech to unified text, for both decoders."""
+"""From a trained model and audio to answers."""

@@ -1,4 +1,4 @@
-"""Grounded phrases: an entity is a run of whole words of the transcript that was just written."""
+"""Grounded phrases: an entity is a run of whole words of the transcript just written."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unislu_llm.data.targets import TextCodec
-from unislu_llm.decoding.vocabulary import Vocabulary
+from unislu_llm.decoding.vocabulary import vocabulary_of
+from unislu_llm.tokenizer import UnifiedTokenizer
 
 _NONE = 1 << 30
 
@@ -18,100 +18,68 @@ _NONE = 1 << 30
 class Grounding:
     """Which transcript tokens may come next in each row's phrase.
 
-    A word starts or ends where two tokens are not of one word: at blanks, at punctuation, at either end. As the codec
-    tokenises a phrase the way it stands in the sentence, the phrases of the training targets are such runs.
-
-    Args:
-        codec: of the model. vocabulary: its tokens. rows: of the decoder, beams included. device: of the scores.
+    A word starts or ends where two tokens are not of one word: at blanks, at punctuation, at
+    either end. As a phrase is tokenised the way it stands in the sentence, the phrases of the
+    training targets are such runs.
 
     Attributes:
-        entry: `(rows,)` index of each row's transcript, -1 before it is complete.
-        candidates: `(rows, positions)` bool, transcript positions of which the next phrase token may be a copy.
+        starts: `(rows, positions)` bool, first tokens of words in each row's transcript.
+        candidates: `(rows, positions)` bool, positions of which the next token may be a copy.
         closable: `(rows,)` bool, whether the phrase so far is whole words.
     """
 
-    def __init__(self, codec: TextCodec, vocabulary: Vocabulary, rows: int, device: torch.device) -> None:
-        self.codec = codec
-        self.vocabulary = vocabulary
-        self.entry = torch.full((rows,), -1, device=device)
-        self.candidates = torch.zeros(rows, 1, dtype=torch.bool, device=device)
+    def __init__(self, tokenizer: UnifiedTokenizer, rows: int, device: torch.device | str) -> None:
+        self._tokenizer = tokenizer
+        # Of each transcript, once it is complete: its ids, and how far the next word's end is.
+        self._ids = torch.full((rows, 1), -1, device=device)
+        self._distance = torch.full((rows, 1), _NONE, device=device)
+        self.starts = torch.zeros(rows, 1, dtype=torch.bool, device=device)
+        self.candidates = torch.zeros_like(self.starts)
         self.closable = torch.zeros(rows, dtype=torch.bool, device=device)
-        self._known: dict[tuple[int, ...], int] = {}
-        self.ids = torch.full((0, 1), -1, device=device)
-        self.starts, self.ends = (torch.zeros(0, 1, dtype=torch.bool, device=device) for _ in range(2))
-        self.distance = torch.zeros(0, 1, dtype=torch.long, device=device)
 
-    def reorder(self, parents: Tensor) -> None:
-        """Take over the rows that beam search kept."""
-        self.entry, self.candidates, self.closable = self.entry[parents], self.candidates[parents], self.closable[parents]
+    def reorder(self, rows: Tensor) -> None:
+        self._ids, self._distance, self.starts = (
+            self._ids[rows], self._distance[rows], self.starts[rows])
+        self.candidates, self.closable = self.candidates[rows], self.closable[rows]
 
     def learn(self, row: int, transcript: Sequence[int]) -> None:
-        """Note a row's complete transcript."""
-        key = tuple(transcript)
-        if key not in self._known:
-            self._known[key] = len(self._known)
-            self._append(key)
-        self.entry[row] = self._known[key]
+        starts, distance = self._words(transcript)
+        more = max(0, len(transcript) - self._ids.shape[1])
+        self._ids = F.pad(self._ids, (0, more), value=-1)
+        self._distance = F.pad(self._distance, (0, more), value=_NONE)
+        self.starts, self.candidates = (F.pad(t, (0, more)) for t in (self.starts, self.candidates))
+        for table, values in ((self._ids, transcript), (self._distance, distance),
+                              (self.starts, starts)):
+            table[row, :len(values)] = torch.tensor(values, dtype=table.dtype, device=table.device)
 
     def step(self, tokens: Tensor, opened: Tensor, inside: Tensor) -> None:
-        """After one token a row.
-
-        Args:
-            tokens: `(rows,)`. opened: rows whose token opened a phrase. inside: rows whose token is of a phrase.
-        """
-        if not len(self.ids):
-            return
-        at = self.entry.clamp(min=0)
-        hit = self.candidates & (self.ids[at] == tokens[:, None]) & inside[:, None]
-        self.closable = (hit & self.ends[at]).any(-1)
-        following = F.pad(hit[:, :-1], (1, 0)) & (self.ids[at] >= 0)
-        self.candidates = torch.where(opened[:, None], self.starts[at], following)
+        """After one token a row, `(rows,)`, that `opened` a phrase, or stands `inside` one."""
+        hit = self.candidates & (self._ids == tokens[:, None]) & inside[:, None]
+        self.closable = (hit & (self._distance == 0)).any(-1)
+        following = F.pad(hit[:, :-1], (1, 0)) & (self._ids >= 0)
+        self.candidates = torch.where(opened[:, None], self.starts, following)
 
     def allowed(self, remaining: Tensor) -> tuple[Tensor, Tensor]:
-        """`(rows, tokens)` of every token that may come next in a phrase and leaves room for its end.
-
-        Args:
-            remaining: `(rows,)` tokens that may still come.
-        """
+        """Row and token, `(n,)` each, of all that may come next where `remaining` `(rows,)` tokens
+        are enough for the rest of its word and of the answer."""
         # This token, those to the word's end, the closing marker and the end of text.
-        fits = self.candidates & (self.distance[self.entry.clamp(min=0)] + 3 <= remaining[:, None]) if len(self.ids) \
-            else torch.zeros_like(self.candidates)
-        rows, positions = fits.nonzero(as_tuple=True)
-        return rows, self.ids[self.entry[rows], positions] if len(rows) else rows
+        fits = self._distance + 3 <= remaining[:, None]
+        rows, positions = (self.candidates & fits).nonzero(as_tuple=True)
+        return rows, self._ids[rows, positions]
 
     def shortest(self) -> Tensor:
-        """`(rows,)` tokens of each transcript's shortest word; a very large number where there is none."""
-        if not len(self.ids):
-            return torch.full_like(self.entry, _NONE)
-        lengths = torch.where(self.starts, self.distance + 1, _NONE).amin(-1)
-        return lengths[self.entry.clamp(min=0)].masked_fill(self.entry < 0, _NONE)
+        """`(rows,)` tokens of each transcript's shortest word; very many where there is none."""
+        return torch.where(self.starts, self._distance + 1, _NONE).amin(-1)
 
-    def _append(self, ids: tuple[int, ...]) -> None:
-        starts, ends, distance = self._words(ids)
-        width = max(len(ids), 1, self.ids.shape[1])
-        self.ids = _stack(self.ids, list(ids), width, -1)
-        self.starts = _stack(self.starts, starts, width, False)
-        self.ends = _stack(self.ends, ends, width, False)
-        self.distance = _stack(self.distance, distance, width, _NONE)
-        self.candidates = F.pad(self.candidates, (0, width - self.candidates.shape[1]))
-
-    def _words(self, ids: tuple[int, ...]) -> tuple[list[bool], list[bool], list[int]]:
-        """Of each token: is it the first of a word, the last of one, and how far is the next last one."""
-        n = len(ids)
-        borders = [0, *(i for i in range(1, n) if not self.vocabulary.joins(ids[i - 1], ids[i])), n] if n else []
-        starts, ends = [False] * n, [False] * n
-        for first, after in pairwise(borders):
-            if self.codec.decode(ids[first:after]):
-                starts[first] = ends[after - 1] = True
-        distance, far = [_NONE] * n, _NONE
-        for i in range(n - 1, -1, -1):
-            far = 0 if ends[i] else min(far + 1, _NONE)
-            distance[i] = far
-        return starts, ends, distance
-
-
-def _stack(table: Tensor, row: Sequence[int] | Sequence[bool], width: int, fill: int | bool) -> Tensor:
-    new = torch.full((len(table) + 1, width), fill, dtype=table.dtype, device=table.device)
-    new[:len(table), :table.shape[1]] = table
-    new[-1, :len(row)] = torch.tensor(row, dtype=table.dtype, device=table.device)
-    return new
+    def _words(self, ids: Sequence[int]) -> tuple[list[bool], list[int]]:
+        """Of each token: whether it is the first of a word, how far the next last one is."""
+        n, joins = len(ids), vocabulary_of(self._tokenizer).joins
+        inner = [i for i in range(1, n) if not joins(ids[i - 1], ids[i])]
+        starts, distance, far = [False] * n, [_NONE] * n, _NONE
+        for first, after in reversed(list(pairwise([0, *inner, n]))):
+            word = bool(self._tokenizer.decode(ids[first:after]))  # not blanks alone
+            for i in reversed(range(first, after)):
+                distance[i] = far = 0 if word and i == after - 1 else min(far + 1, _NONE)
+            if word:
+                starts[first] = True
+        return starts, distance

@@ -7,48 +7,47 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-LONGEST = 32
-"""Longest n-gram, in tokens, whose repetition is looked for."""
-REPEATS = 4
-"""An n-gram so often in a row is a loop..."""
-LEAST = 16
-"""...if together it is at least so many tokens long: `no no no no` is speech."""
+LONGEST = 32  # tokens of an n-gram whose repetition is looked for
+REPEATS = 4  # an n-gram so often in a row is a loop...
+LEAST = 16  # ...if together it is at least so many tokens long: `no no no no` is speech
+
+_SIZES = torch.arange(1, LONGEST + 1)
+# Of each n-gram length: how many tokens in a row, each equal to the one an n-gram before, are a
+# loop. The n-gram's first occurrence is not among them.
+_ENOUGH = torch.maximum((REPEATS - 1) * _SIZES, LEAST - _SIZES)
 
 
 class LoopTracker:
-    """For each n-gram length, how many last tokens equal the token one n-gram before.
+    """For each n-gram length, how many last tokens of `rows` answers equal the token one n-gram
+    before."""
 
-    Args:
-        device: where the ids are.
-    """
+    def __init__(self, rows: int, device: torch.device | str = "cpu") -> None:
+        self._enough = _ENOUGH.to(device)
+        self._last = torch.full((rows, LONGEST), -1, device=device)  # the newest first
+        self._counts = torch.zeros_like(self._last)
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.sizes = torch.arange(1, LONGEST + 1, device=device)
-        self.least = torch.maximum((REPEATS - 1) * self.sizes, LEAST - self.sizes)
+    def reorder(self, rows: Tensor) -> None:
+        self._last, self._counts = self._last[rows], self._counts[rows]
 
-    def start(self, rows: int) -> Tensor:
-        """Counts before the first token, `(rows, LONGEST)`."""
-        return self.sizes.new_zeros(rows, LONGEST)
+    def step(self, tokens: Tensor) -> None:
+        """Read one token a row, `(rows,)`; a negative one is none."""
+        token, live = tokens[:, None], tokens[:, None] >= 0
+        counts = torch.where(self._last == token, self._counts + 1, 0)
+        self._counts = torch.where(live, counts, self._counts)
+        self._last = torch.where(live, torch.cat([token, self._last[:, :-1]], dim=1), self._last)
 
-    def step(self, counts: Tensor, ids: Tensor) -> Tensor:
-        """Counts after the last token of `ids` `(rows, length)`."""
-        back = ids.shape[1] - 1 - self.sizes
-        same = (ids[:, back.clamp(min=0)] == ids[:, -1:]) & (back >= 0)
-        return torch.where(same, counts + 1, 0)
-
-    def looping(self, counts: Tensor) -> Tensor:
+    def looping(self) -> Tensor:
         """Rows whose last tokens are a loop, `(rows,)` bool."""
-        return (counts >= self.least).any(-1)
+        return (self._counts >= self._enough).any(-1)
 
 
-def has_loop(ids: Sequence[int]) -> bool:
-    """Whether somewhere in `ids` an n-gram is repeated in a row as often as the grammar lets it be."""
-    row = torch.tensor([list(ids)], dtype=torch.long)
-    tracker = LoopTracker()
-    for size, least in zip(tracker.sizes.tolist(), tracker.least.tolist(), strict=True):
-        if row.shape[1] < size + least:
-            continue
-        same = (row[0, size:] == row[0, :-size]).long()
-        if bool((same.unfold(0, least, 1).sum(-1) == least).any()):
-            return True
-    return False
+def loop_start(ids: Sequence[int]) -> int | None:
+    """Where the first repetition of a loop begins, behind the n-gram's first occurrence; None
+    where there is no loop."""
+    row, starts = torch.tensor(list(ids), dtype=torch.long), []
+    for size, enough in zip(_SIZES.tolist(), _ENOUGH.tolist(), strict=True):
+        if len(row) >= size + enough:
+            same = (row[size:] == row[:-size]).long()
+            runs = (same.unfold(0, enough, 1).sum(-1) == enough).nonzero()
+            starts += [size + int(runs[0])] if len(runs) else []
+    return min(starts, default=None)

@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+
+import torch
+
+from unislu_llm.models.base import SLUModel
+from unislu_llm.models.saved import Description
+from unislu_llm.models.speech_llm import SpeechLLM
+from unislu_llm.models.whisper_slu import WhisperSLU
+
+KINDS: dict[str, type[SLUModel]] = {"speech_llm": SpeechLLM, "whisper_slu": WhisperSLU}
 
 
-def load(folder: str | os.PathLike[str], **options: Any) -> Any:
-    """Load a saved model of either kind, in eval mode; see :meth:`unislu_llm.models.base.SLUModel.from_pretrained`."""
-    from unislu_llm.models.base import SLUModel  # here, so that importing the package stays quick
-
-    return SLUModel.from_pretrained(folder, **options)
+def load(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> SLUModel:
+    """Load a saved model of either kind, as :meth:`SLUModel.from_pretrained` does."""
+    return KINDS[Description.read(folder).model_type].from_pretrained(folder, dtype)

@@ -1,15 +1,14 @@
 """CTC over a large vocabulary at the cost of a small one.
 
-A path through a target's lattice only visits the target's own tokens and blank, so the dynamic programme needs no other classes.
-The rest of the vocabulary matters in each frame's normalizer alone, which tokens of the batch and a sample of others estimate.
+A path through a target's lattice only visits the target's own tokens and blank. The rest of the
+vocabulary matters in each frame's normalizer alone, which the tokens of the batch and a sample of
+others estimate.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -17,103 +16,56 @@ from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
 from unislu_llm.models.ctc import BLANK
-from unislu_llm.models.encoder import valid_mask
+
+# Classes beside the batch's own that enter a normalizer. With all 8,558 of a vocabulary a CPU takes
+# half as long again for a step of the projector.
+SAMPLES = 700
 
 
-@dataclass(frozen=True)
-class CtcLoss:
-    """Result of :func:`ctc_loss`.
+def sample_classes(own: Sequence[int], size: int, samples: int) -> tuple[Tensor, Tensor]:
+    """Classes `(m,)` of a batch's normalizer: `own`, those of its targets, and a sample of others.
 
-    Attributes:
-        losses: `(batch,)` in nats, zero where infeasible. infeasible: targets with more tokens than their frames hold.
+    Also `(1 + m,)`, blank first, the logarithm of how many classes each stands for: added to their
+    logits it makes the estimate of the normalizer unbiased.
     """
-
-    losses: Tensor
-    infeasible: int
-
-
-def sample_classes(targets: Sequence[Sequence[int]], size: int, samples: int, generator: torch.Generator) -> tuple[Tensor, float]:
-    """Classes of a batch's normalizer: those of its targets, and a uniform sample of the others.
-
-    Args:
-        targets: classes 1 .. size of each clip. size: of the vocabulary, without blank. samples: of the other classes, at most.
-        generator: on the CPU.
-
-    Returns:
-        the classes, the targets' own first, and the logarithm of how many others each sampled one stands for: added to
-        their logits it makes the estimate of the normalizer unbiased.
-    """
-    own = torch.tensor(sorted({int(c) for row in targets for c in row}), dtype=torch.long)
     rest = torch.ones(size + 1, dtype=torch.bool)
-    rest[BLANK] = False
-    rest[own] = False
-    others = rest.nonzero()[:, 0]
+    rest[[BLANK, *own]] = False
+    others, share = rest.nonzero()[:, 0], 1.0
     if len(others) > samples:
-        picked = others[torch.randperm(len(others), generator=generator)[:samples]]
-        return torch.cat([own, picked]), math.log(len(others) / max(samples, 1))
-    return torch.cat([own, others]), 0.0
+        share = len(others) / max(samples, 1)
+        others = others[torch.randperm(len(others))[:samples]]
+    classes = torch.cat([torch.tensor(own, dtype=torch.long), others])
+    logs = torch.zeros(1 + len(classes))
+    logs[1 + len(own):] = math.log(share)
+    return classes, logs
 
 
-def ctc_loss(states: Tensor, lengths: Tensor, targets: Sequence[Sequence[int]], logits: Callable[[Tensor, Tensor], Tensor],
-             size: int, samples: int = 700, generator: torch.Generator | None = None) -> CtcLoss:
-    """CTC of each clip in fp32 with a sampled softmax; exact where the sample is the whole vocabulary.
+def ctc_loss(states: Tensor, lengths: Sequence[int], targets: Sequence[Sequence[int]],
+             logits: Callable[[Tensor, Tensor], Tensor], size: int,
+             samples: int = SAMPLES) -> Tensor:
+    """CTC of each clip with a sampled softmax; exact where the sample is everything.
 
     Args:
-        states: `(batch, T, hidden)`. lengths: `(batch,)`.
+        states: `(batch, T, hidden)`.
+        lengths: valid states of each.
         targets: classes 1 .. size of each clip.
-        logits: `((n, hidden), classes (m,)) -> (n, 1 + m)`, blank first, as :meth:`CTCProjector.logits`.
-        size: of the vocabulary. samples: classes beside the batch's own that enter the normalizer.
-        generator: of the sample; default: seeded with 0.
-    """
-    generator = generator or torch.Generator().manual_seed(0)
-    classes, shift = sample_classes(targets, size, samples, generator)
-    own = len({int(c) for row in targets for c in row})
-    inside = valid_mask(lengths, states.shape[1])
-    scores = logits(states[inside], classes.to(states.device))
-    scores = scores if scores.dtype == torch.float64 else scores.float()
-    offset = scores.new_zeros(scores.shape[-1])
-    offset[1 + own:] = shift
-    normalizer = (scores + offset).logsumexp(-1, keepdim=True)
-    place = {int(c): i + 1 for i, c in enumerate(classes[:own].tolist())}
-    columns, labels = zip(*(_local(row, place) for row in targets), strict=True)
-    chosen = pad_sequence(list(columns), batch_first=True).to(states.device)  # 0, blank, fills up: no label points there
-    clip = torch.arange(len(targets), device=states.device)[:, None].expand_as(inside)[inside]
-    picked = scores.gather(1, chosen[clip]) - normalizer
-    log_probs = picked.new_zeros(*inside.shape, chosen.shape[-1]).masked_scatter(inside[:, :, None], picked)
-    feasible = torch.tensor([_frames_needed(row) for row in targets], device=states.device) <= lengths
-    target = pad_sequence(list(labels), batch_first=True, padding_value=1).to(states.device)
-    n_target = torch.tensor([len(row) for row in targets], device=states.device)
-    losses = subset_ctc(log_probs, target, lengths, n_target)
-    return CtcLoss(losses.where(feasible, losses.new_zeros(())), int((~feasible).sum()))
-
-
-def subset_ctc(log_probs: Tensor, targets: Tensor, lengths: Tensor, target_lengths: Tensor) -> Tensor:
-    """CTC over some of the classes of a distribution, with the gradient of what it computes.
-
-    torch's backward gives `p - occupancy` for the gradient by `log p`, which is right only under a log-softmax over the very
-    classes that it is given: there the surplus `p` sums to one and falls out. Over a subset it does not. Here a term of value
-    zero and gradient `-p` takes the surplus away, whatever normalised the probabilities.
-
-    Args:
-        log_probs: `(batch, T, classes)`, blank first. targets: `(batch, L)`. lengths, target_lengths: `(batch,)`.
+        logits: `(states, classes (m,)) -> (batch, T, 1 + m)`, as :meth:`CTCProjector.logits`.
+        size: of the vocabulary.
+        samples: classes beside the batch's own that enter the normalizer.
 
     Returns:
-        `(batch,)` in nats; zero, with zero gradient, where no path exists.
+        `(batch,)` in nats, zero where a target has more tokens than its frames hold.
     """
-    losses = F.ctc_loss(log_probs.transpose(0, 1), targets, lengths, target_lengths, blank=BLANK, reduction="none",
-                        zero_infinity=True)
-    mass = log_probs.exp().masked_fill(~valid_mask(lengths, log_probs.shape[1])[:, :, None], 0.0).sum((1, 2))
-    surplus = mass - mass.detach()
-    return losses - surplus.where(losses.detach() > 0, torch.zeros_like(surplus))
-
-
-def _local(row: Sequence[int], place: dict[int, int]) -> tuple[Tensor, Tensor]:
-    """Columns that one clip needs, blank first, and its target in their numbers."""
-    own = sorted(set(row))
-    number = {c: i + 1 for i, c in enumerate(own)}
-    return torch.tensor([BLANK, *(place[c] for c in own)]), torch.tensor([number[c] for c in row], dtype=torch.long)
-
-
-def _frames_needed(row: Sequence[int]) -> int:
-    """Frames of the shortest path: one a token, and a blank between equal ones."""
-    return len(row) + sum(a == b for a, b in pairwise(row))
+    device, own = states.device, sorted({c for row in targets for c in row})
+    classes, logs = sample_classes(own, size, samples)
+    scores = logits(states, classes.to(device, non_blocking=True))
+    scores = scores + logs.to(device, scores.dtype, non_blocking=True)
+    log_probs = scores - scores.logsumexp(-1, keepdim=True)
+    # Targets in numbers of the classes that are left; own ones come first.
+    number = {c: i for i, c in enumerate(own, 1)}
+    labels = pad_sequence([torch.tensor([number[c] for c in row], dtype=torch.long)
+                           for row in targets], batch_first=True, padding_value=1)
+    # Lengths stay on the CPU, where torch reads them.
+    return F.ctc_loss(log_probs.transpose(0, 1), labels.to(device, non_blocking=True),
+                      torch.tensor(list(lengths)), torch.tensor([len(row) for row in targets]),
+                      blank=BLANK, reduction="none", zero_infinity=True)

@@ -1,37 +1,48 @@
-"""Whisper's encoder at natural length: no 30-second padding, and none of the batch's padding in the result.
+"""Whisper's encoder at natural length: no 30-second padding, and no trace of the batch's padding.
 
-Whisper pads every clip to 30 s. Here a clip keeps its own length: sinusoidal positions are sliced, invalid frames are
-zeroed before both convolutions (they look one frame ahead) and masked in attention, so that a clip's frames do not
-depend on what it is batched with. `pad_to_30s` gives transformers' encoder back.
+Sinusoidal positions are sliced, invalid frames are zeroed before both convolutions (they look one
+frame ahead) and masked in attention, so that a clip's frames do not depend on what it is batched
+with. `pad_to_30s` gives transformers' encoder back.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
+from unislu_llm.config import LoraConfig, ModelConfig
 from unislu_llm.data.audio import ENCODER_RATE, MEL_RATE, encoder_length
 from unislu_llm.errors import UserError
-from unislu_llm.models.lora import LoraOptions, inject_lora
+from unislu_llm.models.lora import inject_lora
 
-EncoderMode = Literal["frozen", "lora", "top", "full"]
+_TOGETHER = 4  # clips that a CPU encodes at one time in decoding
 
 
-def valid_mask(lengths: Tensor, size: int) -> Tensor:
+def valid_mask(lengths: Sequence[int], size: int, device: torch.device | None = None) -> Tensor:
     """`(batch, size)`, True at the first `lengths[i]` positions of row i."""
-    return torch.arange(size, device=lengths.device)[None, :] < lengths[:, None]
+    mask = torch.arange(size)[None, :] < torch.tensor(list(lengths))[:, None]
+    return mask.to(device, non_blocking=True)
 
 
-def attention_bias(lengths: Tensor, size: int, dtype: torch.dtype) -> Tensor | None:
-    """Additive key mask `(batch, 1, 1, size)`; None where nothing is padded, so that fast kernels stay in reach."""
-    if bool((lengths == size).all()):
+def zero_beyond(lengths: Sequence[int], x: Tensor) -> Tensor:
+    """`(batch, T, dim)` with zeros beyond the first `lengths[i]` positions of row i."""
+    return x.masked_fill(~valid_mask(lengths, x.shape[1], x.device)[:, :, None], 0.0)
+
+
+def attention_bias(lengths: Sequence[int], size: int, dtype: torch.dtype,
+                   device: torch.device | None = None) -> Tensor | None:
+    """Additive key mask `(batch, 1, 1, size)`; None where nothing is padding."""
+    # Without a mask the fastest attention kernels stay in reach.
+    if all(n == size for n in lengths):
         return None
     mask = valid_mask(lengths, size)[:, None, None, :]
-    return torch.zeros(mask.shape, dtype=dtype, device=lengths.device).masked_fill(~mask, torch.finfo(dtype).min)
+    bias = torch.zeros(mask.shape, dtype=dtype).masked_fill(~mask, torch.finfo(dtype).min)
+    return bias.to(device, non_blocking=True)
 
 
 class SpeechEncoder(nn.Module):
@@ -39,89 +50,80 @@ class SpeechEncoder(nn.Module):
 
     Args:
         whisper: the encoder module, any size.
-        mode: `frozen`, `lora` (adapters in attention), `top` (the last `top_layers` layers and the final norm), `full`.
-        top_layers: with `top`.
-        lora: with `lora`.
-        pad_to_30s: expect 3,000 mel frames and leave everything unmasked, as Whisper was trained.
+        config: what trains (`encoder_mode`), and `pad_to_30s`.
 
     Raises:
-        UserError: unknown mode, or `top_layers` outside the encoder.
+        UserError: more top layers than the encoder has.
     """
 
-    def __init__(self, whisper: WhisperEncoder, mode: EncoderMode = "frozen", *, top_layers: int = 2,
-                 lora: LoraOptions | None = None, pad_to_30s: bool = False) -> None:
+    def __init__(self, whisper: WhisperEncoder, config: ModelConfig) -> None:
         super().__init__()
         self.whisper = whisper
-        self.mode = mode
-        self.pad_to_30s = pad_to_30s
-        self._set_trainable(mode, top_layers, lora or LoraOptions(target_modules=["q_proj", "v_proj"]))
-
-    @property
-    def dim(self) -> int:
-        """Size of a frame."""
-        return int(self.whisper.config.d_model)
-
-    @property
-    def max_frames(self) -> int:
-        """Frames of 30 s; longer input has no positions."""
-        return int(self.whisper.config.max_source_positions)
-
-    def _set_trainable(self, mode: str, top_layers: int, lora: LoraOptions) -> None:
-        self.whisper.requires_grad_(mode == "full")
-        if mode == "lora":
-            inject_lora(self.whisper, lora, "encoder")
-        elif mode == "top":
-            layers = self.whisper.layers
-            if not 0 < top_layers <= len(layers):
-                raise UserError(f"encoder_top_layers={top_layers}: the encoder has {len(layers)} layers")
-            for layer in layers[len(layers) - top_layers:]:
-                layer.requires_grad_(True)
-            self.whisper.layer_norm.requires_grad_(True)
-        elif mode not in ("frozen", "full"):
-            raise UserError(f"unknown encoder_mode '{mode}'; known: frozen, lora, top, full")
+        self.mode, self.pad_to_30s = config.encoder_mode, config.pad_to_30s
+        self.dim = int(whisper.config.d_model)
+        whisper.requires_grad_(self.mode == "full")
+        if self.mode == "lora":
+            # A rank of 0 is meant for the LLM, which has the same settings.
+            rank = config.lora.rank or LoraConfig().rank
+            own = {"rank": rank, "target_modules": ["q_proj", "v_proj"]}
+            inject_lora(whisper, config.lora.model_copy(update=own), "encoder")
+        if self.mode == "top":
+            first = len(whisper.layers) - config.encoder_top_layers
+            if first < 0:
+                raise UserError(f"model.encoder_top_layers {config.encoder_top_layers}: the "
+                                f"encoder has {len(whisper.layers)} layers")
+            for part in (*whisper.layers[first:], whisper.layer_norm):
+                part.requires_grad_(True)
         # Sinusoids, not weights: Whisper never trains them.
-        self.whisper.embed_positions.requires_grad_(False)
+        whisper.embed_positions.requires_grad_(False)
 
     def train(self, mode: bool = True) -> SpeechEncoder:
-        """A frozen encoder stays in eval mode: its dropout must not disturb what cannot adapt."""
+        """A frozen encoder stays in eval mode: dropout must not disturb what cannot adapt."""
         return super().train(mode and self.mode != "frozen")
 
-    def forward(self, mel: Tensor, mel_lengths: Tensor) -> tuple[Tensor, Tensor]:
-        """Encode a batch.
+    def forward(self, mel: Tensor, mel_lengths: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
+        """Log-mel `(batch, n_mels, T_mel)` at 100 Hz to frames `(batch, T_enc, dim)` at 50 Hz.
 
-        Args:
-            mel: `(batch, n_mels, T_mel)` at 100 Hz; what stands beyond the lengths does not matter.
-            mel_lengths: `(batch,)` valid mel frames.
-
-        Returns:
-            frames `(batch, T_enc, dim)` at 50 Hz, zero beyond their lengths unless `pad_to_30s`, and lengths
-            `(batch,)`.
+        What stands beyond `mel_lengths` does not matter. Frames are zero beyond their own lengths,
+        which come with them, unless `pad_to_30s`.
 
         Raises:
             UserError: more than 30 s of audio; with `pad_to_30s`, also less.
         """
-        seconds, limit = mel.shape[-1] / MEL_RATE, self.max_frames / ENCODER_RATE
-        if encoder_length(mel.shape[-1]) > self.max_frames:
-            raise UserError(f"{seconds:.2f} s of audio in one clip; the encoder takes {limit:g} s")
-        if self.pad_to_30s and encoder_length(mel.shape[-1]) < self.max_frames:
-            raise UserError(f"pad_to_30s: found mel of {seconds:.2f} s; make the batch with pad_to_30s as well")
+        size, most = encoder_length(mel.shape[-1]), self.whisper.config.max_source_positions
+        if size > most or (self.pad_to_30s and size < most):
+            raise UserError(f"{mel.shape[-1] / MEL_RATE:.2f} s of mel; the encoder takes "
+                            f"{most / ENCODER_RATE:g} s{', no less' * self.pad_to_30s}")
+        lengths = tuple(encoder_length(n) for n in mel_lengths)
+        # Whisper was trained to listen to the silence at the end as well.
+        used = [mel.shape[-1]] * len(mel) if self.pad_to_30s else list(mel_lengths)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode != "frozen"):
-            if self.pad_to_30s:
-                full = torch.full_like(mel_lengths, mel.shape[-1])
-                return self._run(mel, full)[0], encoder_length(mel_lengths)
-            return self._run(mel, mel_lengths)
+            if mel.device.type == "cpu" and not torch.is_grad_enabled() and len(mel) > _TOGETHER:
+                return self._by_length(mel, used, size), lengths
+            return self._run(mel, used), lengths
 
-    def _run(self, mel: Tensor, mel_lengths: Tensor) -> tuple[Tensor, Tensor]:
+    def _by_length(self, mel: Tensor, mel_lengths: Sequence[int], size: int) -> Tensor:
+        # A CPU gains nothing from larger batches, and would pay for their padding: it encodes a few
+        # clips of like length at one time.
+        order, parts = sorted(range(len(mel)), key=lambda i: -mel_lengths[i]), []
+        for start in range(0, len(order), _TOGETHER):
+            rows = order[start:start + _TOGETHER]
+            lengths = [mel_lengths[i] for i in rows]
+            part = self._run(mel[rows, :, : lengths[0]], lengths)  # the first is the longest
+            parts.append(F.pad(part, (0, 0, 0, size - part.shape[1])))
+        return torch.cat(parts)[torch.tensor(order).argsort()]
+
+    def _run(self, mel: Tensor, mel_lengths: Sequence[int]) -> Tensor:
         net: Any = self.whisper
-        mel = mel.to(net.conv1.weight.dtype) if not torch.is_autocast_enabled(mel.device.type) else mel
-        mel_mask = valid_mask(mel_lengths, mel.shape[-1])[:, None, :]
-        x = F.gelu(net.conv1(mel.masked_fill(~mel_mask, 0.0)))
-        x = F.gelu(net.conv2(x.masked_fill(~mel_mask, 0.0))).transpose(1, 2)
-        lengths = encoder_length(mel_lengths)
+        if not torch.is_autocast_enabled(mel.device.type):
+            mel = mel.to(net.conv1.weight.dtype)
+        outside = ~valid_mask(mel_lengths, mel.shape[-1], mel.device)[:, None, :]
+        x = F.gelu(net.conv1(mel.masked_fill(outside, 0.0)))
+        x = F.gelu(net.conv2(x.masked_fill(outside, 0.0))).transpose(1, 2)
+        lengths = [encoder_length(n) for n in mel_lengths]
         x = x + net.embed_positions.weight[: x.shape[1]]
         x = F.dropout(x, p=net.dropout, training=net.training)
-        bias = attention_bias(lengths, x.shape[1], x.dtype)
+        bias = attention_bias(lengths, x.shape[1], x.dtype, x.device)
         for layer in net.layers:
             x = layer(x, bias)
-        x = net.layer_norm(x)
-        return x.masked_fill(~valid_mask(lengths, x.shape[1])[:, :, None], 0.0), lengths
+        return zero_beyond(lengths, net.layer_norm(x))

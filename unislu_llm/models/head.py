@@ -1,4 +1,4 @@
-"""Cross-entropy of supervised positions alone, in chunks: memory does not grow with vocabulary times sequence."""
+"""Cross-entropy of supervised positions alone, in chunks."""
 
 from __future__ import annotations
 
@@ -9,20 +9,14 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-_LOGITS = {"cpu": 1 << 24}
-"""Logits that exist at one time, by device: 64 MiB in fp32. A GPU reads the whole vocabulary for each chunk, and takes more."""
-_MANY_LOGITS = 1 << 28
-
-
-def chunk_size(model: Any, device: torch.device) -> int:
-    """Positions whose logits are computed at one time: fewer with a large vocabulary."""
-    vocabulary = int(model.get_output_embeddings().weight.shape[0])
-    return max(16, _LOGITS.get(device.type, _MANY_LOGITS) // vocabulary)
+# Logits that exist at one time, 64 MiB and 1 GiB in fp32. A GPU reads the whole output layer for
+# each chunk, and is faster with fewer.
+_LOGITS_ON_CPU, _LOGITS_ON_GPU = 1 << 24, 1 << 28
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
-    """Logits of hidden states `(..., dim)` as the model's own forward gives them, scaling and soft-capping included."""
-    config = model.config
+    """Logits of hidden states `(..., dim)` as the model's own forward gives them."""
+    config = model.config.get_text_config()
     logits: Tensor = model.get_output_embeddings()(hidden)
     if getattr(config, "logits_scaling", None):  # Granite
         logits = logits / config.logits_scaling
@@ -33,23 +27,24 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
 
 
 def token_losses(model: Any, hidden: Tensor, targets: Tensor, chunk: int = 0) -> Tensor:
-    """Cross-entropy of each position in fp32; logits are recomputed in the backward pass, never kept.
+    """Cross-entropy of each position, `(positions,)` nats in fp32; logits are never kept.
 
     Args:
         model: with `get_output_embeddings`.
-        hidden: `(positions, dim)`. targets: `(positions,)`.
-        chunk: positions at a time; 0: :func:`chunk_size`.
-
-    Returns:
-        `(positions,)` in nats.
+        hidden: `(positions, dim)`.
+        targets: `(positions,)`.
+        chunk: positions at a time; 0: what fits.
     """
 
+    # The logits of a batch would be the largest tensor of a step: positions times a vocabulary of
+    # up to a quarter of a million. They exist for a few positions at a time, and are computed again
+    # in the backward pass, so that memory does not grow with vocabulary times sequence.
     def losses(h: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(logits_of(model, h).float(), t, reduction="none")
 
-    chunk = chunk or chunk_size(model, hidden.device)
-    pieces = []
-    for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True):
-        keep = hidden.shape[0] <= chunk or not torch.is_grad_enabled()
-        pieces.append(losses(h, t) if keep else checkpoint(losses, h, t, use_reentrant=False))
-    return torch.cat(pieces) if pieces else hidden.new_zeros(0)
+    most = _LOGITS_ON_CPU if hidden.device.type == "cpu" else _LOGITS_ON_GPU
+    # By the configuration: a sharded output layer does not know its own size.
+    chunk = chunk or max(16, most // int(model.config.get_text_config().vocab_size))
+    keep = len(hidden) <= chunk or not torch.is_grad_enabled()
+    return torch.cat([losses(h, t) if keep else checkpoint(losses, h, t, use_reentrant=False)
+                      for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)])

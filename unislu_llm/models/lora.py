@@ -1,59 +1,59 @@
-"""LoRA by PEFT, scoped to one module and checked to have matched something."""
+"""LoRA by PEFT, and the 8 or 4 bits of the frozen weights under it."""
 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from typing import Any, Literal
 
-from peft import LoraConfig, inject_adapter_in_model
+import peft
+import torch
 from torch import nn
+from transformers import BitsAndBytesConfig
 
+from unislu_llm.config import LoraConfig
 from unislu_llm.errors import UserError
 
 
-@dataclass
-class LoraOptions:
-    """Low-rank adapters (arXiv 2106.09685).
-
-    Args:
-        rank: 0 switches LoRA off.
-        alpha: scale; the update is `alpha / rank * B A`.
-        dropout: on the adapter's input.
-        target_modules: suffixes of the linear layers to adapt; a single `all-linear` adapts all of them.
-        use_rslora: scale by `alpha / sqrt(rank)` instead.
-    """
-
-    rank: int = 16
-    alpha: int = 32
-    dropout: float = 0.0
-    target_modules: list[str] = field(
-        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
-    use_rslora: bool = False
-
-
-def linear_suffixes(module: nn.Module) -> list[str]:
-    """Distinct last names of the linear layers in `module`, most frequent first."""
-    names = (name.rpartition(".")[2] for name, m in module.named_modules() if isinstance(m, nn.Linear))
-    return [name for name, _ in Counter(names).most_common()]
-
-
-def inject_lora(module: nn.Module, options: LoraOptions, what: str) -> None:
+def inject_lora(module: nn.Module, options: LoraConfig, what: str,
+                owner: nn.Module | None = None) -> None:
     """Add trainable adapters to `module` in place; everything else in it is frozen.
 
     Args:
-        module: Whisper encoder or causal LLM.
+        module: Whisper's encoder or decoder, or the body of a causal LLM.
         options: rank, scale, target layers.
-        what: name of the part, for the message.
+        what: name of the part, for messages.
+        owner: the model that `module` is a part of; default: itself.
 
     Raises:
         UserError: a target matches no layer; the message lists what is there.
     """
-    targets = options.target_modules
-    suffixes = linear_suffixes(module)
-    missing = [t for t in targets if t != "all-linear" and t not in suffixes]
+    names = Counter(name.rpartition(".")[2] for name, layer in module.named_modules()
+                    if isinstance(layer, nn.Linear))
+    layers = [name for name, _ in names.most_common()]
+    targets = layers if options.target_modules == ["all-linear"] else options.target_modules
+    # PEFT would pass over a name that matches nothing beside one that does.
+    missing = [name for name in targets if name not in layers]
     if missing or not targets:
-        raise UserError(f"LoRA target_modules {missing or targets} match no linear layer of the {what}; "
-                        f"its linear layers are: {', '.join(suffixes)}")
-    layers = [s for s in suffixes if s != "base"] if targets == ["all-linear"] else targets
-    inject_adapter_in_model(LoraConfig(r=options.rank, lora_alpha=options.alpha, lora_dropout=options.dropout,
-                                       target_modules=layers, use_rslora=options.use_rslora), module)
+        raise UserError(f"model.lora.target_modules: {missing or targets} match no linear layer of "
+                        f"the {what}; its linear layers are: {', '.join(layers)}")
+    config = peft.LoraConfig(r=options.rank, lora_alpha=options.alpha,  # type: ignore[arg-type]
+                             lora_dropout=0.0, target_modules=targets)
+    # A quantised LLM says so on its outermost module alone (`is_loaded_in_4bit`): shown its body,
+    # PEFT would take packed 4-bit weights for plain ones.
+    peft.inject_adapter_in_model(config, owner if owner is not None else module)
+
+
+def quantization(kind: Literal["none", "8bit", "4bit"]) -> dict[str, Any]:
+    """Arguments of `from_pretrained`; UserError where bitsandbytes is missing."""
+    if kind == "none":
+        return {}
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UserError(f"model.quantization '{kind}' needs bitsandbytes: pip install "
+                        "'unislu_llm[quantize]'") from error
+    # QLoRA's settings (arXiv 2305.14314): normal floats, whose scales are quantised as well.
+    return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True) if kind == "8bit" else
+            BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
+                               bnb_4bit_use_double_quant=True,
+                               bnb_4bit_compute_dtype=torch.bfloat16)}

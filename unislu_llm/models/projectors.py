@@ -1,53 +1,45 @@
-"""Projectors: encoder frames to speech embeddings in the LLM's space, `(batch, T_enc, D) -> (batch, T_sp, H)`.
+"""Projectors: encoder frames to speech embeddings, `(batch, T_enc, D) -> (batch, T_sp, H)`.
 
-All stand behind one registry (:func:`build_projector`), say how long their output is (:meth:`Projector.output_length`),
-give every clip the same result whatever it is batched with, and end in a norm whose scale starts at the RMS of the
-LLM's embeddings: a projector that starts ten times too loud or too quiet costs thousands of steps.
+All stand behind one registry (:func:`build_projector`), say how long their output is
+(:meth:`Projector.output_length`), give every clip the same result whatever it is batched with, and
+end in a norm whose scale starts at the RMS of the LLM's embeddings: a projector that starts ten
+times too loud or too quiet costs thousands of steps.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Mapping, Sequence
+from typing import Any, get_type_hints
 
 import torch
+from pydantic import ConfigDict, ValidationError, create_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unislu_llm.errors import UserError, hint
+from unislu_llm.config import Count, Positive
+from unislu_llm.errors import UserError, dotted, explain, hint
 from unislu_llm.models.ctc import CTCProjector
 from unislu_llm.models.encoder import valid_mask
-from unislu_llm.models.projector_base import Length, Projector, ceil_div, stack_frames
+from unislu_llm.models.projector_base import Projector, ceil_div, stack_frames
 
 
 class LinearProjector(Projector):
-    """Concatenate `stack` frames and map them linearly (SLAM-ASR's simplest, arXiv 2402.08846).
+    """Concatenate `stack` frames and map them linearly (SLAM-ASR's simplest, arXiv 2402.08846)."""
 
-    Args:
-        stack: frames a speech token; 5 gives 10 Hz.
-    """
-
-    def __init__(self, in_dim: int, out_dim: int, scale: float, stack: int = 5) -> None:
+    def __init__(self, in_dim: int, out_dim: int, scale: float, stack: Positive = 5) -> None:
         super().__init__(in_dim, out_dim, scale)
         self.stack = stack
         self.proj = nn.Linear(stack * in_dim, out_dim)
 
-    def output_length(self, frames: Length) -> Length:
-        return ceil_div(frames, self.stack)
-
-    def project(self, frames: Tensor, lengths: Tensor) -> Tensor:
+    def project(self, frames: Tensor, lengths: Sequence[int]) -> Tensor:
         return self.proj(stack_frames(frames, self.stack))
 
 
 class MLPProjector(Projector):
-    """Stack, RMS norm, SwiGLU (ultravox's recipe).
+    """Stack, RMS norm, SwiGLU of width `hidden`, by default twice the LLM's (ultravox's recipe)."""
 
-    Args:
-        stack: frames a speech token. hidden: width of the SwiGLU layer; 0 means twice the LLM's.
-    """
-
-    def __init__(self, in_dim: int, out_dim: int, scale: float, stack: int = 5, hidden: int = 0) -> None:
+    def __init__(self, in_dim: int, out_dim: int, scale: float, stack: Positive = 5,
+                 hidden: Count = 0) -> None:
         super().__init__(in_dim, out_dim, scale)
         hidden = hidden or 2 * out_dim
         self.stack = stack
@@ -55,24 +47,16 @@ class MLPProjector(Projector):
         self.up = nn.Linear(stack * in_dim, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, out_dim, bias=False)
 
-    def output_length(self, frames: Length) -> Length:
-        return ceil_div(frames, self.stack)
-
-    def project(self, frames: Tensor, lengths: Tensor) -> Tensor:
+    def project(self, frames: Tensor, lengths: Sequence[int]) -> Tensor:
         gate, value = self.up(self.norm_in(stack_frames(frames, self.stack))).chunk(2, dim=-1)
         return self.down(F.silu(gate) * value)
 
 
 class ConvProjector(Projector):
-    """Strided convolutions, padding zeroed before each, then a linear map.
+    """Convolutions of kernel 2 * stride - 1, then a linear map; `hidden` 0 is the LLM's size."""
 
-    Args:
-        strides: stride of each layer, of kernel 2 * stride - 1; (5,) or (2, 2) and so on.
-        hidden: channels; 0 means the LLM's size.
-    """
-
-    def __init__(self, in_dim: int, out_dim: int, scale: float, strides: tuple[int, ...] = (5,),
-                 hidden: int = 0) -> None:
+    def __init__(self, in_dim: int, out_dim: int, scale: float,
+                 strides: tuple[Positive, ...] = (5,), hidden: Count = 0) -> None:
         super().__init__(in_dim, out_dim, scale)
         hidden = hidden or out_dim
         dims = [in_dim] + [hidden] * len(strides)
@@ -81,31 +65,33 @@ class ConvProjector(Projector):
         self.layers = nn.ModuleList(
             nn.Conv1d(a, b, kernel_size=2 * s - 1, stride=s, padding=s - 1)
             for a, b, s in zip(dims, dims[1:], self.strides, strict=False))
-        self.proj = nn.Linear(hidden, out_dim)
+        self.proj = nn.Linear(dims[-1], out_dim)
 
-    def output_length(self, frames: Length) -> Length:
+    def output_length(self, frames: int) -> int:
         for stride in self.strides:
             frames = ceil_div(frames, stride)
         return frames
 
-    def project(self, frames: Tensor, lengths: Tensor) -> Tensor:
+    def project(self, frames: Tensor, lengths: Sequence[int]) -> Tensor:
         x = self.norm_in(frames).transpose(1, 2)
         for layer, stride in zip(self.layers, self.strides, strict=True):
-            x = F.gelu(layer(x.masked_fill(~valid_mask(lengths, x.shape[-1])[:, None, :], 0.0)))
-            lengths = ceil_div(lengths, stride)
+            # The norm's bias (and each layer's) fills the padding, and a kernel reaches into it.
+            outside = ~valid_mask(lengths, x.shape[-1], x.device)[:, None, :]
+            x = F.gelu(layer(x.masked_fill(outside, 0.0)))
+            lengths = [ceil_div(n, stride) for n in lengths]
         return self.proj(x.transpose(1, 2))
 
 
 class QFormerProjector(Projector):
-    """Windowed Q-Former (SALMONN, arXiv 2310.13289): learned queries attend to one window of frames at a time.
+    """Windowed Q-Former (SALMONN, arXiv 2310.13289): queries attend to one window at a time.
 
-    Args:
-        window: frames a window; 15 is 0.3 s. queries: speech tokens a window.
-        layers, heads, hidden: of the query transformer; hidden 0 means the encoder's size.
+    A `window` of 15 frames is 0.3 s and becomes as many speech tokens as there are `queries`;
+    `hidden` 0 is the encoder's size.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, scale: float, window: int = 15, queries: int = 3,
-                 layers: int = 2, heads: int = 8, hidden: int = 0) -> None:
+    def __init__(self, in_dim: int, out_dim: int, scale: float, window: Positive = 15,
+                 queries: Positive = 3, layers: Positive = 2, heads: Positive = 8,
+                 hidden: Count = 0) -> None:
         super().__init__(in_dim, out_dim, scale)
         hidden = hidden or in_dim
         if hidden % heads:
@@ -115,68 +101,56 @@ class QFormerProjector(Projector):
         self.proj_in = nn.Linear(in_dim, hidden)
         self.positions = nn.Parameter(torch.randn(window, hidden) * 0.02)
         self.queries = nn.Parameter(torch.randn(queries, hidden) * 0.02)
-        layer = nn.TransformerDecoderLayer(hidden, heads, 4 * hidden, dropout=0.0, activation="gelu",
-                                           batch_first=True, norm_first=True)
+        layer = nn.TransformerDecoderLayer(hidden, heads, 4 * hidden, dropout=0.0,
+                                           activation="gelu", batch_first=True, norm_first=True)
         self.decoder = nn.TransformerDecoder(layer, layers)
         self.proj = nn.Linear(hidden, out_dim)
 
-    def output_length(self, frames: Length) -> Length:
-        return cast(Length, ceil_div(frames, self.window) * self.n_queries)
+    def output_length(self, frames: int) -> int:
+        return ceil_div(frames, self.window) * self.n_queries
 
-    def project(self, frames: Tensor, lengths: Tensor) -> Tensor:
+    def project(self, frames: Tensor, lengths: Sequence[int]) -> Tensor:
         batch, length, _ = frames.shape
         n_windows = ceil_div(length, self.window)
-        pad = n_windows * self.window - length
+        rows, pad = batch * n_windows, n_windows * self.window - length
         x = F.pad(self.proj_in(self.norm_in(frames)), (0, 0, 0, pad))
-        x = x.reshape(batch * n_windows, self.window, -1) + self.positions
-        blank = ~valid_mask(lengths, n_windows * self.window).reshape(batch * n_windows, self.window)
-        blank = blank & ~blank.all(-1, keepdim=True)  # a window of padding attends to itself: no NaN, result unused
-        bias = torch.zeros(blank.shape, dtype=x.dtype, device=x.device).masked_fill(blank, float("-inf"))
-        queries = self.queries.to(x.dtype).expand(batch * n_windows, -1, -1)
-        out = self.decoder(queries, x, memory_key_padding_mask=bias)
+        x = x.reshape(rows, self.window, -1) + self.positions
+        blank = ~valid_mask(lengths, n_windows * self.window).reshape(rows, self.window)
+        # A window of nothing but padding attends to it: no NaN, and its result is not used.
+        blank = blank & ~blank.all(-1, keepdim=True)
+        bias = torch.zeros(blank.shape, dtype=x.dtype).masked_fill(blank, float("-inf"))
+        queries = self.queries.to(x.dtype).expand(rows, -1, -1)
+        out = self.decoder(queries, x,
+                           memory_key_padding_mask=bias.to(x.device, non_blocking=True))
         return self.proj(out).reshape(batch, n_windows * self.n_queries, -1)
 
 
-PROJECTORS: dict[str, Callable[..., Projector]] = {
-    "linear": LinearProjector,
-    "mlp": MLPProjector,
-    "conv": ConvProjector,
-    "qformer": QFormerProjector,
-    "ctc": CTCProjector,
-}
+NONE = "none"
+"""In place of a projector's name: the LLM reads a hypothesis and no speech."""
+
+PROJECTORS: dict[str, type[Projector]] = {
+    "linear": LinearProjector, "mlp": MLPProjector, "conv": ConvProjector,
+    "qformer": QFormerProjector, "ctc": CTCProjector}
 
 
 def build_projector(name: str, in_dim: int, out_dim: int, scale: float,
-                    options: Mapping[str, Any] | None = None) -> Projector:
-    """Build a registered projector.
-
-    Args:
-        name: key of :data:`PROJECTORS`. in_dim: D. out_dim: H. scale: RMS of the LLM's embeddings.
-        options: keyword arguments of the projector's class beyond these.
+                    options: Mapping[str, Any]) -> Projector:
+    """Build a registered projector; `options` are further keyword arguments of its class.
 
     Raises:
-        UserError: unknown name or option; the message names the nearest known one.
+        UserError: unknown name or option, with the nearest known one; or a value that cannot be.
     """
     if name not in PROJECTORS:
-        raise UserError(f"unknown projector '{name}'; known: {', '.join(PROJECTORS)}{hint(name, list(PROJECTORS))}")
-    build = PROJECTORS[name]
-    known = {key: p.default for key, p in inspect.signature(build).parameters.items()
-             if key not in ("in_dim", "out_dim", "scale")}
-    for key, value in (options or {}).items():
-        if key not in known:
-            raise UserError(f"projector '{name}' has no option '{key}'; known: {', '.join(known)}"
-                            f"{hint(key, list(known))}")
-        if problem := _misfit(value, known[key]):
-            raise UserError(f"projector '{name}': option {key}={value!r} must be {problem}")
-    return build(in_dim, out_dim, scale, **(options or {}))
-
-
-def _misfit(value: Any, default: Any) -> str | None:
-    """What a value must be to stand for `default`, where it is not; other kinds than these pass."""
-    if isinstance(default, tuple):
-        good = isinstance(value, list | tuple) and len(value) > 0 and all(type(v) is int and v > 0 for v in value)
-        return None if good else "a list of whole numbers from 1 up"
-    if type(default) is int:
-        least = min(default, 1)
-        return None if type(value) is int and value >= least else f"a whole number from {least} up"
-    return None
+        known = [*PROJECTORS, NONE]
+        raise UserError(f"unknown projector '{name}'; known: {', '.join(known)}{hint(name, known)}")
+    # The constructor's own annotations say what each option may be.
+    kinds = get_type_hints(PROJECTORS[name].__init__, include_extras=True)
+    fields: dict[str, Any] = {key: (kind, None) for key, kind in kinds.items()
+                              if key not in ("in_dim", "out_dim", "scale", "return")}
+    checked = create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
+    try:
+        given = checked.model_validate(options).model_dump(exclude_unset=True)
+    except ValidationError as error:
+        raise explain(error, checked,
+                      lambda place: f"projector '{name}': option {dotted(place)}") from None
+    return PROJECTORS[name](in_dim, out_dim, scale, **given)

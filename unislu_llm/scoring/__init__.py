@@ -1,1 +1,1 @@
-"""Scores of predictions as pure functions of text: words, entities, labels, SLUE score, intervals."""
+"""Scores of predictions: pure functions of text, which also take another system's outputs."""

@@ -3,97 +3,57 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from typing import NamedTuple
 
 import jiwer
 import numpy as np
 from numpy.typing import NDArray
 
-from unislu_llm.errors import UserError
 from unislu_llm.scoring.text import Protocol, normalise_transcript
 
+_COLUMNS = {"substitute": 0, "delete": 1, "insert": 2, "equal": 3}
 
-@dataclass(frozen=True)
-class WER:
-    """Word errors pooled over utterances; counts are words.
 
-    `ref_words` is hits + substitutions + deletions. An utterance with an empty reference (nothing said, or
-    only words that the normaliser drops) counts every hypothesis word as an insertion.
+class WER(NamedTuple):
+    """Word errors pooled over utterances; all but `wer` are numbers of words.
+
+    Where the reference is empty, or the normaliser drops all of it, every word is an insertion.
     """
 
+    wer: float  # percent of the reference words (without any, of one); insertions may lead over 100
+    errors: int
     substitutions: int
     deletions: int
     insertions: int
     hits: int
     ref_words: int
 
-    @cached_property
-    def errors(self) -> int:
-        return self.substitutions + self.deletions + self.insertions
-
-    @cached_property
-    def wer(self) -> float:
-        """Percent of the reference words (without any, of one word); above 100 with many insertions."""
-        return 100.0 * self.errors / max(self.ref_words, 1)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain data: the rate in percent and the counts."""
-        return {
-            "wer": self.wer,
-            "errors": self.errors,
-            "substitutions": self.substitutions,
-            "deletions": self.deletions,
-            "insertions": self.insertions,
-            "hits": self.hits,
-            "ref_words": self.ref_words,
-        }
+    @classmethod
+    def of(cls, counts: NDArray[np.int64]) -> WER:
+        """Sum of counts of :func:`edit_counts`."""
+        subs, dels, ins, hits = counts.sum(axis=0).tolist()
+        errors, words = subs + dels + ins, subs + dels + hits
+        return cls(100.0 * errors / max(words, 1), errors, subs, dels, ins, hits, words)
 
 
 def corpus_wer(refs: Sequence[str], hyps: Sequence[str], protocol: Protocol) -> WER:
-    """WER pooled over utterances: all errors over all reference words.
-
-    Args:
-        refs, hyps: transcripts as they are, one pair an utterance; normalised here under `protocol`.
-
-    Raises:
-        UserError: unequal numbers of references and hypotheses, or an unknown protocol.
-    """
-    subs, dels, ins, hits = (int(n) for n in edit_counts(refs, hyps, protocol).sum(axis=0))
-    return WER(subs, dels, ins, hits, ref_words=subs + dels + hits)
-
-
-def utterance_errors(refs: Sequence[str], hyps: Sequence[str], protocol: Protocol) -> NDArray[np.int64]:
-    """`(utterances, 2)`: word errors and reference words of each, the input of a bootstrap."""
-    subs, dels, ins, hits = edit_counts(refs, hyps, protocol).T
-    return np.stack([subs + dels + ins, subs + dels + hits], axis=1)
+    """All errors over all reference words of some transcripts, which are normalised here."""
+    return WER.of(edit_counts(refs, hyps, protocol))
 
 
 def edit_counts(refs: Sequence[str], hyps: Sequence[str], protocol: Protocol) -> NDArray[np.int64]:
-    """`(utterances, 4)`: substitutions, deletions, insertions and hits of each utterance.
-
-    Raises:
-        UserError: unequal numbers of references and hypotheses, or an unknown protocol.
-    """
-    if len(refs) != len(hyps):
-        raise UserError(
-            f"{len(refs)} reference transcripts but {len(hyps)} hypotheses; give one of each an utterance"
-        )
+    """`(utterances, 4)`: substitutions, deletions, insertions and hits; as :func:`corpus_wer`."""
+    sides = [[normalise_transcript(text, protocol) for text in side] for side in (refs, hyps)]
+    # By utterance, since a bootstrap needs them; the corpus is their sum.
     counts = np.zeros((len(refs), 4), dtype=np.int64)
-    if not refs:
-        return counts
-    ref_words = [normalise_transcript(text, protocol) for text in refs]
-    hyp_words = [normalise_transcript(text, protocol) for text in hyps]
-    column = {"substitute": 0, "delete": 1, "insert": 2, "equal": 3}
-    # Empty references are counted here, not by jiwer: some of its versions refuse them.
-    spoken = [i for i, ref in enumerate(ref_words) if ref]
-    for i in set(range(len(refs))) - set(spoken):
-        counts[i, column["insert"]] = len(hyp_words[i].split())
-    if spoken:
-        aligned = jiwer.process_words([ref_words[i] for i in spoken], [hyp_words[i] for i in spoken])
-        for i, chunks in zip(spoken, aligned.alignments, strict=True):
-            for chunk in chunks:
-                words = max(chunk.ref_end_idx - chunk.ref_start_idx, chunk.hyp_end_idx - chunk.hyp_start_idx)
-                counts[i, column[chunk.type]] += words
+    for row, chunks in zip(counts, align(*sides), strict=True):
+        for c in chunks:  # a substitution has as many words on both sides
+            row[_COLUMNS[c.type]] += max(c.ref_end_idx - c.ref_start_idx,
+                                         c.hyp_end_idx - c.hyp_start_idx)
     return counts
+
+
+def align(refs: Sequence[str], hyps: Sequence[str]) -> list[list[jiwer.AlignmentChunk]]:
+    """Align normalised texts word by word, each with its reference, with fewest errors."""
+    # Of no utterances jiwer makes one.
+    return jiwer.process_words(list(refs), list(hyps)).alignments if refs else []

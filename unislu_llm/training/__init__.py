@@ -1,1 +1,1 @@
-"""The training loop over Accelerate."""
+"""Training: one loop for both decoders and both objectives."""

@@ -1,0 +1,231 @@
+"""Batch plans: every example once an epoch, the same steps for any number of processes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from unislu_llm.data.mixture import Mixture
+from unislu_llm.data.sampler import BatchPlan, MicroBatch, TokenPlan
+from unislu_llm.errors import UserError
+
+KINDS: Any = ("audio", "posteriors")
+Plans = tuple[int, int, BatchPlan]
+
+
+def lengths_of(n: int, seed: int = 0) -> list[float]:
+    """Lengths in seconds with ties."""
+    return np.random.default_rng(seed).integers(1, 40, n).astype(float).tolist()
+
+
+def members(micro: MicroBatch) -> list[int]:
+    return [i for i, _ in micro.members]
+
+
+def counted(steps: list[MicroBatch]) -> list[int]:
+    """Indices that weigh in a step's loss."""
+    return [i for micro in steps if micro.counted for i in members(micro)]
+
+
+@st.composite
+def plans(draw: st.DrawFn) -> Plans:
+    """`(world, accumulation, plan)` of any sizes that fit each other."""
+    world, accumulation = draw(st.integers(1, 4)), draw(st.integers(1, 4))
+    parts = world * accumulation
+    n, size = draw(st.integers(parts, 120)), draw(st.integers(parts, 40))
+    return world, accumulation, BatchPlan(lengths_of(n), size, parts, draw(st.integers(0, 9)))
+
+
+@settings(deadline=None)
+@given(plans(), st.integers(0, 5))
+def test_every_example_once_an_epoch(case: Plans, epoch: int) -> None:
+    _, _, plan = case
+    batches = plan.epoch(epoch)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(plan.lengths)))
+    assert len(batches) == plan.steps(epoch + 1) - plan.steps(epoch)
+    assert all(plan.parts <= len(batch) < plan.batch_size + plan.parts for batch in batches)
+    assert sum(len(batch) != plan.batch_size for batch in batches) <= 1, "one batch has the rest"
+
+
+@settings(deadline=None)
+@given(plans(), st.integers(0, 5), st.integers(0, 9))
+def test_ranks_share_a_global_batch_and_run_micro_batches_of_the_same_kinds(
+        case: Plans, epoch: int, seed: int) -> None:
+    """As many micro-batches of one kind each, none empty: no rank waits for another for ever."""
+    world, accumulation, plain = case
+    for shares in zip(*(plain.micro_batches(epoch, rank, world) for rank in range(world)),
+                      strict=True):
+        sizes = [len(m.members) for micro in shares for m in micro]
+        assert len(sizes) == plain.parts
+        assert max(sizes) - min(sizes) <= 1
+    drawn = np.random.default_rng(seed).integers(0, 2, len(plain.lengths))
+    kinds = [KINDS[k] for k in drawn]
+    plan = BatchPlan(plain.lengths.tolist(), plain.batch_size, plain.parts, plain.seed, kinds=kinds)
+    assert plan.epoch(epoch) == plain.epoch(epoch), "what is in a global batch stays as it is"
+    ranks = [plan.micro_batches(epoch, rank, world) for rank in range(world)]
+    alone = BatchPlan(plan.lengths.tolist(), plan.batch_size, 1, plan.seed, kinds=kinds)
+    for step, batch in enumerate(plan.epoch(epoch)):
+        for steps in ranks:
+            assert [m.kind for m in steps[step]] == [m.kind for m in ranks[0][step]]
+            assert len(steps[step]) <= len(KINDS) * accumulation
+        micro = [m for steps in ranks for m in steps[step]]
+        assert all({kinds[i] for i in members(m)} == {m.kind} for m in micro)
+        assert sorted(counted(micro)) == sorted(batch), "each weighs once over all ranks"
+        assert all(len(m.members) == 1 for m in micro if not m.counted)
+        assert all(i in batch for m in micro for i in members(m))
+    if plan.epoch(epoch) == alone.epoch(epoch):
+        assert [sorted(counted([m for steps in ranks for m in steps[i]]))
+                for i in range(plan.steps(1))] == [
+            sorted(counted(step)) for step in alone.micro_batches(epoch)]
+        assert all(m.counted for step in alone.micro_batches(epoch) for m in step)
+
+
+def test_a_seed_keeps_its_plan() -> None:
+    """What runs drew before: a change here makes every published seed another run."""
+    plan = BatchPlan(lengths_of(64), 8, seed=1)
+    first = plan.epoch(0)
+    assert {frozenset(b) for b in plan.epoch(1)} != {frozenset(b) for b in first}
+    assert BatchPlan(lengths_of(64), 8, seed=2).epoch(0) != first
+    assert plan.epoch(0) == BatchPlan(lengths_of(64), 8, seed=1).epoch(0) == first
+    groups = ["a" if i % 3 else "b" for i in range(50)]
+    sizes = np.stack([np.array(lengths_of(50)) * 10, np.array(lengths_of(50)) + 8], 1)
+    plans: list[BatchPlan] = []
+    for mixture in (None, Mixture(groups, {"a": 0.3, "b": 0.7}, 44, seed=3)):
+        plans += [BatchPlan(lengths_of(50), 6, 3, 5, mixture=mixture),
+                  TokenPlan(sizes, 3000, 3, 5, mixture=mixture)]
+    drawn = json.dumps([plan.epoch(epoch) for plan in plans for epoch in (0, 1)])
+    assert hashlib.sha256(drawn.encode()).hexdigest()[:16] == "fab3cde82441d1ba"
+
+
+@settings(deadline=None)
+@given(st.integers(12, 120), st.integers(12, 40), st.integers(1, 12))
+def test_global_batches_do_not_depend_on_how_many_share_them(n: int, size: int,
+                                                             parts: int) -> None:
+    one = BatchPlan(lengths_of(n), size, 1, seed=5).epoch(0)
+    many = BatchPlan(lengths_of(n), size, parts, seed=5).epoch(0)
+    rest = n % size
+    if rest == 0 or rest >= parts or n < size:
+        assert many == one
+    else:  # a rest too small to give each part an example joins another; all others stay
+        same = {frozenset(batch) for batch in one} & {frozenset(batch) for batch in many}
+        assert len(many) == len(one) - 1
+        assert len(same) == len(many) - 1
+
+
+def test_batches_hold_examples_of_like_length_in_random_order() -> None:
+    lengths = lengths_of(400)
+
+    def waste(batches: list[list[int]]) -> float:
+        return 1 - sum(lengths) / sum(len(b) * max(lengths[i] for i in b) for b in batches)
+
+    batches = BatchPlan(lengths, 8).epoch(0)
+    free = np.random.default_rng(0).permutation(400).reshape(-1, 8).tolist()
+    assert waste(batches) < 0.4 * waste(free)
+    assert all([lengths[i] for i in b] == sorted(lengths[i] for i in b) for b in batches), \
+        "so that micro-batches are alike"
+    longest = [max(lengths[i] for i in batch) for batch in batches]
+    assert longest != sorted(longest)
+    assert longest != sorted(longest, reverse=True)
+
+
+@pytest.mark.parametrize(("n", "size", "parts", "message"), [
+    (10, 3, 4, r"train\.batch_size: 3 is smaller than processes x accumulation = 4"),
+    (3, 8, 4, r"3 training examples cannot feed 4 micro-batches"),
+    (0, 8, 1, r"0 training examples"),
+])
+def test_sizes_that_do_not_fit_are_refused(n: int, size: int, parts: int, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        BatchPlan(lengths_of(n), size, parts)
+
+
+# Batches by tokens
+
+
+def slue_sizes(n: int, seed: int = 0) -> np.ndarray:
+    """Tokens as SLUE has them: clips of 10.4 s or 8.0 s in the mean, 2.5 words a second."""
+    rng = np.random.default_rng(seed)
+    seconds = np.concatenate([rng.gamma(3.2, mean / 3.2, n // 2 + n % 2 * (mean > 9))
+                              for mean in (10.4, 8.0)]).clip(1.0, 30.0)
+    words = seconds * rng.normal(2.5, 0.4, n).clip(1.2)
+    return np.stack([np.ceil(seconds * 10), 8 + words * 1.5], 1).astype(int)
+
+
+@st.composite
+def token_plans(draw: st.DrawFn) -> tuple[int, int, TokenPlan]:
+    """`(world, accumulation, plan)`; budgets from the tightest that is allowed."""
+    world, accumulation = draw(st.integers(1, 3)), draw(st.integers(1, 3))
+    sizes = slue_sizes(draw(st.integers(world * accumulation, 150)), draw(st.integers(0, 9)))
+    least = world * accumulation * int(sizes.sum(1).max())
+    mixture = None
+    if draw(st.booleans()) and len(sizes) > 9:
+        groups = ["ab"[i % 3 > 0] for i in range(len(sizes))]
+        mixture = Mixture(groups, {name: groups.count(name) / len(groups) for name in "ab"})
+    plan = TokenPlan(sizes, draw(st.integers(least, 3 * least)), world * accumulation,
+                     draw(st.integers(0, 9)), mixture=mixture)
+    return world, accumulation, plan
+
+
+@settings(deadline=None)
+@given(token_plans(), st.integers(0, 3))
+def test_token_batches_hold_every_example_once_within_the_budget(
+        case: tuple[int, int, TokenPlan], epoch: int) -> None:
+    _, _, plan = case
+    batches = plan.epoch(epoch)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(plan.sizes)))
+    assert plan.steps(epoch + 1) - plan.steps(epoch) == len(batches)
+    assert all(len(batch) >= plan.parts for batch in batches)
+    over = [b for b in batches if plan.cost(b) > plan.batch_tokens]
+    assert all(len(b) < 2 * plan.parts for b in over), "only a rest that cannot be shared out"
+    again = TokenPlan(plan.sizes, plan.batch_tokens, plan.parts, plan.seed, mixture=plan.mixture)
+    assert again.epoch(epoch) == batches
+    alone = TokenPlan(plan.sizes, plan.batch_tokens, 1, plan.seed, mixture=plan.mixture)
+    if min(map(len, alone.epoch(epoch))) >= plan.parts:
+        assert sorted(map(sorted, alone.epoch(epoch))) == sorted(map(sorted, batches))
+
+
+@settings(deadline=None)
+@given(token_plans(), st.integers(0, 3))
+def test_ranks_share_token_batches(case: tuple[int, int, TokenPlan], epoch: int) -> None:
+    world, accumulation, plan = case
+    ranks = [plan.micro_batches(epoch, rank, world) for rank in range(world)]
+    assert {len(steps) for steps in ranks} == {len(plan.epoch(epoch))}
+    assert {len(step) for steps in ranks for step in steps} == {accumulation}
+    for step, batch in enumerate(plan.epoch(epoch)):
+        parts = [members(m) for steps in ranks for m in steps[step]]
+        assert all(parts)
+        assert sorted(i for part in parts for i in part) == sorted(batch)
+        # No part costs more than an even share of what the whole costs, and one example.
+        longest = max(plan.sizes[i].sum() for i in batch)
+        assert max(map(plan.cost, parts)) <= plan.cost(batch) / plan.parts + 2 * longest
+
+
+def test_at_most_8_percent_of_a_budget_of_4k_tokens_is_padding_on_slue_lengths() -> None:
+    """In the positions of the LLM and in the audio alike."""
+    sizes = slue_sizes(4000)
+    plan = TokenPlan(sizes, 4096, seed=3)
+    batches = plan.epoch(0)
+    assert 1 - sizes.sum() / sum(map(plan.cost, batches)) <= 0.08
+    assert 1 - sizes[:, 0].sum() / sum(len(b) * sizes[b, 0].max() for b in batches) <= 0.08
+    assert np.mean([plan.cost(b) for b in batches]) > 0.9 * 4096, "the budget is used"
+
+
+def test_a_mixture_holds_at_every_step_of_token_batches() -> None:
+    mixture = Mixture(["a"] * 500 + ["b"] * 100, {"a": 0.5, "b": 0.5}, seed=1)
+    plan = TokenPlan(slue_sizes(600), 2000, mixture=mixture)
+    drawn = np.array([[sum(i < 500 for i in batch), len(batch)] for batch in plan.epoch(1)])
+    ahead = drawn[:, 0].cumsum() - drawn[:, 1].cumsum() / 2
+    assert abs(ahead).max() <= 1.5 * drawn[:, 1].max()
+    assert abs(ahead[-1]) <= 1
+
+
+def test_a_budget_too_small_for_its_parts_is_refused() -> None:
+    sizes = np.array([[100, 20], [10, 200]])
+    with pytest.raises(UserError, match=r"batch_tokens: 419 is too few: 2 micro-batches a step"):
+        TokenPlan(sizes, 419, parts=2)
+    assert sorted(TokenPlan(sizes, 420, parts=2).epoch(0)[0]) == [0, 1]

@@ -1,0 +1,184 @@
+"""Every preset of `adapters/` on a tiny random model of the architecture that it is written for.
+
+The tiny model has the layers, tying, vocabulary padding and tokenizer habits of the real one; what
+holds here for layer names, masks, prompts and heads holds there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from transformers import AutoTokenizer
+
+from tests.models.common import SHORT, greedy, make_batch, singles
+from unislu_llm import weights
+from unislu_llm.config import ModelConfig
+from unislu_llm.loss import weighted_loss
+from unislu_llm.models.head import logits_of
+from unislu_llm.models.speech_llm import SpeechLLM
+
+ADAPTERS = Path(__file__).parents[2] / "adapters"
+PRESETS = sorted(ADAPTERS.glob("*.yaml"))
+each_preset = pytest.mark.parametrize("preset", PRESETS, ids=lambda path: path.stem)
+
+CHATML = {"specials": ["<|im_start|>", "<|im_end|>", "<|endoftext|>"]}
+IM_TOKENS = {"bos": "<|im_start|>", "eos": "<|im_end|>", "pad": "<|im_end|>"}
+SMOLLM2 = {"arch": "llama", "tied": True, "tokenizer": CHATML | IM_TOKENS}
+QWEN_TOKENS = {"bos": None, "eos": "<|im_end|>", "pad": "<|endoftext|>"}
+QWEN2 = {"arch": "qwen2", "tied": True, "extra": 32, "tokenizer": CHATML | QWEN_TOKENS}
+GEMMA3 = {"arch": "gemma3_text", "tied": True, "extra": -1,
+          "tokenizer": {"specials": ["<start_of_turn>", "<end_of_turn>"], "metaspace": "never",
+                        "add_bos": True, "bos": "<bos>", "eos": "<eos>"}}
+THINKING = {"specials": [*CHATML["specials"], "<think>", "</think>"]}
+BACKBONES: dict[str, dict[str, Any]] = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": SMOLLM2,
+    "HuggingFaceTB/SmolLM2-360M-Instruct": SMOLLM2,
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": SMOLLM2,
+    "google/gemma-3-270m": GEMMA3,
+    "google/gemma-3-1b-it": GEMMA3,
+    "Qwen/Qwen2.5-0.5B-Instruct": QWEN2,
+    "Qwen/Qwen2.5-7B-Instruct": QWEN2 | {"tied": False},
+    "Qwen/Qwen3-0.6B": QWEN2 | {"arch": "qwen3", "tokenizer": THINKING | QWEN_TOKENS},
+    "TinyLlama/TinyLlama-1.1B-Chat-v1.0": {
+        "arch": "llama", "tied": False,
+        "tokenizer": {"metaspace": "always", "add_bos": True, "pad": "</s>"}},
+    "meta-llama/Llama-3.2-1B-Instruct": {
+        "arch": "llama", "tied": True,
+        "tokenizer": {"specials": ["<|start_header_id|>", "<|end_header_id|>"], "add_bos": True,
+                      "bos": "<|begin_of_text|>", "eos": "<|eot_id|>", "pad": None}},
+    "mistralai/Mistral-7B-Instruct-v0.3": {
+        "arch": "mistral", "tied": False, "llm_options": {"sliding_window": None},
+        "tokenizer": {"specials": ["[INST]", "[/INST]"], "metaspace": "always", "add_bos": True,
+                      "pad": None}},
+}
+"""What the real model and tokenizer look like, by name. `extra` is the rows of the embedding beyond
+the tokenizer (Qwen pads its vocabulary; Gemma's tokenizer has one token, for images, that its text
+models have no row for)."""
+
+
+def read(preset: Path) -> dict[str, Any]:
+    """Settings of the model in a preset."""
+    found = yaml.safe_load(preset.read_text(encoding="utf-8"))
+    return {key: value for key, value in found.items() if key in ModelConfig.model_fields}
+
+
+class Tiny:
+    """Builds tiny models for a preset."""
+
+    def __init__(self, tokenizer: Callable[..., Any], llm: Callable[..., Any],
+                 speech_llm: Callable[..., SpeechLLM]) -> None:
+        self._tokenizer, self._llm, self._speech_llm = tokenizer, llm, speech_llm
+
+    def parts(self, preset: Path) -> dict[str, Any]:
+        facts = BACKBONES[read(preset)["llm"]]
+        tokenizer, extra = self._tokenizer(**facts["tokenizer"]), facts.get("extra", 0)
+        if extra < 0:
+            tokenizer.add_tokens(["<image_soft_token>"], special_tokens=True)
+        options = facts.get("llm_options", {}) | {"vocab_size": len(tokenizer) + extra}
+        return {"arch": facts["arch"], "tied": facts["tied"], "tokenizer": tokenizer,
+                "llm_options": options}
+
+    def llm(self, preset: Path) -> Any:
+        """The LLM alone, with the weights that it has in :meth:`model`."""
+        parts = self.parts(preset)
+        return self._llm(parts["arch"], parts["tokenizer"], tied=parts["tied"],
+                         **parts["llm_options"])
+
+    def model(self, preset: Path) -> SpeechLLM:
+        return self._speech_llm(**self.parts(preset), **read(preset))
+
+
+@pytest.fixture
+def tiny(tiny_tokenizer: Any, tiny_llm: Any, tiny_speech_llm: Any) -> Tiny:
+    return Tiny(tiny_tokenizer, tiny_llm, tiny_speech_llm)
+
+
+def test_every_backbone_has_one_preset() -> None:
+    assert sorted(read(preset)["llm"] for preset in PRESETS) == sorted(BACKBONES)
+
+
+@each_preset
+def test_prompt_is_written_in_the_models_own_tokens(preset: Path, tiny: Tiny) -> None:
+    model = tiny.model(preset)
+    tokenizer, config = model.tokenizer.base, model.config
+    facts, text = BACKBONES[config.llm]["tokenizer"], config.prompt_prefix + config.prompt_suffix
+    for special in [s for s in facts.get("specials", []) if s in text]:
+        written = (model.prefix + model.suffix).count(tokenizer.convert_tokens_to_ids(special))
+        assert written == text.count(special)
+    begins = model.prefix[:1] == [tokenizer.bos_token_id]
+    bos = facts.get("bos") or "<s>"
+    assert begins == bool(facts.get("add_bos") or config.prompt_prefix.startswith(bos))
+    assert model.prefix.count(tokenizer.bos_token_id) <= 1
+    suffix = tokenizer.decode(model.suffix, skip_special_tokens=False)
+    assert suffix.strip() == config.prompt_suffix.strip()
+
+
+@each_preset
+def test_two_steps_train_what_should_train_and_nothing_else(preset: Path, tiny: Tiny) -> None:
+    model = tiny.model(preset).train()
+    batch, groups = make_batch(model, SHORT), model.trainable_groups()
+    assert set(groups) == {"projector", "lora", "markers"}
+    targets, layers = model.config.lora.target_modules, model.llm.config.num_hidden_layers
+    assert len(groups["lora"]) == 2 * len(targets) * layers
+    assert all(name.startswith("llm.") for name, _ in groups["lora"])
+    trainable = [(name, p) for group in groups.values() for name, p in group]
+    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
+    optimizer = torch.optim.AdamW([p for _, p in trainable], lr=1e-5)
+    losses = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        loss = weighted_loss(model.losses(batch), batch.target_parts, "dynamic")
+        loss.backward()
+        optimizer.step()
+        losses.append(float(loss.detach()))
+        assert [name for name, p in trainable if p.grad is None] == []
+    # In the first step lora_A had no gradient, behind a lora_B of zeros.
+    assert [name for name, p in trainable if not p.grad.any()] == []  # type: ignore[union-attr]
+    assert 0 < losses[1] < losses[0] < float("inf")
+    now = dict(model.named_parameters())
+    assert [name for name, value in frozen.items() if not torch.equal(value, now[name])] == []
+
+
+@each_preset
+@torch.no_grad()
+def test_logits_are_those_of_the_untouched_llm(preset: Path, tiny: Tiny) -> None:
+    model, plain = tiny.model(preset), tiny.llm(preset)
+    size, ids = plain.config.vocab_size, torch.arange(3, 43).reshape(2, 20)
+    embeddings = plain.get_input_embeddings()(ids)
+    torch.testing.assert_close(model.llm.get_input_embeddings()(ids), embeddings)
+    hidden = model.llm.base_model(inputs_embeds=embeddings).last_hidden_state
+    logits = logits_of(model.llm, hidden)
+    torch.testing.assert_close(logits, model.llm(inputs_embeds=embeddings).logits)
+    markers = list(model.tokenizer.marker_ids.values())
+    others = [i for i in range(size) if i not in markers]
+    torch.testing.assert_close(logits[..., others],
+                               plain(inputs_embeds=embeddings).logits[..., others])
+    assert logits.shape[-1] >= max(markers) + 1
+    # Ids that belong to nobody (a tokenizer longer than the model) must never be chosen.
+    assert torch.isin(logits.argmax(-1), torch.tensor(others + markers)).all()
+    assert len(model.trainable_groups()["markers"]) == (1 if BACKBONES[model.config.llm]["tied"]
+                                                        else 2)
+
+
+@each_preset
+@torch.no_grad()
+def test_batched_decoding_equals_one_by_one(preset: Path, tiny: Tiny) -> None:
+    model = tiny.model(preset)
+    batch = make_batch(model, SHORT)
+    together = greedy(model, batch, 8)
+    assert len(set(map(tuple, together))) > 1, "all answers are one: nothing is tested"
+    assert together == [greedy(model, single, 8)[0] for single in singles(model, SHORT)]
+
+
+@pytest.mark.weights
+def test_smollm2_prompt_is_its_chat_template() -> None:
+    preset = read(ADAPTERS / "smollm2-135m.yaml")
+    tokenizer = AutoTokenizer.from_pretrained(weights.resolve(preset["llm"]).path)
+    text = tokenizer.apply_chat_template([{"role": "user", "content": "SPEECH"}], tokenize=False,
+                                         add_generation_prompt=True)
+    assert text.endswith(f"{preset['prompt_prefix']}SPEECH{preset['prompt_suffix']}")

@@ -1,0 +1,136 @@
+"""Configuration: what overrides what, and errors that name file and line, or flag."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from unislu_llm.config import Config
+from unislu_llm.config_file import config_from_dict, config_from_file, load_config, to_yaml
+from unislu_llm.errors import UserError
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    """A config file and a folder of presets."""
+    (tmp_path / "c.yaml").write_text(
+        "train: {epochs: 3, lr: {lora: 1e-4}}\ndata: {train: [a.jsonl]}\n")
+    presets = tmp_path / "adapters"
+    presets.mkdir()
+    for name, rank in (("one", 4), ("two", 8)):
+        (presets / f"{name}.yaml").write_text(
+            f"llm: org/{name}\nlora: {{rank: {rank}}}\nprompt_suffix: {name}\nprecision: bf16\n")
+    return tmp_path / "c.yaml", presets
+
+
+def test_flag_beats_file_beats_preset_beats_default(files: tuple[Path, Path]) -> None:
+    config = load_config(["--llm", "org/two", "--train.epochs", "7"], *files, "")
+    model, train = config.model, config.train
+    assert (model.llm, model.lora.rank, model.prompt_suffix) == ("org/two", 8, "two")
+    assert (train.epochs, train.lr.lora, train.precision) == (7, 1e-4, "bf16")
+    assert train.lr.projector == Config().train.lr.projector
+    assert config.data.train == [str(files[0].parent / "a.jsonl")]
+    assert load_config(["--llm=org/none"], *files, "").train.precision == "fp32"
+
+
+def test_a_named_preset_brings_its_llm(files: tuple[Path, Path]) -> None:
+    named = ["--adapter", str(files[1] / "one.yaml"), "--projector", "qformer"]
+    model = load_config(named, *files, "").model
+    assert (model.llm, model.lora.rank, model.projector) == ("org/one", 4, "qformer")
+    assert load_config([*named, "--llm", "org/x"], *files, "").model.llm == "org/x"
+
+
+def test_flags_of_every_kind(files: tuple[Path, Path]) -> None:
+    files[0].write_text("data: {weights: {a: 2}}\naugment: {noise: musan, speeds: [0.9, 1.1]}\n"
+                        "train: {init: saved}\n")
+    flags = ["--data.temperature", "2", "--data.weights", '{"b": 0.5}', "--augment.freq-masks",
+             "2", "--model.projector-options", '{"stack": 3}', "--data.train", "x", "y"]
+    config = load_config(flags, *files, "")
+    assert config.data.weights == {"b": 0.5}
+    assert (config.data.temperature, config.augment.freq_masks) == (2.0, 2)
+    assert config.model.projector_options == {"stack": 3}
+    assert config.data.train == ["x", "y"], "a flag's paths are those of the shell"
+    folder = files[0].parent
+    assert config.augment.noise == str(folder / "musan"), "a file's paths are relative to it"
+    assert config.train.init == str(folder / "saved")
+
+
+def test_options_belong_to_their_projector(files: tuple[Path, Path]) -> None:
+    files[0].write_text("model: {projector: mlp, projector_options: {stack: 6}}\n")
+    (files[1] / "one.yaml").write_text(
+        "llm: org/one\nprojector: mlp\nprojector_options: {stack: 5, hidden: 64}\n")
+    same = load_config(["--llm", "org/one"], *files, "").model
+    assert same.projector_options == {"stack": 6, "hidden": 64}
+    other = load_config(["--llm", "org/one", "--projector", "qformer"], *files, "").model
+    assert (other.projector, other.projector_options) == ("qformer", {})
+
+
+@pytest.mark.parametrize(("text", "message"), [
+    ("train:\n  epoch: 3\n", r"c\.yaml:2: train\.epoch: .*'epochs'"),
+    ("data:\n\nmodle: {}\n", r"c\.yaml:3: modle.*'model'"),
+    ("train:\n  seed: 2\n  epochs: three\n", r"c\.yaml:3: train\.epochs.*'three'"),
+    ("train:\n  loss: dynamc\n", r"c\.yaml:2: train\.loss.*dynamic.*fixed.*uniform"),
+    ("train: 3\n", r"c\.yaml:1: train: "),
+    ("train:\n", r"c\.yaml:1: train"),
+    ("train:\n  lr:\n    lora: fast\n", r"c\.yaml:3: train\.lr\.lora"),
+    ("data:\n  train: a.jsonl\n", r"c\.yaml:2: data\.train: .*list"),
+    ("augment:\n  speeds:\n    - 1.0\n    - 9\n", r"c\.yaml:4: augment\.speeds\[1\]"),
+    ("train: {epochs: 0}\n", r"c\.yaml:1: train\.epochs.*greater than or equal to 1, found 0"),
+    ("train: {epochs: 3\n", r"c\.yaml:2: not valid YAML"),
+    ("- 3\n", r"c\.yaml:1: expected a mapping"),
+    ("train: {epochs: 2}\ndata: {}\ntrain: {seed: 2}\n", r"c\.yaml:3: .*key .train. .*twice"),
+    ("stages:\n  - name: a\n    train: {epoch: 3}\n",
+     r"c\.yaml:3: stages\[0\]\.train\.epoch: .*'epochs'"),
+    ("stages:\n  - train: {}\n", r"c\.yaml:2: stages\[0\]\.name: is missing"),
+    ("stages:\n  - {name: a,\n     trian: {}}\n", r"c\.yaml:3: stages\[0\]\.trian.*'train'"),
+])
+def test_faults_are_named_with_their_line(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(UserError, match=message):
+        config_from_file(tmp_path / "c.yaml")
+
+
+def test_a_fault_in_a_preset_names_the_preset(files: tuple[Path, Path]) -> None:
+    (files[1] / "one.yaml").write_text("llm: org/one\nlora:\n  ranks: 4\n")
+    with pytest.raises(UserError, match=r"one\.yaml:3: lora\.ranks.*'rank'"):
+        load_config(["--llm", "org/one"], *files, "")
+
+
+@pytest.mark.parametrize(("flags", "message"), [
+    (["--train.epochs", "0"], r"--train\.epochs: .*found 0"),
+    (["--train.lr.lora", "-1"], r"--train\.lr\.lora: "),
+    (["--data.weights", '{"a": "much"}'], r"--data\.weights\.a: "),
+    (["--config", "no.yaml"], r"no\.yaml does not exist"),
+])
+def test_a_bad_flag_is_named(flags: list[str], message: str, files: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match=message):
+        load_config(flags, *files, "")
+
+
+def test_an_unknown_flag_names_the_nearest(files: tuple[Path, Path],
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        load_config(["--train.epcohs", "3"], *files, "")
+    assert stop.value.code == 2
+    assert "--train.epochs" in capsys.readouterr().err
+
+
+def test_help_shows_the_settings_with_what_they_are_now(
+        files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        load_config(["--llm", "org/two", "--help"], *files, "Train it.")
+    assert stop.value.code == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "Train it." in shown
+    assert "org/two" in shown
+
+
+def test_what_is_written_is_read_again(tmp_path: Path) -> None:
+    config = config_from_dict({"data": {"train": ["a.jsonl"], "weights": {"a": 1}},
+                               "train": {"lr": {"lora": "3e-4"}, "max_grad_norm": 0},
+                               "stages": [{"name": "one", "train": {"epochs": 2}}]})
+    assert config.train.lr.lora == 3e-4
+    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
+    assert config_from_file(tmp_path / "config.yaml", resolve=False) == config
+

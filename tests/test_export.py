@@ -1,0 +1,170 @@
+"""An exported model is the run's in a smaller dtype, and its card says what files say."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+
+from unislu_llm import load
+from unislu_llm.cli import main
+from unislu_llm.errors import UserError
+from unislu_llm.export import export
+from unislu_llm.io import sha256
+
+RUN, OUT = Path("runs/tiny"), Path("adapters/tiny--tiny")
+NAMES = {"encoder": "tiny/whisper", "llm": "tiny/llm"}
+FILES = {"model.safetensors", "config.json", "README.md"}
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.fixture
+def run(tiny_run: Callable[..., Path], tiny_checkpoints: dict[str, str]) -> Callable[..., Path]:
+    """Factory: a finished run, and its base models under public names in the current folder."""
+
+    def make(kind: str = "speech_llm") -> Path:
+        folder = tiny_run(kind)
+        for name in ("whisper", "llm"):
+            shutil.copytree(tiny_checkpoints[name], Path("tiny") / name)
+        return folder
+
+    return make
+
+
+def names_of(kind: str) -> dict[str, str]:
+    return NAMES if kind == "speech_llm" else {"encoder": NAMES["encoder"]}
+
+
+def score_file(weights: Path, name: str) -> Path:
+    """A score file as eval/evaluate.py writes it, of these weights."""
+    wer: dict[str, Any] = {"wer": 21.25}
+    tasks = {"ner": {"entity": {"f1": 36.5}, "label": {"f1": 51.5}}, "sa": {"macro_f1": 42.5}}
+    block = {"wer": {"overall": wer, "by_corpus": {"tiny": wer}}, "tasks": tasks,
+             "slue_score": 50.0}
+    path = Path(f"{name}.json")
+    path.write_text(json.dumps({
+        "run": name, "weights_sha256": sha256(weights / "model.safetensors"),
+        "command": f"eval/evaluate.py {Path('runs/tiny').absolute()}", "decode": {"grammar": True},
+        "manifests": [{"file": "corpus/dev.jsonl"}],
+        "intervals": {"slue": {"wer": {"low": 12.25, "high": 98.75},
+                               "sa/macro_f1": {"low": 1.5, "high": 2.5}}},
+        "scores": {"malformed": {"share": 1.5}, "protocols": {"slue": block},
+                   "position": {"ner": {"f1": 61.5}}}}))
+    return path
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [("speech_llm", "bf16"), ("speech_llm", "fp32"),
+                                             ("speech_llm", "fp16"), ("whisper_slu", "bf16")])
+def test_the_weights_come_back_as_fp32_parameters(kind: str, dtype: Any,
+                                                  run: Callable[..., Path]) -> None:
+    original = load_file(run(kind) / "best" / "model.safetensors")
+    _, difference = export(RUN, OUT, dtype=dtype, names=names_of(kind))
+    assert {p.name for p in OUT.iterdir()} == FILES
+    stored = load_file(OUT / "model.safetensors")
+    assert set(stored) == set(original)
+    for base in (torch.float32, torch.bfloat16):  # of the frozen weights
+        loaded = load(OUT, dtype=base).trained_state()
+        assert set(loaded) == set(original)
+        for name, value in original.items():
+            assert stored[name].dtype == DTYPES[dtype]
+            assert loaded[name].dtype == torch.float32
+            assert torch.equal(loaded[name], value.to(DTYPES[dtype]).float()), name
+    assert difference is not None
+    assert (difference == 0) == (dtype == "fp32")
+    assert difference < 0.5
+
+
+def test_the_card_says_what_the_files_say(run: Callable[..., Path], tmp_path: Path) -> None:
+    results = score_file(run() / "best", "tiny")
+    Path("note.md").write_text("Tones under CC0.")
+    export(RUN, OUT, licence="Apache-2.0", results=(results,), data_note=Path("note.md"),
+           names=NAMES)
+    card = (OUT / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["license"] == "apache-2.0"
+    assert front["base_model"] == list(NAMES.values())
+    assert front["datasets"] == ["tiny"]
+    assert re.findall(r"^## (.+)$", card, re.M) == [
+        "What it is", "How to use it", "Training data", "Training settings", "Scores", "Limits"]
+    assert "| tiny | dev.jsonl | 8 | 4 | 2 |" in card
+    for row in ("| wer | 21.25 [12.25, 98.75] |", "| ner_f1 | 36.50 |",
+                "| sa_f1 | 42.50 [1.50, 2.50] |", "| slue | 50.00 |"):
+        assert row in card
+    finished, versions = (json.loads((RUN / f).read_text())
+                          for f in ("finished.json", "versions.json"))
+    for text in ("Tones under CC0.", "`eval/evaluate.py runs/tiny`", versions["git"],
+                 f"{finished['train_seconds'] / 60:.1f} minutes", "max_steps: 2",
+                 "the run's weights, not yet in this dtype"):
+        assert text in card
+    assert "synthetic" not in card
+    assert "/" + tmp_path.parts[1] not in card + (OUT / "config.json").read_text()
+
+
+def test_what_is_not_known_is_left_out(run: Callable[..., Path]) -> None:
+    run()
+    for file in ("finished.json", "versions.json", "metrics.jsonl"):
+        (RUN / file).unlink()
+    shutil.rmtree("corpus")
+    export(RUN, OUT, names=NAMES, check=False)
+    card = (OUT / "README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert not {"license", "language", "datasets"} & set(front)
+    assert "|  | dev.jsonl |  |" in card
+    assert not re.search("minutes|git revision|None|nats", card.replace("None are given", ""))
+
+
+def test_an_export_is_replaced_whole_and_keeps_what_others_put_there(run: Callable[..., Path]
+                                                                     ) -> None:
+    run()
+    export(RUN, OUT, names=NAMES, check=False)
+    results = score_file(OUT, "exported")
+    for name in ("LICENSE", "NOTICE"):
+        (OUT / name).write_text(f"own {name}", encoding="utf-8")
+    with pytest.raises(UserError, match="is no SPDX identifier"):
+        export(RUN, OUT, licence="my own", names=NAMES, check=False)
+    assert "None are given" in (OUT / "README.md").read_text()  # the old one
+    export(RUN, OUT, results=(results,), names=NAMES, check=False)
+    assert "scored: these weights" in (OUT / "README.md").read_text()
+    assert [(OUT / name).read_text() for name in ("LICENSE", "NOTICE")] == [
+        "own LICENSE", "own NOTICE"]
+    assert [p.name for p in OUT.parent.iterdir()] == [OUT.name]
+    with pytest.raises(UserError, match="scores of other weights"):
+        export(RUN, OUT, dtype="fp16", results=(results,), names=NAMES, check=False)
+    with pytest.raises(UserError, match="is not empty and no export"):
+        export(RUN, Path("corpus"), names=NAMES, check=False)
+
+
+def test_the_command_names_problems(run: Callable[..., Path],
+                                    capsys: pytest.CaptureFixture[str]) -> None:
+    run()
+    names = ["--encoder", NAMES["encoder"], "--llm", NAMES["llm"]]
+    base = ["export", str(RUN), "--no-check"]
+    assert main([*base, "--out", str(OUT), *names]) == 0
+    capsys.readouterr()
+    for args, expected in (
+        ([*base, "--out", "new"], "model.encoder"),
+        ([*base, "--out", "new", *names, "--results", "gone.json"], "gone.json cannot be read"),
+        ([*base, "--out", "new", *names, "--data-note", "gone.md"], "gone.md cannot be read"),
+        (["export", str(OUT), "--out", "new", *names], "saved model without its run"),
+    ):
+        assert main(args) == 2
+        assert expected in capsys.readouterr().err
+        assert not Path("new").exists()
+
+
+def test_a_value_out_of_range_is_refused(run: Callable[..., Path]) -> None:
+    path = run() / "best" / "model.safetensors"
+    state = load_file(path)
+    next(iter(state.values())).view(-1)[0] = 1e30
+    save_file(state, path)
+    with pytest.raises(UserError, match=r"does not fit fp16; give --dtype bf16"):
+        export(RUN, OUT, dtype="fp16", names=NAMES, check=False)
+    assert not any(OUT.parent.iterdir())

@@ -1,0 +1,238 @@
+"""Tiny random models, tokenizers and utterances, made in milliseconds from configurations."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    MistralConfig,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen3Config,
+    WhisperConfig,
+    WhisperForConditionalGeneration,
+)
+from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+from unislu_llm.config import ModelConfig
+from unislu_llm.models.projectors import NONE
+from unislu_llm.models.speech_llm import SpeechLLM
+from unislu_llm.models.whisper_slu import WhisperSLU
+from unislu_llm.tasks import Span, TaskRegistry
+from unislu_llm.utterance import Utterance
+
+TEXTS = (
+    "the council met in paris on monday",
+    "we thank the european parliament for its work",
+    "this is a wonderful report and i am very glad",
+    "it was a bad and sad evening for us all",
+    "anna voted against the law of two thousand and four",
+)
+WHISPER_TOKENS = ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")
+LLM_CONFIGS: dict[str, Any] = {
+    "llama": LlamaConfig,
+    "gemma3_text": Gemma3TextConfig,
+    "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config,
+    "mistral": MistralConfig,
+}
+SAMPLE_RATE = 16_000
+
+
+def make_tokenizer(*, specials: Sequence[str] = (), metaspace: str | None = None,
+                   add_bos: bool = False, bos: str | None = "<s>", eos: str = "</s>",
+                   pad: str | None = "<pad>", size: int = 400) -> PreTrainedTokenizerFast:
+    """A BPE tokenizer trained on a few sentences; it spells any text.
+
+    Args:
+        specials: further special tokens, e.g. `<|im_start|>`.
+        metaspace: SentencePiece's way: words start with `▁`; `always`, `first` (Llama 2) or `never`
+            (Gemma) is whether a text does. Default: byte level, as GPT-2.
+        add_bos: put `bos` before every text, as Llama and Gemma do.
+        bos: None for a tokenizer that has none.
+        eos: end of text.
+        pad: None for a tokenizer that has none.
+        size: of the vocabulary, at most.
+    """
+    names = list(dict.fromkeys(t for t in (pad, bos, eos, *specials) if t))
+    if metaspace is not None:
+        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token=eos, fuse_unk=True))
+        tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=metaspace)
+        tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(),
+                                               decoders.Metaspace(prepend_scheme=metaspace)])
+        names += [f"<0x{i:02X}>" for i in range(256)]
+        trainer = trainers.BpeTrainer(
+            vocab_size=size + 256, initial_alphabet=[chr(c) for c in range(33, 127)],
+            special_tokens=names, show_progress=False)
+    else:
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=size, special_tokens=names, show_progress=False,
+            initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+    lead = " " if metaspace in (None, "never") else ""
+    tokenizer.train_from_iterator([lead + text for text in TEXTS], trainer)
+    if add_bos and bos is not None:
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token=bos, eos_token=eos, pad_token=pad,
+        additional_special_tokens=[AddedToken(t, special=True) for t in specials] or None)
+
+
+def make_whisper(tokenizer: PreTrainedTokenizerFast | None = None, *, seed: int = 0, **options: Any,
+                 ) -> tuple[WhisperForConditionalGeneration, PreTrainedTokenizerFast]:
+    """A random Whisper, two layers on either side, and the tokenizer that fits it.
+
+    Args:
+        tokenizer: default: one with Whisper's special tokens.
+        seed: of the weights.
+        options: of `WhisperConfig`.
+    """
+    tokenizer = tokenizer or make_tokenizer(specials=WHISPER_TOKENS, bos=None, pad=None,
+                                            eos="<|endoftext|>")
+    eos, start = tokenizer.eos_token_id, tokenizer.get_vocab()[WHISPER_TOKENS[0]]
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "d_model": 32, "num_mel_bins": 80, "dropout": 0.0,
+        "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 64,
+        "decoder_layers": 2, "decoder_attention_heads": 2, "decoder_ffn_dim": 64}
+    config = WhisperConfig(**sizes | options, eos_token_id=eos, bos_token_id=eos, pad_token_id=eos,
+                           decoder_start_token_id=start, suppress_tokens=None,
+                           begin_suppress_tokens=None)
+    torch.manual_seed(seed)
+    model = WhisperForConditionalGeneration(config).eval()
+    model.generation_config.is_multilingual = True
+    return model, tokenizer
+
+
+def make_whisper_encoder(*, seed: int = 0, **options: Any) -> WhisperEncoder:
+    """The encoder of :func:`make_whisper`: 32-dimensional frames, 80 mel bins."""
+    return make_whisper(seed=seed, **options)[0].model.encoder
+
+
+def make_llm(arch: str = "llama", tokenizer: PreTrainedTokenizerFast | None = None, *,
+             tied: bool = True, seed: int = 0, **options: Any) -> Any:
+    """A random causal LM of an architecture: 32-dimensional, two layers, grouped-query attention.
+
+    Args:
+        arch: key of :data:`LLM_CONFIGS`.
+        tokenizer: it must cover; default: :func:`make_tokenizer`'s.
+        tied: output layer tied to the embedding.
+        seed: of the weights.
+        options: of the architecture's configuration class.
+    """
+    tokenizer = tokenizer or make_tokenizer()
+    sizes: dict[str, Any] = {
+        "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8,
+        "max_position_embeddings": 1024, "tie_word_embeddings": tied,
+        # Larger than usual, so that a random model's next-token choices are far from ties.
+        "initializer_range": 0.3, "bos_token_id": tokenizer.bos_token_id,
+        "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
+    if arch == "gemma3_text":
+        # Both kinds of layer, and a window that short test inputs exceed. Embeddings are scaled up
+        # and layers normalised: with large weights it would repeat its last token, whatever it
+        # hears.
+        sizes |= {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
+                  "query_pre_attn_scalar": 8, "initializer_range": 0.1}
+    torch.manual_seed(seed)
+    return AutoModelForCausalLM.from_config(LLM_CONFIGS[arch](**sizes | options),
+                                            attn_implementation="sdpa").eval()
+
+
+def model_config(**settings: Any) -> ModelConfig:
+    """A :class:`ModelConfig` of tiny parts; `lora` None is rank 0."""
+    defaults: dict[str, Any] = {
+        "encoder": "tiny-whisper", "llm": "tiny-llm",
+        "lora": {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "v_proj"]}}
+    if settings.get("projector", "mlp") == "mlp":
+        defaults["projector_options"] = {"stack": 5, "hidden": 32}
+    settings = defaults | settings
+    return ModelConfig(**settings | {"lora": settings["lora"] or {"rank": 0}})
+
+
+def make_speech_llm(*, arch: str = "llama", tied: bool = True, seed: int = 0,
+                    tokenizer: PreTrainedTokenizerFast | None = None,
+                    whisper_options: dict[str, Any] | None = None,
+                    llm_options: dict[str, Any] | None = None, registry: TaskRegistry | None = None,
+                    ctc_tokens: Sequence[int] | None = None, **settings: Any) -> SpeechLLM:
+    """A tiny :class:`SpeechLLM` in eval mode; other arguments are of its :class:`ModelConfig`."""
+    tokenizer, config = tokenizer or make_tokenizer(), model_config(**settings)
+    encoder = None
+    if config.projector != NONE:
+        encoder = make_whisper_encoder(seed=seed, **whisper_options or {})
+    llm = make_llm(arch, tokenizer, tied=tied, seed=seed, **llm_options or {})
+    torch.manual_seed(seed)
+    return SpeechLLM(config, registry or TaskRegistry(), encoder, llm, tokenizer, ctc_tokens).eval()
+
+
+def make_whisper_slu(*, seed: int = 0, whisper_options: dict[str, Any] | None = None,
+                     registry: TaskRegistry | None = None, **settings: Any) -> WhisperSLU:
+    """A tiny :class:`WhisperSLU` in eval mode, of which everything trains."""
+    whisper, tokenizer = make_whisper(seed=seed, **whisper_options or {})
+    config = model_config(**{"encoder_mode": "full"} | settings)
+    torch.manual_seed(seed)
+    return WhisperSLU(config, registry or TaskRegistry(), whisper, tokenizer).eval()
+
+
+def write_utterances(folder: Path, *, seconds: Sequence[float] = (0.9, 1.6, 0.6, 1.2),
+                     seed: int = 0) -> list[Utterance]:
+    """Utterances with WAV files of their own (16 kHz, tone and noise), of different lengths.
+
+    In turn: two entities, sentiment, not annotated, annotated as without entities; then from the
+    start again.
+    """
+    rng = np.random.default_rng(seed)
+    kinds: list[tuple[str, dict[str, Any]]] = [
+        (TEXTS[0], {"ner": (Span("PLACE", 19, 24), Span("WHEN", 28, 34))}),
+        (TEXTS[2], {"sa": "Positive"}),
+        (TEXTS[1], {}),
+        (TEXTS[3], {"ner": ()}),
+    ]
+    utterances = []
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, length in enumerate(seconds):
+        time = np.arange(round(length * SAMPLE_RATE)) / SAMPLE_RATE
+        tone = np.sin(2 * np.pi * (200 + 90 * i) * time * (1 + 0.2 * time))
+        wave = 0.3 * tone + 0.05 * rng.standard_normal(len(time))
+        path = folder / f"u{i}.wav"
+        soundfile.write(path, wave.astype(np.float32), SAMPLE_RATE)
+        text, labels = kinds[i % len(kinds)]
+        utterances.append(Utterance(f"u{i}", path, text, labels, corpus="tiny",
+                                    duration=len(time) / SAMPLE_RATE))
+    return utterances
+
+
+def train_tiny_run(kind: str, folder: Path, checkpoints: dict[str, str]) -> None:
+    """Two steps of training in `folder`: `corpus/dev.jsonl` (8 utterances) and `runs/tiny`."""
+    from unislu_llm.data.manifest import write_manifest
+    from unislu_llm.training.trainer import Trainer
+
+    seconds = (0.9, 1.6, 0.6, 1.2, 0.7, 0.8, 1.0, 0.5)
+    write_manifest(folder / "corpus" / "dev.jsonl",
+                   write_utterances(folder / "corpus" / "audio", seconds=seconds))
+    Trainer(kind, tiny_run_config(checkpoints)).fit()
+
+
+def tiny_run_config(checkpoints: dict[str, str]) -> Any:
+    """The :class:`Config` of :func:`train_tiny_run`."""
+    from unislu_llm.config import Config
+
+    return Config.model_validate({
+        "output": "runs/tiny",
+        "model": {"encoder": checkpoints["whisper"], "llm": checkpoints["llm"],
+                  "projector_options": {"stack": 5, "hidden": 32},
+                  "lora": {"rank": 4, "target_modules": ["q_proj"]}},
+        "data": {"train": ["corpus/dev.jsonl"], "dev": ["corpus/dev.jsonl"]},
+        "train": {"max_steps": 2, "batch_size": 8, "trackers": [], "threads": 1},
+        "decode": {"max_new_tokens": 12, "batch_size": 3}})

@@ -1,0 +1,63 @@
+"""A run from a configuration file, or a part of it; started by tests, by torchrun.
+
+    python run.py KIND CONFIG.yaml             all of it
+    python run.py KIND CONFIG.yaml stop STEPS  the processes end before the step after STEPS
+    python run.py KIND CONFIG.yaml first OUT   the first global batch: metrics and gradients
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from safetensors.torch import save_file
+
+from unislu_llm.config import Config
+from unislu_llm.config_file import config_from_file
+from unislu_llm.errors import reported
+from unislu_llm.training.process import processes
+from unislu_llm.training.stages import train
+from unislu_llm.training.trainer import Trainer
+
+
+def first_step(kind: str, config: Config, out: str) -> None:
+    """Forward and backward of step one; the main process saves what came of it."""
+    trainer = Trainer(kind, config)
+    micro = next(iter(trainer.batches(0)))
+    total = trainer.totals(micro)
+    trainer.backward(micro, total)
+    trainer.window.add(total, 0.0, 1.0)
+    metrics = trainer.window.read(trainer.accelerator)
+    if trainer.main:
+        save_file({n: p.grad.clone() for n, p in trainer.model.named_parameters()
+                   if p.grad is not None}, out + ".safetensors")
+        Path(out + ".json").write_text(json.dumps(metrics | {"steps": trainer.total_steps}))
+    trainer.wrapped = trainer.model
+    trainer.accelerator.free_memory()
+    processes().destroy_process_group()
+
+
+def stop_at(steps: int) -> None:
+    """Make every trainer end its process before a step."""
+    step = Trainer.step
+
+    def step_or_stop(self: Trainer, micro: Any) -> None:
+        if self.progress.step == steps:
+            raise SystemExit(3)
+        step(self, micro)
+
+    Trainer.step = step_or_stop  # type: ignore[method-assign]
+
+
+if __name__ == "__main__":
+    kind, file, mode, value = [*sys.argv[1:], "", ""][:4]
+    config = config_from_file(file, resolve=False)
+    if mode == "first":
+        first_step(kind, config, value)
+    else:
+        if mode == "stop":
+            stop_at(int(value))
+        with reported():
+            train(kind, config)

@@ -1,0 +1,85 @@
+"""Learning rates, parameter groups, and the names of what goes wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from unislu_llm.config import TrainConfig
+from unislu_llm.errors import UserError
+from unislu_llm.tasks import TaskRegistry
+from unislu_llm.training.diagnostics import validation_warnings
+from unislu_llm.training.log import loss_summary
+from unislu_llm.training.optim import build_optimizer, factor, group_rates, set_rates
+
+
+def test_warm_up_then_cosine_to_zero() -> None:
+    values = [factor(step, warmup=10, total=110) for step in range(111)]
+    assert values[0] == pytest.approx(0.1)
+    assert values[9] == values[10] == 1.0
+    assert values[60] == pytest.approx(0.5)
+    assert values[110] == pytest.approx(0.0)
+    assert values[10:] == sorted(values[10:], reverse=True)
+
+
+def test_groups_have_their_rates_and_vectors_no_decay() -> None:
+    net, adapter = nn.Linear(3, 2), nn.Parameter(torch.ones(2, 2))
+    config = TrainConfig(weight_decay=0.1, warmup_steps=10)
+    groups = {"projector": list(net.named_parameters()), "lora": [("x", adapter)]}
+    optimizer = build_optimizer(groups, config)
+    assert {(g["name"], g["peak"], g["weight_decay"]) for g in optimizer.param_groups} == {
+        ("projector", config.lr.projector, 0.1), ("projector", config.lr.projector, 0.0),
+        ("lora", config.lr.lora, 0.1)}
+    set_rates(optimizer, config, 0, total=100)
+    assert group_rates(optimizer)["lr_lora"] == pytest.approx(config.lr.lora / 10)
+    set_rates(optimizer, config, 1, total=8)  # of a short run a quarter warms up
+    assert group_rates(optimizer)["lr_lora"] == config.lr.lora
+
+
+def test_nothing_to_train_is_an_error() -> None:
+    with pytest.raises(UserError, match="nothing trains"):
+        build_optimizer({}, TrainConfig())
+
+
+def row(task: str, hyp: Any, ref: Any = None, problems: tuple[str, ...] = ()) -> dict[str, Any]:
+    return {"task": task, "hyp": hyp, "ref": ref, "problems": list(problems)}
+
+
+FINE = [row("sa", "Positive", "Positive"), row("sa", "Negative", "Negative")] * 6 + [
+    row("ner", [], [])] * 4
+LEARNS = [{"wer": 50.0 - i, "ner_f1": 10.0 + i} for i in range(4)]
+STALLS = [{"wer": 50.0 - 5 * i, "ner_f1": 10.0} for i in range(4)]
+
+
+@pytest.mark.parametrize(("history", "predictions", "message"), [
+    (LEARNS, FINE, None),
+    (LEARNS, [row("sa", "Neutral", r) for r in ("Positive", "Neutral", "Negative")] * 5,
+     "one class only"),
+    (LEARNS, [row("ner", None, [], ("missing_separator",))] * 10, "missing delimiter"),
+    (STALLS, FINE, "ner stalls"),
+    (LEARNS, [row("ner", [], [], ("no_end",))] * 10, "no end"),
+    (LEARNS[:1], [row("ner", None, [], ("missing_separator", "no_end"))] * 10, None),
+])
+def test_each_failure_is_named_once_it_occurs_and_no_other(
+        history: list[dict[str, float]], predictions: list[dict[str, Any]],
+        message: str | None) -> None:
+    found = validation_warnings(history, predictions, TaskRegistry())
+    assert len(found) == (message is not None)
+    assert message is None or message in found[0]
+
+
+def test_the_summary_has_no_mean_of_what_was_not_drawn(tmp_path: Path) -> None:
+    """A task may be in some steps alone, and a tenth may have none of it."""
+    rows: list[dict[str, Any]] = [{"part": "train", "loss": 10.0 - i / 3} for i in range(30)]
+    rows[1] |= {"loss_sa": 5.0}
+    rows[14] |= {"loss_ner": 7.0}
+    rows[29] |= {"loss_sa": 1.0, "loss_da": 2.0}
+    rows.append({"part": "dev", "wer": 3.0})
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    assert loss_summary(tmp_path / "metrics.jsonl").endswith(
+        ": loss 9.667 -> 0.667, loss_da not drawn -> 2.000, loss_sa 5.000 -> 1.000")

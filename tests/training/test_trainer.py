@@ -1,0 +1,284 @@
+"""The run as a whole: what it writes, that it resumes exactly, that it refuses what cannot go well.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tests.training.conftest import CTC, logged, stop_after, weights
+from unislu_llm import models
+from unislu_llm.config import Config
+from unislu_llm.data.manifest import write_manifest
+from unislu_llm.errors import UserError
+from unislu_llm.run_folder import BEST, LAST, find_run, read_finished
+from unislu_llm.training.checkpoint import read_progress
+from unislu_llm.training.data import deal
+from unislu_llm.training.trainer import Trainer
+from unislu_llm.utterance import Utterance
+
+Make = Callable[..., Config]
+DROPOUT: dict[str, Any] = {"batch_size": 4, "accumulation": 2, "hypothesis_word_dropout": 0.3}
+
+
+def fitted(kind: str, config: Config) -> Trainer:
+    """A run that came to its end."""
+    trainer = Trainer(kind, config)
+    trainer.fit()
+    return trainer
+
+
+def same(a: Path, b: Path) -> None:
+    """The weights in two folders are the same to the bit."""
+    one, two = weights(a), weights(b)
+    assert one.keys() == two.keys()
+    assert [name for name in one if not torch.equal(one[name], two[name])] == []
+
+
+@pytest.mark.parametrize("kind", ["speech_llm", "whisper_slu"])
+def test_a_run_learns_and_leaves_a_loadable_model(kind: str, tiny_config: Make,
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    trainer = Trainer(kind, tiny_config(train={"epochs": 8, "lr": {"decoder": 1e-2}}))
+    frozen = {n: p.detach().clone() for n, p in trainer.model.named_parameters()
+              if not p.requires_grad}
+    trainer.fit()
+    rows = logged(trainer.run)
+    assert len(rows) == trainer.total_steps == 16
+    for row in rows:  # from the first step on
+        assert 0 < row["w_asr"] < 1
+        assert row["w_asr"] + row["w_task"] == pytest.approx(1)
+    for part in ("loss_asr", "loss_ner", "loss_sa"):
+        seen = [r[part] for r in rows if part in r]
+        assert seen[-1] < seen[0], part
+    for name, before in frozen.items():
+        assert torch.equal(dict(trainer.model.named_parameters())[name], before), name
+    assert [r["step"] for r in logged(trainer.run, "dev")] == [0, 16]
+    assert len(list((trainer.run / "predictions").glob("*.jsonl"))) == 2
+    assert {"config.yaml", "versions.json", "best", "last", "metrics.jsonl"} <= {
+        p.name for p in trainer.run.iterdir()}
+    found = read_finished(trainer.run)
+    assert (found["step"], found["best_step"]) == (16, 16)
+    assert (find_run(trainer.run).step(), find_run(trainer.run).checkpoint) == (16, BEST)
+    loaded = models.load(trainer.run / LAST)
+    state, own = loaded.trained_state(), trainer.model.trained_state()
+    assert state.keys() == own.keys()
+    assert all(torch.equal(state[n], own[n]) for n in own)
+    printed = capsys.readouterr()
+    assert "nan" not in printed.out
+    assert len(printed.out.splitlines()) < 40, "a run fits a screen"
+
+
+@pytest.mark.parametrize("kind", ["speech_llm", "whisper_slu"])
+def test_validation_can_decode_with_the_grammar(kind: str, tiny_config: Make) -> None:
+    """With it answers of an untrained model keep to the format; without, they do not."""
+    for grammar in (True, False):
+        decode = {"max_new_tokens": 40, "grammar": grammar}
+        run = fitted(kind, tiny_config(f"{kind}-{grammar}", decode=decode,
+                                       train={"max_steps": 1, "lr": {}})).run
+        lines = (run / "predictions" / "step-000000.jsonl").read_text().splitlines()
+        problems = {problem for line in lines for problem in json.loads(line)["problems"]}
+        about_what_is_said = problems <= {"loop", "wrong_task", "empty_transcript"}
+        assert about_what_is_said == grammar
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 5])
+@pytest.mark.parametrize("sections", [
+    {"model": {"hypothesis": "reference"}, "train": DROPOUT},
+    {"model": CTC, "train": {"objective": "ctc", "batch_size": 4, "accumulation": 2}},
+], ids=["unified", "ctc"])
+def test_a_stopped_and_resumed_run_equals_one_that_was_not(
+        sections: dict[str, Any], stop: int, tiny_config: Make) -> None:
+    """Stopped anywhere, with dropout at work: bit for bit, and its log and scores too."""
+    train = sections["train"] | {"save_every": 1, "eval_every": 2}
+    sections = sections | {"train": train}
+    whole = fitted("speech_llm", tiny_config("whole", **sections))
+    stop_after(Trainer("speech_llm", tiny_config("part", **sections)), stop)
+    resumed = Trainer("speech_llm", tiny_config("part", **sections, resume=True))
+    assert (resumed.progress.step, resumed.progress.epoch) == (stop, stop // 4)
+    resumed.fit()
+    for name in (BEST, LAST):
+        same(whole.run / name, resumed.run / name)
+    drop = ("seconds", "tokens_per_s", "data_wait", "memory_gib")
+    for part in ("train", "dev"):
+        one, two = ([{k: v for k, v in row.items() if k not in drop} for row in logged(run, part)]
+                    for run in (whole.run, resumed.run))
+        assert one == two
+    ends = [read_progress(run / LAST) for run in (whole.run, resumed.run)]
+    assert ends[0].history == ends[1].history
+    assert len(ends[0].history) == 4
+
+
+@pytest.mark.parametrize("sections", [
+    {"data": {"temperature": 3.0, "epoch_samples": 20}, "augment": {
+        "freq_masks": 1, "time_masks": 1, "speeds": [0.9, 1.0, 1.1], "gain_db": 3.0,
+        "silence_share": 0.1}, "train": {"batch_size": 4}},
+    {"train": {"batch_tokens": 240, "accumulation": 2, "epochs": 3}},
+    {"data": {"num_workers": 1}, "train": {"batch_size": 4}},
+], ids=["mixture", "tokens", "workers"])
+def test_batches_of_every_kind_resume_exactly(sections: dict[str, Any], tiny_config: Make) -> None:
+    data = sections.get("data", {}) | {"dev": []}
+    train = sections["train"] | {"save_every": 2}
+    made = sections | {"data": data, "train": train}
+    whole = fitted("speech_llm", tiny_config("whole", **made))
+    stop_after(Trainer("speech_llm", tiny_config("part", **made)), 5)
+    resumed = Trainer("speech_llm", tiny_config("part", **made, resume=True))
+    assert resumed.progress.step == 4
+    resumed.fit()
+    same(whole.run / LAST, resumed.run / LAST)
+    one, two = ([(r["step"], r["epoch"], r["tokens"], r["loss"]) for r in logged(run.run)]
+                for run in (whole, resumed))
+    assert one[4:] == two[-len(one[4:]):]
+
+
+def test_a_validation_that_fails_loses_no_weights(tiny_config: Make,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run then goes on with that validation, and ends as if it had not failed."""
+    train = {"eval_every": 2, "batch_size": 4}
+    whole = fitted("speech_llm", tiny_config("whole", train=train))
+    part = Trainer("speech_llm", tiny_config("part", train=train))
+    decode = part.objective.decode
+
+    def fail(*arguments: Any) -> Any:
+        if part.progress.step:
+            raise RuntimeError("out of memory")
+        return decode(*arguments)
+
+    monkeypatch.setattr(part.objective, "decode", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        part.fit()
+    assert read_progress(part.run / LAST).step == 2
+    resumed = Trainer("speech_llm", tiny_config("part", train=train, resume=True))
+    resumed.fit()
+    assert [r["step"] for r in logged(resumed.run, "dev")] == [0, 2, 4, 6]
+    same(whole.run / BEST, resumed.run / BEST)
+
+
+def test_a_kill_while_a_checkpoint_is_swapped_in_is_repaired(tiny_config: Make) -> None:
+    whole = fitted("speech_llm", tiny_config("whole"))
+    part = Trainer("speech_llm", tiny_config("part", train={"save_every": 1}))
+    stop_after(part, 2)
+    (part.run / LAST).rename(part.run / "last.old")  # killed between the two renames
+    (part.run / "last.new").mkdir()
+    (part.run / "last.new" / "model.safetensors").write_bytes(b"half")
+    resumed = fitted("speech_llm", tiny_config("part", resume=True))
+    same(whole.run / LAST, resumed.run / LAST)
+    assert not list(part.run.glob("*.old"))
+    assert not list(part.run.glob("*.new"))
+
+
+def test_a_checkpoint_holds_nothing_that_could_run_code(tiny_config: Make) -> None:
+    run = fitted("speech_llm", tiny_config(train={"max_steps": 1})).run
+    names = {path.suffix for path in (run / LAST).rglob("*")}
+    assert names <= {".json", ".safetensors", ".jinja"}, names
+    assert not (run / BEST / "optimizer.safetensors").exists()
+
+
+def test_resuming_with_other_parts_or_a_damaged_file_is_named(tiny_config: Make) -> None:
+    train = {"max_steps": 2, "save_every": 1}
+    trainer = Trainer("speech_llm", tiny_config(train=train))
+    stop_after(trainer, 1)
+    other = tiny_config(train=train | {"groups": ["projector"]}, resume=True)
+    with pytest.raises(UserError, match=r"optimizer\.safetensors is of other parameters"):
+        Trainer("speech_llm", other)
+    for name, text in (("rng.json", "{}"), ("trainer.json", '{"step": "x"}'),
+                       ("optimizer.safetensors", "x")):
+        kept = (trainer.run / LAST / name).read_bytes()
+        (trainer.run / LAST / name).write_text(text)
+        with pytest.raises(UserError, match=name):
+            Trainer("speech_llm", tiny_config(train=train, resume=True))
+        (trainer.run / LAST / name).write_bytes(kept)
+
+
+def test_a_run_folder_is_never_overwritten(tiny_config: Make) -> None:
+    first = Trainer("speech_llm", tiny_config("same"))
+    before = (first.run / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match="never overwritten"):
+        Trainer("speech_llm", tiny_config("same", train={"epochs": 9}))
+    assert (first.run / "config.yaml").read_bytes() == before
+    with pytest.raises(UserError, match="holds no checkpoint"):
+        Trainer("speech_llm", tiny_config("nothing", resume=True))
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_before_weights_change(tiny_config: Make) -> None:
+    trainer = Trainer("speech_llm", tiny_config(train={"save_every": 1}))
+    micro = next(iter(trainer.batches(0)))
+    trainer.step(micro)
+    trainer.save()
+    before = trainer.model.trained_state()
+    moments = {id(p): {k: v.clone() for k, v in state.items()}
+               for p, state in trainer.optimizer.state.items()}
+    loss = trainer.objective.loss
+
+    def broken(*arguments: Any) -> Any:
+        found, sums = loss(*arguments)
+        return found * math.nan, sums
+
+    trainer.objective.loss = broken  # type: ignore[method-assign]
+    with pytest.raises(UserError, match=r"loss is nan or infinite at step 0.*can be resumed"):
+        trainer.step(micro)
+    after = trainer.model.trained_state()
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    for p, state in trainer.optimizer.state.items():
+        assert all(torch.equal(value, moments[id(p)][key]) for key, value in state.items())
+
+
+def test_bf16_trains_with_fp32_trainables(tiny_config: Make) -> None:
+    trainer = Trainer("speech_llm", tiny_config(train={"precision": "bf16", "max_steps": 2}))
+    trained = {p.requires_grad: p.dtype for p in trainer.model.parameters()}
+    assert trained == {True: torch.float32, False: torch.bfloat16}
+    trainer.fit()
+    assert all(math.isfinite(row["loss"]) for row in logged(trainer.run))
+
+
+def test_gradient_checkpointing_changes_no_gradient(tiny_config: Make) -> None:
+    gradients = []
+    for name, on in (("plain", False), ("checkpointed", True)):
+        trainer = Trainer("speech_llm", tiny_config(name, train={"gradient_checkpointing": on}))
+        micro = next(iter(trainer.batches(0)))
+        trainer.backward(micro, trainer.totals(micro))
+        gradients.append({n: p.grad for n, p in trainer.model.named_parameters()
+                          if p.requires_grad})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-5, atol=1e-7,
+                                   msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_a_corpus_without_tasks_trains(tiny_config: Make, make_utterances: Any,
+                                       tmp_path: Path) -> None:
+    bare = [Utterance(u.id, u.audio, u.text, {}, duration=u.duration)
+            for u in make_utterances(seconds=[0.6, 0.8, 1.0, 0.7])]
+    write_manifest(tmp_path / "asr.jsonl", bare)
+    data = {"train": [str(tmp_path / "asr.jsonl")], "dev": []}
+    run = fitted("speech_llm", tiny_config(data=data, train={"batch_size": 4, "max_steps": 3})).run
+    assert all("loss_task" not in row and row["loss"] == pytest.approx(row["loss_asr"])
+               for row in logged(run))
+    assert not (run / BEST).exists()
+    assert find_run(run).checkpoint == LAST
+
+
+def test_a_row_of_the_log_is_the_mean_of_its_steps(tiny_config: Make) -> None:
+    each, every = (logged(fitted("speech_llm", tiny_config(f"every-{n}", train={
+        "log_every": n, "batch_size": 4})).run) for n in (1, 4))
+    assert [row["step"] for row in every] == [4, 6]
+    assert every[0]["loss"] == pytest.approx(sum(row["loss"] for row in each[:4]) / 4)
+    assert every[0]["tokens"] == sum(row["tokens"] for row in each[:4])
+    assert every[1]["grad_norm"] == pytest.approx(each[-1]["grad_norm"])
+
+
+def test_trackers_are_written(tiny_config: Make) -> None:
+    run = fitted("speech_llm", tiny_config(train={"trackers": ["tensorboard"], "max_steps": 1})).run
+    assert [path.parent.name for path in run.rglob("events.out.*")] == ["unislu_llm"]
+
+
+def test_dev_examples_of_one_utterance_go_to_one_process(tiny_config: Make) -> None:
+    trainer = Trainer("speech_llm", tiny_config())
+    doubled = [example for example in trainer.dev for _ in range(2)]
+    shares = [deal(doubled, rank, 3) for rank in range(3)]
+    assert sorted(place for share in shares for place in share) == list(range(len(doubled)))
+    assert all(place + 1 in share for share in shares for place in share if place % 2 == 0)

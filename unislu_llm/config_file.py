@@ -1,0 +1,266 @@
+"""Config files, presets and flags to one checked :class:`Config`.
+
+Later wins: defaults, the preset of the LLM (`adapters/*.yaml`), the config file (`--config`),
+flags. Every source is checked by itself before they are laid over each other, so that a message
+can name the file and line, or the flag, that is at fault.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import tyro
+import yaml
+from pydantic import ValidationError
+
+from unislu_llm.config import (
+    AugmentConfig,
+    Config,
+    DataConfig,
+    DecodeConfig,
+    ModelConfig,
+    Precision,
+    Section,
+    TrainConfig,
+)
+from unislu_llm.errors import Place, UserError, dotted, explain
+
+Values = dict[str, Any]
+S = TypeVar("S", bound=Section)
+
+# Settings that are paths, by section.
+_PATHS = {"data": ("train", "dev", "tasks", "frame_cache"), "augment": ("noise",),
+          "train": ("init",)}
+
+
+class Preset(ModelConfig):
+    """A preset, `adapters/*.yaml`: model settings for one LLM, and a precision to train it in."""
+
+    precision: Precision = "fp32"  # default of train.precision
+
+
+class Stage(Section):
+    """An entry of `stages`: a name, and sections that are laid over the rest of the config."""
+
+    name: str
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+    decode: DecodeConfig = DecodeConfig()
+
+
+def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | None,
+                description: str) -> Config:
+    """The configuration of a run from a config file, a preset and flags.
+
+    Args:
+        argv: command line without the program; None takes the process's own.
+        default_file: config used without `--config`.
+        presets: folder of presets, looked up by LLM name; None where there is no LLM.
+        description: shown by `--help`.
+
+    Raises:
+        UserError: a file that is missing or no YAML, an unknown key, a value out of bounds.
+    """
+    # These four decide what the defaults of all other flags are, so they are read before them.
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path, default=default_file)
+    first.add_argument("--adapter", type=Path)
+    first.add_argument("--llm", "--model.llm", dest="llm")
+    first.add_argument("--projector", "--model.projector", dest="projector")
+    chosen, rest = first.parse_known_args(argv)
+    values = read_layer(chosen.config)
+    flags = {key: value for key in ("llm", "projector")
+             if (value := getattr(chosen, key)) is not None}
+    if presets is not None:
+        llm = flags.get("llm") or values.get("model", {}).get("llm") or ModelConfig().llm
+        preset = chosen.adapter or find_preset(llm, presets)
+        below = read_preset(preset) if preset else {}
+        if chosen.adapter and "llm" in below["model"]:
+            flags.setdefault("llm", below["model"]["llm"])  # an explicit preset names its LLM
+        values = merge(Config, below, values)
+    config = Config.model_validate(merge(Config, values, {"model": flags}))
+    description += (f"\n\n--config FILE (default {default_file.name}) and --adapter FILE (a "
+                    "preset) set the defaults shown here.")
+    return _with_flags(config, rest, description)
+
+
+def config_from_file(path: str | Path, *, resolve: bool = True) -> Config:
+    """The configuration in a YAML file; raises as :func:`load_config`.
+
+    `resolve` takes the paths in it as relative to it; a run's `config.yaml` has them as given.
+    """
+    return Config.model_validate(read_layer(Path(path), resolve=resolve))
+
+
+def config_from_dict(values: Mapping[str, Any], where: str = "config") -> Config:
+    """A configuration from plain values; `where` is what messages call them."""
+    return check(Config, values, lambda place: f"{where}.{dotted(place)}")
+
+
+def to_yaml(config: Config) -> str:
+    """A configuration as a file holds it, every setting written out."""
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def find_preset(llm: str, folder: Path) -> Path | None:
+    """The file of `folder/*.yaml` whose `llm` is this one; None where there is no preset."""
+    files = sorted(folder.glob("*.yaml"))
+    return next((p for p in files if YamlFile.read(p).values.get("llm") == llm), None)
+
+
+def read_preset(path: Path) -> Values:
+    """The values of a preset as those of a config file."""
+    file = YamlFile.read(path)
+    check(Preset, file.values, file.where)
+    model = dict(file.values)
+    train = {"precision": model.pop("precision")} if "precision" in model else {}
+    return {"model": model, "train": train}
+
+
+def read_layer(path: Path, *, resolve: bool = True) -> Values:
+    """The values of a config file, checked, its stages as well."""
+    file = YamlFile.read(path)
+    check(Config, file.values, file.where)
+    # To pydantic a stage is any mapping; checked here, its faults have lines.
+    stages = file.values.get("stages", [])
+    for i, stage in enumerate(stages):
+        check(Stage, stage, partial(file.where, outer=("stages", i)))
+    if resolve:
+        for part in (file.values, *stages):
+            _resolve_paths(part, path.parent)
+    return file.values
+
+
+def check(model: type[S], values: Any, where: Callable[[Place], str]) -> S:
+    """Plain values as a section; raises UserError: a bad one, named as `where` says."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise explain(error, model, where) from None
+
+
+def merge(model: type[Section], below: Mapping[str, Any], above: Mapping[str, Any]) -> Values:
+    """Checked values of a section, `above` laid over `below`."""
+    merged = dict(below)
+    # Options belong to a projector: those of another one do not outlive it, those of the same one
+    # are laid over each other.
+    before = below.get("projector", ModelConfig().projector)
+    if issubclass(model, ModelConfig) and above.get("projector", before) != before:
+        merged.pop("projector_options", None)
+    for key, value in above.items():
+        kind = model.model_fields[key].annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            merged[key] = merge(kind, merged.get(key, {}), value)
+        elif key == "projector_options":
+            merged[key] = merged.get(key, {}) | value
+        else:
+            merged[key] = value
+    return merged
+
+
+class _Loader(yaml.SafeLoader):
+    # YAML's readers take the last of two equal keys, and half a config silently does nothing.
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"key '{key.value}' is there twice; join them",
+                                           problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return node
+
+
+@dataclass(frozen=True)
+class YamlFile:
+    """A YAML mapping that knows on which line each value stands."""
+
+    path: Path
+    values: Values
+    node: yaml.Node  # what the parser made of it; nodes carry their lines
+
+    @classmethod
+    def read(cls, path: Path) -> YamlFile:
+        """Raises UserError: no such file, no YAML (with its line), a key twice, or no mapping."""
+        if not path.is_file():
+            raise UserError(f"config file {path} does not exist")
+        try:
+            text = path.read_text(encoding="utf-8")
+            node, values = yaml.compose(text, Loader=_Loader), yaml.safe_load(text)
+        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
+            mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
+            place = f":{mark.line + 1}" if mark else ""
+            raise UserError(f"{path}{place}: not valid YAML: {problem or error}") from error
+        if not isinstance(values, dict) or node is None:
+            raise UserError(f"{path}:1: expected a mapping at the top, found "
+                            f"{type(values).__name__}")
+        return cls(path, values, node)
+
+    def where(self, place: Place, outer: Place = ()) -> str:
+        """`file:line: outer.place`; of what is missing, the line of what should hold it."""
+        place = (*outer, *place)
+        node, line = self.node, self.node.start_mark.line + 1
+        for part in place:
+            found = next((child for child in _children(node) if child[0] == part), None)
+            if found is None:
+                break
+            _, line, node = found
+        return f"{self.path}:{line}: {dotted(place)}"
+
+
+def _children(node: yaml.Node) -> list[tuple[Any, int, yaml.Node]]:
+    """Key or index, line, and node of everything in a mapping or a list."""
+    if isinstance(node, yaml.MappingNode):
+        # The line of the key: its value may begin on the next one.
+        return [(key.value, key.start_mark.line + 1, value) for key, value in node.value]
+    if isinstance(node, yaml.SequenceNode):
+        return [(i, item.start_mark.line + 1, item) for i, item in enumerate(node.value)]
+    return []
+
+
+def _resolve_paths(values: Values, folder: Path) -> None:
+    for name, keys in _PATHS.items():
+        section = values.get(name) or {}
+        for key in keys:
+            value = section.get(key)
+            if isinstance(value, list):
+                section[key] = [str((folder / item).resolve()) for item in value]
+            elif value:
+                section[key] = str((folder / value).resolve())
+
+
+def _with_flags(config: Config, args: Sequence[str], description: str) -> Config:
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(Config, args=args, default=config, description=description)
+    except SystemExit as stop:
+        # tyro says in a box of its own what pydantic found; of that it is better to say more.
+        fault: BaseException | None = stop
+        while fault is not None and not isinstance(fault, ValidationError):
+            fault = fault.__context__
+        if fault is None:  # `--help` and unknown flags are tyro's to answer
+            print(said.getvalue(), end="", file=sys.stderr)
+            raise
+        # pydantic knows the class of the section, and what lies in it, but not where it lies.
+        place = next((p for p, kind in _sections(Config) if kind.__name__ == fault.title), ())
+        raise explain(fault, Config, lambda at: "--" + dotted((*place, *at)).replace("_", "-")
+                      ) from None
+
+
+def _sections(model: type[Section], place: Place = ()) -> Iterator[tuple[Place, type[Section]]]:
+    for name, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, Section):
+            yield (*place, name), kind
+            yield from _sections(kind, (*place, name))

@@ -1,0 +1,150 @@
+"""From a manifest row to an utterance, or to everything that is wrong with the row."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pydantic import ValidationError
+
+from unislu_llm.data.manifest_row import FIELDS, REQUIRED, row_model, shown
+from unislu_llm.errors import dotted
+from unislu_llm.tasks import TaskRegistry
+from unislu_llm.unified import find_marker
+from unislu_llm.utterance import Utterance
+
+_SYNONYMS = {
+    **dict.fromkeys(("audio_filepath", "audio_path", "audio_file", "path", "file", "wav"), "audio"),
+    **dict.fromkeys(("transcript", "transcription", "sentence", "normalized_text"), "text"),
+    "sentiment": "sa", "entities": "ner",
+}
+"""Names that other toolkits give to the same things."""
+
+_CLOSE = 0.75  # similarity from which a key counts as misspelt
+# Kinds of problems with which a row can be used all the same.
+_WARNINGS = frozenset(("clipping", "silence", "rate", "channels", "suffix", "long", "same_row",
+                       "leak", "characters", "pace", "rare_label"))
+
+
+class Problem(NamedTuple):
+    """One thing wrong with one row; `str()` is `file:line: field: message`."""
+
+    field: str  # key at fault, e.g. `ner[2].end`
+    kind: str  # a word for counts, e.g. `span`
+    message: str  # what is wrong and what to do
+    file: Path = Path()  # the manifest, once the row's place is known
+    line: int = 0  # counted from 1; 0 for the file as a whole
+
+    @property
+    def warning(self) -> bool:
+        return self.kind in _WARNINGS
+
+    def __str__(self) -> str:
+        where = f"{self.file}:{self.line}" if self.line else str(self.file)
+        return f"{where}: {self.field}: {'warning: ' * self.warning}{self.message}"
+
+
+@dataclass
+class RowReader:
+    """Checks rows and makes utterances of them, in time linear in the size of a row.
+
+    Args:
+        registry: the tasks whose annotations are read.
+        folder: folder of the manifest, from which audio paths start.
+        corpus: corpus of rows that name none.
+        check_audio: also look whether audio files exist.
+        without_text: rows with audio may lack `text`: the utterance's is empty, and spans that are
+            given by their phrases are checked and left out of `labels`, unless there are none.
+    """
+
+    registry: TaskRegistry
+    folder: Path = Path()
+    corpus: str = "default"
+    check_audio: bool = False
+    without_text: bool = False
+
+    def __post_init__(self) -> None:
+        self._models = {phrases: row_model(self.registry, phrases)
+                        for phrases in {False, self.without_text}}
+        self._known = dict.fromkeys((*FIELDS, *self.registry.names))
+        # Rows of a manifest have the same keys.
+        self._lookalike = lru_cache(maxsize=4096)(self._find_lookalike)
+
+    def read(self, row: Mapping[str, Any], source: str) -> tuple[Utterance | None, list[Problem]]:
+        """The utterance of a row, None where there are problems, and these; `source` names it."""
+        row = row if row.get("draft") is None else {"hypothesis": row["draft"], **row}  # old name
+        alike = [(key, like) for key in row if key not in self._known
+                 and (like := self._lookalike(key)) is not None]
+        renamed = next((f"; rename '{key}'" for key, like in alike if like == "text"), "")
+        values = {key: row[key] for key in self._known if row.get(key) is not None}
+        unheard = self.without_text and not (renamed or row.get("text")) and "audio" in values
+        if unheard:
+            values["text"] = "?"  # a place-holder: what needs the text is checked when there is one
+        found: Any = None
+        problems: list[Problem] = []
+        try:
+            found = self._models[unheard].model_validate(values, context=values.get("text"))
+        except ValidationError as error:
+            problems += _explain(error, row, renamed)
+        for name in ("text", "hypothesis"):
+            if marker := find_marker(str(values.get(name, "")), self.registry):
+                problems.append(Problem(name, "marker", f"holds the marker {marker}, which could "
+                                        f"not be told from a real one; take it out of the {name}"))
+        # `speaker_id` beside `speaker` is metadata; alone it is a speaker that nobody would see.
+        problems += (Problem(key, "unknown_key", f"unknown key; did you mean '{like}'? Rename or "
+                             "remove it")
+                     for key, like in alike if row.get(like) is None and like != "text")
+        audio = values.get("audio")
+        path = resolve(self.folder, audio) if isinstance(audio, str) else None
+        if self.check_audio and path and not os.path.isfile(path):  # false for impossible names
+            problems.append(Problem("audio", "audio_missing", f"file {path} does not exist; paths "
+                                    "are relative to the manifest"))
+        if problems:
+            return None, problems
+        labels = {task.name: value for task in self.registry
+                  if (value := getattr(found, f"task_{task.name}")) is not None}
+        return Utterance(
+            found.id, path, "" if unheard else found.text, labels, found.start, found.end,
+            found.speaker, found.language, found.corpus or self.corpus, found.duration, source,
+            None if found.hypothesis is None else " ".join(found.hypothesis.split()),
+            found.text_source, found.segments if isinstance(found.segments, list) else None), []
+
+    def _find_lookalike(self, key: str) -> str | None:
+        plain = key.casefold()
+        if _SYNONYMS.get(plain) in self._known:
+            return _SYNONYMS[plain]
+        names = [name for name in self._known if name != "segments"]  # a `segment` is metadata
+        # The same letters in another order count as near: `nre` has too little else of `ner`.
+        near = ([name for name in names if sorted(name) == sorted(plain)]
+                or get_close_matches(plain, names, 1, _CLOSE))
+        return near[0] if near else None
+
+
+def _explain(error: ValidationError, row: Mapping[str, Any], renamed: str) -> Iterator[Problem]:
+    """Problems of a row in the words of a manifest."""
+    for found in error.errors(include_url=False):
+        field, kind, message = dotted(tuple(found["loc"])), found["type"], found["msg"]
+        if kind == "missing" and field in REQUIRED:
+            message = f"{'is empty' if row.get(field) == '' else 'is missing'}; {REQUIRED[field]}"
+            if field == "text":
+                advice = "; `unislu transcribe` writes a copy with a recogniser's"
+                message += renamed or (advice if row.get("audio") else "")
+        elif kind == "missing":
+            message = "is missing; a span has label, start and end (without `text` label, phrase)"
+        elif "_" in kind:  # one of pydantic's own
+            kind = "type" if kind.endswith("_type") else "value"
+            message = f"{message.replace('Input should', 'must')}, found {shown(found['input'])}"
+        yield Problem(field, kind, message)
+
+
+def resolve(folder: Path, name: str) -> Path:
+    """Path of `name` seen from `folder`; leading `..` go up from where symbolic links lead."""
+    parts = Path(name).parts
+    while parts and parts[0] == "..":
+        folder, parts = folder.resolve().parent, parts[1:]
+    return folder.joinpath(*parts)

@@ -1,0 +1,108 @@
+"""Answers to whole lists: of annotated examples beside their references, or of audio files."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from unislu_llm.config import DecodeConfig
+from unislu_llm.data.dataset import SpeechDataset
+from unislu_llm.data.sampler import sorted_batches
+from unislu_llm.decoding.answer import Answer, prediction
+from unislu_llm.decoding.engine import Engine
+from unislu_llm.decoding.long_form import join, windows
+from unislu_llm.decoding.recogniser import with_hypotheses
+from unislu_llm.models.base import SLUModel
+from unislu_llm.tokenizer import Example
+from unislu_llm.utterance import Utterance
+
+Predictions = list[dict[str, Any]]
+
+
+def predict(model: SLUModel, examples: Sequence[Example], options: DecodeConfig | None = None, *,
+            progress: str = "",
+            on_predictions: Callable[[Predictions], None] = lambda _: None) -> Predictions:
+    """Decode examples and lay each answer beside its reference
+    (:func:`~unislu_llm.decoding.answer.prediction`).
+
+    Examples of one utterance are decoded together: it is encoded and transcribed once. Where a
+    model reads hypotheses, those that are lacking are made first.
+
+    Args:
+        model: either decoder.
+        examples: in any order.
+        options: how to decode.
+        progress: label of a progress bar; empty shows none.
+        on_predictions: called with those of every batch.
+
+    Raises:
+        UserError: unreadable audio; the message names manifest line and file.
+    """
+    groups: dict[tuple[int, bool], list[int]] = {}
+    for i, example in enumerate(examples):
+        # The transcript alone is a request of its own: it ends where others have [T/L].
+        groups.setdefault((id(example.utterance), example.task is None), []).append(i)
+    members = list(groups.values())
+    utterances = with_hypotheses(model, [examples[some[0]].utterance for some in members],
+                                 progress=progress and f"{progress}: hypotheses")
+    tasks = [[task for i in some if (task := examples[i].task) is not None] for some in members]
+    predictions: Predictions = [{} for _ in examples]
+    for indices, answers in _batches(Engine(model, options), utterances, tasks, progress=progress):
+        done = [(i, answer) for g, answer in zip(indices, answers, strict=True) for i in members[g]]
+        for i, answer in done:
+            predictions[i] = prediction(examples[i], answer, model.registry)
+        on_predictions([predictions[i] for i, _ in done])
+    return predictions
+
+
+def understand(model: SLUModel, inputs: Sequence[str | Path], tasks: Sequence[str] | None = None,
+               options: DecodeConfig | None = None, *, n_best: int = 1, long_form: bool = False,
+               overlap: float = 0.0) -> list[Answer]:
+    """Transcripts and annotations of audio files, an answer a file.
+
+    Args:
+        model: either decoder.
+        inputs: files of any format that soundfile reads.
+        tasks: default: all of the model's; none gives transcripts alone.
+        options: how to decode; the grammar and forced tasks are on unless they are turned off.
+        n_best: answers to each task; needs as many beams.
+        long_form: cut files over 30 s at pauses into windows, and join their answers.
+        overlap: seconds by which windows overlap.
+
+    Raises:
+        UserError: unreadable audio, a file over 30 s without `long_form`, an unknown task, a model
+            that reads reference transcripts, or more answers than beams.
+    """
+    options = options or DecodeConfig()
+    # What the caller set on purpose stays, also where it equals a default.
+    usual = {name: True for name in ("grammar", "force_task")
+             if name not in options.model_fields_set}
+    engine = Engine(model, options.model_copy(update=usual))
+    names = list(model.registry.names if tasks is None else tasks)
+    for name in names:
+        model.registry[name]  # an unknown task is named before anything is read
+    whole = [Utterance(str(i), Path(f), "", source=str(f)) for i, f in enumerate(inputs)]
+    parts = [windows(u, overlap) if long_form else [u] for u in whole]
+    every = with_hypotheses(model, [part for some in parts for part in some])
+    found: dict[int, Answer] = {}
+    for indices, done in _batches(engine, every, [names] * len(every), n_best=n_best):
+        found |= zip(indices, done, strict=True)
+    ordered = iter(sorted(found.items()))
+    answers = [[next(ordered)[1] for _ in some] for some in parts]
+    return [join(model.registry, some, its) if len(some) > 1 else its[0]
+            for some, its in zip(parts, answers, strict=True)]
+
+
+def _batches(engine: Engine, utterances: Sequence[Utterance], tasks: Sequence[Sequence[str]], *,
+             n_best: int = 1, progress: str = "") -> Iterator[tuple[list[int], list[Answer]]]:
+    """Answers to all utterances, in batches of similar length, with their indices."""
+    # Examples without a task: labels take no part, and need not be there.
+    blanks, collator = [Example(u, None) for u in utterances], engine.model.collator()
+    dataset = SpeechDataset(blanks, listens=engine.model.listens)
+    batches = sorted_batches(blanks, engine.options.batch_size)
+    for indices in tqdm(batches, desc=progress, disable=not progress, unit="batch", leave=False):
+        batch = collator([dataset[i, 0] for i in indices])
+        yield indices, engine.answer(batch, [tasks[i] for i in indices], n_best=n_best)

@@ -1,0 +1,228 @@
+"""Recognisers make hypotheses: first-pass transcripts that a model reads beside the speech.
+
+Hypotheses are attached to utterances before anything is decoded; decoding itself runs no second
+model. A recogniser is plain Whisper, one of our models, or the greedy text of a `ctc` projector.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+from transformers import AutoTokenizer, WhisperForConditionalGeneration
+from transformers.generation import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutput
+
+from unislu_llm import models, weights
+from unislu_llm.config import DecodeConfig
+from unislu_llm.data import audio
+from unislu_llm.data.frame_cache import load_clip
+from unislu_llm.decoding.engine import Engine
+from unislu_llm.decoding.loops import loop_start
+from unislu_llm.errors import UserError
+from unislu_llm.io import is_saved_model
+from unislu_llm.models.base import SLUModel
+from unislu_llm.models.ctc import CTCProjector
+from unislu_llm.models.whisper_slu import whisper_prompt
+from unislu_llm.tasks import TaskRegistry
+from unislu_llm.tokenizer import Example
+from unislu_llm.utterance import Utterance
+
+log = logging.getLogger(__name__)
+
+
+class Transcript(NamedTuple):
+    """What is recognised in a clip, cut where it begins to repeat itself."""
+
+    text: str
+    loop: bool = False  # whether it was cut
+
+
+Recogniser = Callable[[Sequence[Tensor], str], list[Transcript]]
+"""Transcripts of clips `(S,)` at 16 kHz, up to 30 s each, in a language (Whisper's code)."""
+
+
+class WhisperRecogniser:
+    """Plain Whisper, greedy; `checkpoint` is a name (of some `revision`) or a folder.
+
+    Raises:
+        UserError: no such checkpoint.
+    """
+
+    def __init__(self, checkpoint: str, revision: str | None = None,
+                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+        path = weights.resolve(checkpoint, revision=revision).path
+        try:
+            whisper: Any = WhisperForConditionalGeneration.from_pretrained(
+                path, dtype=dtype, attn_implementation="sdpa")
+        except (ValueError, KeyError, RuntimeError) as error:
+            raise UserError(f"{checkpoint} cannot make hypotheses: it is no Whisper checkpoint "
+                            f"({error})") from error
+        whisper.generation_config.max_length = None  # new tokens are bounded; both would warn
+        self._whisper = whisper.eval().to(device)
+        self._tokenizer = AutoTokenizer.from_pretrained(path)
+
+    @torch.inference_mode()
+    def __call__(self, waves: Sequence[Tensor], language: str) -> list[Transcript]:
+        whisper, device = self._whisper, self._whisper.device
+        prompt = whisper_prompt(whisper, self._tokenizer, language)
+        # Padded to 30 s, as it was trained: at its natural length a clip makes it repeat itself.
+        mel, _ = audio.batch_log_mel(waves, int(whisper.config.num_mel_bins), pad_to_30s=True)
+        frames = whisper.model.encoder(mel.to(device, whisper.dtype)).last_hidden_state
+        room = int(whisper.config.max_target_positions) - len(prompt)
+        bounds = [min(room, DecodeConfig().bound(len(w) / audio.SAMPLE_RATE)) for w in waves]
+        # Whisper's own `generate` adds windows, timestamps and language detection. The generic
+        # one honours the checkpoint's suppressed tokens and decides nothing else.
+        out = GenerationMixin.generate(
+            whisper, encoder_outputs=BaseModelOutput(last_hidden_state=frames),
+            attention_mask=torch.ones(frames.shape[:2], dtype=torch.long, device=device),
+            decoder_input_ids=torch.tensor(prompt, device=device).expand(len(frames), -1),
+            do_sample=False, max_new_tokens=max(bounds))
+        end = int(whisper.config.eos_token_id)
+        answers = [ids[:n] for ids, n in zip(out[:, len(prompt):].tolist(), bounds, strict=True)]
+        return [_cut(ids[:ids.index(end)] if end in ids else ids, self._tokenizer)
+                for ids in answers]
+
+
+class ModelRecogniser:
+    """One of our models, whose prompt says the language: what its decoder says, or by source `ctc`
+    the greedy text of its projector. One that reads hypotheses has its own recogniser make them.
+
+    Raises:
+        UserError: by `ctc`, the model has another projector.
+    """
+
+    def __init__(self, model: SLUModel, source: str = "decoder") -> None:
+        if source == "ctc" and not isinstance(getattr(model, "projector", None), CTCProjector):
+            raise UserError("hypotheses by `ctc` need a model with the projector 'ctc'")
+        self._model: Any = model
+        self._engine = None if source == "ctc" else Engine(
+            model, DecodeConfig(grammar=True, force_task=True))
+
+    @torch.inference_mode()
+    def __call__(self, waves: Sequence[Tensor], language: str) -> list[Transcript]:
+        model, engine = self._model, self._engine
+        read: list[str | None] = [None] * len(waves)
+        if engine is not None and model.reads_hypothesis:
+            read = [made.text for made in recogniser_of(model)(waves, language)]
+        blanks = [Example(Utterance("", None, "", hypothesis=text), None) for text in read]
+        batch = model.collator().from_waves(blanks, waves)
+        if engine is None:  # no decoder runs
+            said = model.ctc_transcripts(batch.to(model.device))
+        else:
+            said = [model.tokenizer.text_ids(a.transcript) if a.transcript else []
+                    for a in engine.answer(batch, [()] * len(waves))]
+        return [_cut(ids, model.tokenizer.base) for ids in said]
+
+
+def _cut(ids: Sequence[int], tokenizer: Any) -> Transcript:
+    # Copied by a model that reads it, a repetition would become one of the model.
+    start = loop_start(ids)
+    return Transcript(str(tokenizer.decode(ids[:start], skip_special_tokens=True)),
+                      start is not None)
+
+
+@lru_cache(maxsize=1)
+def load_recogniser(name: str, source: str = "decoder", revision: str | None = None,
+                    device: torch.device | str = "cpu",
+                    dtype: torch.dtype = torch.float32) -> Recogniser:
+    """The recogniser in a folder of a saved model (see :class:`ModelRecogniser` for `source`), or a
+    Whisper checkpoint (of some `revision`); the last one is kept.
+
+    A saved model has `dtype` for its frozen weights, and needs autocast around its calls then.
+
+    Raises:
+        UserError: there is none.
+    """
+    if is_saved_model(name):
+        return ModelRecogniser(models.load(name, dtype=dtype).to(device), source)
+    if source == "ctc":
+        raise UserError(f"{name}: hypotheses by `ctc` need a saved model with the projector 'ctc'")
+    return WhisperRecogniser(name, revision, device, dtype)
+
+
+def recogniser_of(model: SLUModel) -> Recogniser:
+    """The recogniser that a model's configuration names; raises as :func:`load_recogniser`."""
+    config = model.config
+    if config.recogniser == "ctc":
+        return ModelRecogniser(model, "ctc")
+    base = None if config.recogniser else model.bases.get("encoder")
+    # It computes as the model does.
+    half = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    return load_recogniser(config.recogniser or config.encoder, "decoder",
+                           base.revision if base else None, model.device,
+                           torch.bfloat16 if half else torch.float32)
+
+
+def recognise(recogniser: Recogniser, utterances: Sequence[Utterance], registry: TaskRegistry, *,
+              language: str = "en", batch_size: int = 8,
+              progress: str = "") -> Iterator[tuple[int, Transcript]]:
+    """Index of each utterance and what is said in it, in lower case and on one line.
+
+    Args:
+        recogniser: that is asked.
+        utterances: with audio of up to 30 s.
+        registry: tasks whose markers a transcript must not hold.
+        language: of utterances that name none.
+        batch_size: clips at one time, of one language.
+        progress: label of a progress bar; empty shows none.
+
+    Raises:
+        UserError: unreadable audio.
+    """
+    codes = [(u.language or language).lower().split("-")[0] for u in utterances]
+    # The longest first: what does not fit into memory fails at once.
+    order = sorted(range(len(codes)), key=lambda i: (codes[i], -utterances[i].seconds))
+    with tqdm(total=len(order), desc=progress, unit="clip", disable=not progress) as bar:
+        while order:
+            some = [i for i in order[:batch_size] if codes[i] == codes[order[0]]]
+            order = order[len(some):]
+            made = recogniser([load_clip(utterances[i]) for i in some], codes[some[0]])
+            for i, t in zip(some, made, strict=True):
+                yield i, Transcript(clean(t.text, registry), t.loop)
+            bar.update(len(some))
+
+
+def clean(text: str, registry: TaskRegistry) -> str:
+    """A transcript as a manifest may hold it: no marker, no control character, lower case."""
+    for marker in registry.markers:
+        text = text.replace(marker, " ")
+    return " ".join("".join(c if c.isprintable() else " " for c in text).split()).lower()
+
+
+def with_hypotheses(model: SLUModel, utterances: Sequence[Utterance],
+                    progress: str = "") -> list[Utterance]:
+    """Attach to utterances what a model needs before it decodes: hypotheses, where it reads them.
+
+    Those of `model.hypothesis manifest` that are there stay; the model's recogniser makes the
+    others. What comes twice stays one object. `progress` is the label of a progress bar.
+
+    Raises:
+        UserError: a reference transcript or the recogniser is lacking.
+    """
+    if not model.reads_hypothesis:
+        return list(utterances)
+    # By identity, so that the examples of one utterance still share it afterwards.
+    found = {id(u): u for u in utterances}
+    reference = model.config.hypothesis == "reference"
+    if reference:
+        found = {key: replace(u, hypothesis=u.text or None) for key, u in found.items()}
+    lacking = {key: u for key, u in found.items() if u.hypothesis is None}
+    if lacking and reference:
+        raise UserError("this model reads reference transcripts (model.hypothesis reference), to "
+                        "measure an upper bound: it can be scored on manifests with transcripts, "
+                        "but not used on files; train one with model.hypothesis manifest")
+    if lacking:
+        made = dict(recognise(recogniser_of(model), list(lacking.values()), model.registry,
+                              language=model.config.language, progress=progress))
+        found |= {key: replace(u, hypothesis=made[i].text)
+                  for i, (key, u) in enumerate(lacking.items())}
+        if looped := sum(t.loop for t in made.values()):
+            log.warning("%d of %d hypotheses repeated themselves and were cut", looped, len(made))
+    return [found[id(u)] for u in utterances]

@@ -1,0 +1,230 @@
+"""Copies of manifests with hypotheses or pseudo-labels; a call that was stopped goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from unislu_llm.config import Precision
+from unislu_llm.data.audio import MAX_SECONDS
+from unislu_llm.data.manifest import Row, moved, read_rows
+from unislu_llm.decoding.recogniser import Recogniser, Transcript, clean, load_recogniser, recognise
+from unislu_llm.errors import UserError
+from unislu_llm.io import append_json, atomic
+from unislu_llm.scoring.text import ner_tokens, normalise_phrase
+from unislu_llm.tasks import Span, SpanTask, TaskRegistry
+from unislu_llm.utterance import Utterance
+
+_MORE_WORDS = 2  # that a phrase may have in the transcript: `a 100` is `one hundred`
+
+
+@dataclass
+class Report:
+    """What became of one manifest, of which `copy` was written."""
+
+    copy: Path
+    # `rows`; transcripts `made` now, `known` from a call that was stopped, and `looped`; rows whose
+    # hypothesis is `copied` from their text; rows `filled` with a pseudo-label.
+    counts: Counter[str]
+    pairs: list[tuple[str, str]] = field(default_factory=list)  # text and recognised hypothesis
+    # `file:line (id)` of rows that the copy lacks, by reason; and by span task, of filled rows
+    # that lost it because a phrase was not recognised.
+    left_out: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+
+
+def transcribe(model: str, manifests: Sequence[Path], folder: Path, registry: TaskRegistry, *,
+               source: str = "decoder", language: str = "en", copy_text: bool = False,
+               pseudo_label: bool = False, name: str = "", precision: Precision = "fp32",
+               batch_size: int = 8) -> list[Report]:
+    """Write a copy of each manifest whose rows have a hypothesis, or with `pseudo_label` a text.
+
+    All else in the rows stays, audio paths follow. A pseudo-label is for rows with audio that
+    lack `text`: they get the transcript as `text`, and their spans, given by phrases, get places
+    in it. As in sequence-level distillation (Kim and Rush 2016, arXiv 1606.07947) what was not
+    understood is left out. No row gets a hypothesis then.
+
+    Args:
+        model: Whisper checkpoint (name or folder), or folder of a saved model.
+        manifests: JSON-lines files.
+        folder: of the copies; what a stopped call had made waits there for the next.
+        registry: tasks of the manifests.
+        source: of a saved model `decoder`, or `ctc` for the greedy text of its projector.
+        language: Whisper language code of rows that name none.
+        copy_text: rows without audio and hypothesis get their own text as one.
+        pseudo_label: write texts.
+        name: of the recogniser in `text_source`; default: the checkpoint's, or its folder's.
+        precision: of the recogniser.
+        batch_size: clips at one time.
+
+    Raises:
+        UserError: no such recogniser, a manifest with problems, two of one name, unreadable audio,
+            a file in the way of a copy, or no row of a manifest is left.
+    """
+    device, half = "cuda" if torch.cuda.is_available() else "cpu", precision == "bf16"
+    load = partial(load_recogniser, model, source, device=device,
+                   dtype=torch.bfloat16 if half else torch.float32)
+    name = name or (Path(model).resolve().name if Path(model).is_dir() else model)
+    try:
+        with torch.autocast(device, torch.bfloat16, enabled=half):
+            return write_copies(
+                load, manifests, folder, registry, settings=[model, source, precision],
+                copy_text=copy_text, text_source=name if pseudo_label else "", language=language,
+                batch_size=batch_size, progress=True)
+    except OSError as error:
+        raise UserError(f"--out {folder}: cannot be written ({error})") from error
+
+
+def write_copies(load: Callable[[], Recogniser], manifests: Sequence[Path], folder: Path,
+                 registry: TaskRegistry, *, settings: Sequence[str], copy_text: bool = False,
+                 text_source: str = "", progress: bool = False, **options: Any) -> list[Report]:
+    """The work of :func:`transcribe`, with a recogniser that is loaded when the first clip has to
+    be heard, its `settings`, and `options` of :func:`recognise`."""
+    copies = [folder / manifest.name for manifest in manifests]
+    if len(set(copies)) < len(copies):
+        raise UserError("two of the manifests have one file name; give them --out folders of "
+                        "their own")
+    if all(copy.exists() for copy in copies):  # some: a call was stopped among them
+        raise UserError(f"{copies[0]} exists; remove it, or give another --out")
+    # All manifests are checked before the first recognition, which may take hours.
+    every = [read_rows(manifest, registry, check_audio=True, without_text=bool(text_source))
+             for manifest in manifests]
+    reports, waiting = [], []
+    for manifest, copy, rows in zip(manifests, copies, every, strict=True):
+        report = Report(copy, Counter(rows=len(rows)))
+        # A changed manifest or another recogniser makes another file: nothing stale is taken over.
+        key = hashlib.sha256(json.dumps([*settings, options]).encode() + manifest.read_bytes())
+        kept = folder / f".{manifest.name}.{key.hexdigest()[:16]}.transcripts"
+        asked = [u for row in rows if (u := row.utterance) is not None and u.audio is not None
+                 and u.seconds <= MAX_SECONDS and not (text_source and u.text)]
+        found = _resume(kept, load, asked, registry, report.counts,
+                        progress=manifest.name if progress else "", **options)
+        text = b"".join(
+            moved(content, manifest.parent, folder) for row in rows
+            if (content := _content(row, found, registry, copy_text, text_source, report)))
+        if not text:
+            reasons = ", ".join(f"{len(some)} {why}" for why, some in report.left_out.items())
+            raise UserError(f"{manifest}: no row is left ({reasons}); is it speech, and in the "
+                            "language of --language?")
+        if copy.exists() and copy.read_bytes() != text:
+            raise UserError(f"{copy} exists and differs; remove it, or give another --out")
+        with atomic(copy, "wb") as handle:
+            handle.write(text)
+        reports.append(report)
+        waiting.append(kept)
+    # Not before all copies are written, so that a call stopped among them can go on.
+    for kept in waiting:
+        kept.unlink(missing_ok=True)
+    return reports
+
+
+def _resume(kept: Path, load: Callable[[], Recogniser], asked: Sequence[Utterance],
+            registry: TaskRegistry, counts: Counter[str], **options: Any) -> dict[str, Transcript]:
+    """Transcripts by id; each is kept in a file as it is made."""
+    known: dict[str, Transcript] = {}
+    data = kept.read_bytes() if kept.exists() else b""
+    for line in data.splitlines():
+        with contextlib.suppress(ValueError, KeyError):  # a call was killed as it wrote
+            row = json.loads(line)
+            known[row["id"]] = Transcript(row["text"], row["loop"])
+    new = [u for u in asked if u.id not in known]
+    counts["made"], counts["known"] = len(new), len(known)
+    if new:
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        kept.write_bytes(data[:data.rfind(b"\n") + 1])
+        for i, t in recognise(load(), new, registry, **options):
+            known[new[i].id] = t
+            append_json(kept, {"id": new[i].id, "text": t.text, "loop": t.loop})
+    counts["looped"] = sum(t.loop for t in known.values())
+    return known
+
+
+def _content(row: Row, found: Mapping[str, Transcript], registry: TaskRegistry, copy_text: bool,
+             text_source: str, report: Report) -> dict[str, Any] | None:
+    """What a row of the copy holds; None where it is left out."""
+    u = row.utterance
+    assert u is not None
+    made, place = found.get(u.id), f"{u.source} ({u.id})"
+    if text_source:
+        if u.text:
+            return row.content
+        if made is None or made.loop or not made.text:
+            why = "over 30 s" if made is None else "repeats itself" if made.loop else "is empty"
+            report.left_out[why].append(place)
+            return None
+        report.counts["filled"] += 1
+        content = row.content | {"text": made.text, "text_source": text_source}
+        for task in place_spans(content, registry):
+            report.left_out[task].append(place)
+        return content
+    if made is not None:
+        report.pairs.append((u.text, made.text))
+    elif copy_text and u.audio is None and u.hypothesis is None:
+        report.counts["copied"] += 1
+        made = Transcript(clean(u.text, registry))
+    else:
+        return row.content
+    # `draft` is the old name of what the row gets.
+    return {k: v for k, v in row.content.items() if k != "draft"} | {"hypothesis": made.text}
+
+
+def place_spans(row: dict[str, Any], registry: TaskRegistry) -> list[str]:
+    """Give the phrases of a row's span tasks their places in its text; returns the tasks that were
+    taken out: one of their phrases was not found, and would be trained as absent."""
+    lost = []
+    for task in registry:
+        if not isinstance(task, SpanTask) or row.get(task.name) is None:
+            continue
+        spans = place_phrases(row["text"], [
+            tuple(v) if isinstance(v, list) else (v["label"], v["phrase"])
+            for v in row[task.name]])
+        if spans is None:
+            del row[task.name]
+            lost.append(task.name)
+        else:
+            row[task.name] = [span._asdict() for span in spans]
+    return lost
+
+
+def place_phrases(text: str, phrases: Sequence[tuple[str, str]]) -> list[Span] | None:
+    """Where `(label, phrase)` are said in a transcript, in order and without overlap; None where
+    one is not.
+
+    Words are those of SLUE's NER text, case aside; where they differ, stretches of words that
+    Whisper's normaliser makes equal count too (`12-ounce` and `twelve ounce`).
+    """
+    spans: list[Span] = []
+    # Long phrases first: they have fewer places, and a short one must not take their words.
+    for label, phrase in sorted(phrases, key=lambda p: -len(p[1])):
+        place = next(((start, end) for start, end in find_phrase(text, phrase)
+                      if not any(start < s.end and s.start < end for s in spans)), None)
+        if place is None:
+            return None
+        spans.append(Span(label, *place))
+    return sorted(spans, key=lambda span: span.start)
+
+
+def find_phrase(text: str, phrase: str) -> list[tuple[int, int]]:
+    """Start and end (characters) of each place in `text` where `phrase` is said, in order."""
+    tokens, words = ner_tokens(text), [token.text.lower() for token in ner_tokens(phrase)]
+    if not words:
+        return []
+    n, said = len(words), [token.text.lower() for token in tokens]
+    places = [(i, i + n) for i in range(len(tokens) - n + 1) if said[i:i + n] == words]
+    if not places and (wanted := normalise_phrase(phrase, "whisper")):
+        equal = [(i, i + k) for k in range(1, n + _MORE_WORDS + 1)
+                 for i in range(len(tokens) - k + 1)
+                 if normalise_phrase(text[tokens[i].start:tokens[i + k - 1].end],
+                                     "whisper") == wanted]
+        # The normaliser drops `um`: the shortest of stretches inside one another is the phrase.
+        places = sorted(p for p in equal if not any(q != p and p[0] <= q[0] and q[1] <= p[1]
+                                                    for q in equal))
+    return [(tokens[i].start, tokens[j - 1].end) for i, j in places]

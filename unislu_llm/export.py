@@ -1,0 +1,163 @@
+"""A trained model as a folder to pass on: trained weights in a small dtype, configuration, card."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file, save_file
+
+from unislu_llm.data.text_injection import RATES_FILE
+from unislu_llm.errors import UserError
+from unislu_llm.io import MODEL_FILE, WEIGHTS_FILE, sha256, swap_folder, write_json
+from unislu_llm.model_card import CARD, read_results, write_card
+from unislu_llm.models.base import SLUModel
+from unislu_llm.models.saved import Description
+from unislu_llm.run_folder import Run, find_run, load_model
+from unislu_llm.tasks import LabelTask, Span
+from unislu_llm.tokenizer import Example
+from unislu_llm.utterance import Utterance
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_WRITTEN = (WEIGHTS_FILE, MODEL_FILE, CARD, RATES_FILE)
+_TEXT = "the council met in paris on monday"
+
+
+def export(folder: Path, out: Path, *, names: Mapping[str, str], dtype: str = "bf16",
+           licence: str = "", results: Sequence[Path] = (), data_note: Path | None = None,
+           check: bool = True) -> tuple[int, float | None]:
+    """Write a folder; an earlier export there is replaced when the new one is whole.
+
+    Returns its size, bytes, and the largest difference of a token's loss from the original, nats.
+
+    Args:
+        folder: run folder, or its `best` or `last`.
+        out: folder to write; other files in an earlier export (a LICENSE, predictions) stay.
+        names: public names of `encoder`, `llm`, `recogniser`, where the run names a folder.
+        dtype: of the stored weights, a key of :data:`DTYPES`.
+        licence: SPDX identifier.
+        results: score files of eval/evaluate.py, of this model before or after the export.
+        data_note: file with a text on data and licences.
+        check: load the model and compare.
+
+    Raises:
+        UserError: no such run, `out` holds something else, a base that is a folder of this
+            machine, weights that the dtype does not hold, or scores of another model.
+    """
+    run, kept = find_run(folder), _kept(out)
+    if run.config is None:
+        raise UserError(f"{folder} is a saved model without its run; give the run folder "
+                        "(config.yaml, versions.json), which the model card is made from")
+    saved = _public_description(run, names)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        new.chmod(0o755)  # temporary folders are their owner's alone, and this one is passed on
+        count = _write_weights(run.model / WEIGHTS_FILE, new / WEIGHTS_FILE, dtype)
+        write_json(new / MODEL_FILE, saved.model_dump())
+        if (run.model / RATES_FILE).is_file():  # runs that start from the export take them up
+            shutil.copyfile(run.model / RATES_FILE, new / RATES_FILE)
+        difference = _compare(run, new) if check else None
+        # Scores belong to weights, not to names: a score file is taken where its hash is one of
+        # these two.
+        hashes = {sha256(run.model / WEIGHTS_FILE): "the run's weights, not yet in this dtype",
+                  sha256(new / WEIGHTS_FILE): "these weights"}
+        write_card(new / CARD, run, saved, read_results(results, hashes), data_note, out=out,
+                   licence=licence, dtype=dtype, parameters=count, difference=difference)
+        size = sum(path.stat().st_size for path in new.iterdir())
+        for path in kept:
+            path.rename(new / path.name)
+        swap_folder(new, out)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
+    return size, difference
+
+
+def _kept(out: Path) -> list[Path]:
+    """What stays of an earlier export."""
+    there = sorted(out.iterdir()) if out.is_dir() else [out] if out.exists() else []
+    try:
+        # Its metadata tells an export from any other folder with weights, which nobody wants gone.
+        with safe_open(out / WEIGHTS_FILE, framework="pt") as file:
+            known = "exported" in (file.metadata() or {})
+    except (OSError, SafetensorError):
+        known = False
+    if there and not known:
+        raise UserError(f"--out {out} is not empty and no export ({there[0].name}, ...); give a "
+                        "new folder")
+    return [path for path in there if path.name not in _WRITTEN]
+
+
+def _public_description(run: Run, names: Mapping[str, str]) -> Description:
+    """`config.json` of a run's model, with base checkpoints by names that hold on any machine."""
+    saved = Description.read(run.model)
+    for key in ("encoder", "llm", "recogniser"):
+        given, name = names.get(key, ""), getattr(saved.model, key)
+        used = key in saved.bases or key == "recogniser"
+        if given and not used:
+            raise UserError(f"--{key} {given}: the model has none")
+        if given:
+            setattr(saved.model, key, given)
+            if key in saved.bases:
+                saved.bases[key].name, saved.bases[key].revision = given, None
+        # What resolves to a folder here is one, even where it looks like a name.
+        elif used and name and (Path(name).exists()
+                                or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
+            raise UserError(f"model.{key} '{name}' is a folder of this machine; say what it is "
+                            f"elsewhere by --{key} NAME, e.g. a name on the Hugging Face hub")
+    return saved
+
+
+def _write_weights(source: Path, target: Path, dtype: str) -> int:
+    """Copy weights in another dtype; returns how many there are."""
+    try:
+        original = load_file(source)
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{source} cannot be read ({error}); copy or train it again") from error
+    state = {name: value.to(DTYPES[dtype]).contiguous() for name, value in original.items()}
+    for name, value in state.items():
+        if not value.isfinite().all():
+            why = (f"does not fit {dtype}; give --dtype bf16 or fp32"
+                   if original[name].isfinite().all() else "is not finite")
+            raise UserError(f"{source}: a value of '{name}' {why}")
+    # One entry: safetensors writes several in any order, and equal exports should have one hash.
+    save_file(state, target, metadata={"exported": dtype})
+    target.chmod(0o644)  # safetensors leaves it to the owner alone
+    return sum(value.numel() for value in state.values())
+
+
+@torch.no_grad()
+def _compare(run: Run, exported: Path) -> float:
+    """Largest difference of a token's loss between a run's model and its export, in nats."""
+    # Weights that were rounded away, or never reached the file, show here and not in a hash.
+    assert run.config is not None
+    half = run.config.train.precision == "bf16"
+    model = load_model(run, run.config.train.precision)
+    # Three seconds of a rising tone: a clip that every machine can make, with all of its bands.
+    time = torch.arange(48_000) / 16_000
+    wave = 0.3 * torch.sin(2 * torch.pi * (200 + 100 * time) * time)
+    examples = list(_examples(model))
+    batch = model.collator().from_waves(examples, [wave] * len(examples)).to(model.device)
+    losses = []
+    for _ in range(2):
+        with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+            losses.append(model.losses(batch))
+        model.load_trained(exported)
+    return float((losses[1] - losses[0]).abs().max())
+
+
+def _examples(model: SLUModel) -> Iterator[Example]:
+    """A transcript alone, and one annotated for each task, so that every kind of token counts."""
+    hypothesis = _TEXT if model.reads_hypothesis else None
+    yield Example(Utterance("tone", None, _TEXT, hypothesis=hypothesis), None)
+    for task in model.registry:
+        label = task.labels[0]
+        value = ((Span(label, 4, 11),) if not isinstance(task, LabelTask)
+                 else (label,) if task.multi else label)
+        yield Example(Utterance("tone", None, _TEXT, {task.name: value}, hypothesis=hypothesis),
+                      task.name)

@@ -1,0 +1,76 @@
+"""Predictions on disk, which are neither lost nor decoded twice.
+
+`best-dev.jsonl` holds the predictions and `best-dev.meta.json` what they were decoded with. While
+decoding, every finished batch is appended to `best-dev.<hash>.partial`, from which an interrupted
+evaluation goes on. The hash is of everything that decides what the predictions are; finished ones
+made with all the same are taken up, others are written over.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from unislu_llm.errors import UserError
+from unislu_llm.io import append_json, read_json, read_json_lines, sha256, write_json, write_text
+
+Rows = list[dict[str, Any]]
+
+
+class PredictionFile:
+    """Predictions of one model on some examples, decoded in one way.
+
+    Args:
+        path: `<folder>/<stem>.jsonl`.
+        key: everything that decides what they are, as plain data.
+    """
+
+    def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
+        self.path, self.meta_path = path, path.with_suffix(".meta.json")
+        self.key = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()
+        # Part of the name, so that another decoding does not go on where this one stopped.
+        self.partial = path.with_name(f"{path.stem}.{self.key[:8]}.partial")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{path.parent}: predictions cannot be written there "
+                            f"({error.strerror})") from error
+
+    def finished(self) -> tuple[Rows, dict[str, Any]] | None:
+        """Predictions and meta of a complete decoding with this key; None when there is none."""
+        meta = read_json(self.meta_path) if self.meta_path.is_file() else {}
+        # They may have been changed by hand, or a kill came between the two files.
+        whole = self.path.is_file() and meta.get("sha256") == sha256(self.path)
+        ours = whole and meta.get("key") == self.key
+        return (read_json_lines(self.path), meta) if ours else None
+
+    def resume(self) -> tuple[dict[str, dict[str, Any]], float]:
+        """Predictions of an interrupted decoding by key, and the seconds that they took."""
+        if not self.partial.is_file():
+            return {}, 0.0
+        *lines, cut = self.partial.read_text("utf-8", "replace").split("\n")
+        if cut:  # by a kill; what is appended must not continue such a line
+            write_text(self.partial, "".join(line + "\n" for line in lines))
+        batches = [json.loads(line) for line in lines]
+        return ({key_of(row): row for batch in batches for row in batch["predictions"]},
+                sum(batch["seconds"] for batch in batches))
+
+    def append(self, rows: Sequence[Mapping[str, Any]], seconds: float) -> None:
+        """Keep a finished batch and the time that it took."""
+        append_json(self.partial, {"seconds": seconds, "predictions": list(rows)})
+
+    def finish(self, rows: Sequence[Mapping[str, Any]], meta: Mapping[str, Any]) -> dict[str, Any]:
+        """Write all predictions and `meta`, which is returned as written."""
+        write_text(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        about = {"key": self.key, "sha256": sha256(self.path), **meta}
+        write_json(self.meta_path, about)
+        self.partial.unlink(missing_ok=True)
+        return about
+
+
+def key_of(row: Mapping[str, Any]) -> str:
+    """Key of the example that a prediction answers, as :attr:`unislu_llm.tokenizer.Example.key`."""
+    return f"{row['corpus']}/{row['id']}#{row['task']}"

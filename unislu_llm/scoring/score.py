@@ -1,0 +1,205 @@
+"""Scores of predictions under both protocols: WER by corpus, tasks, malformed outputs, SLUE."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from tabulate import tabulate
+
+from unislu_llm.scoring import bootstrap as boot
+from unislu_llm.scoring import entities
+from unislu_llm.scoring.bootstrap import Counts
+from unislu_llm.scoring.labels import indicators, label_scores
+from unislu_llm.scoring.predictions import Prediction, annotated, check_predictions, spoken_once
+from unislu_llm.scoring.text import PROTOCOLS, Protocol
+from unislu_llm.scoring.wer import corpus_wer, edit_counts
+from unislu_llm.tasks import NER, SA, LabelTask, SpanTask, Task, TaskRegistry
+
+
+def slue_score(wers: Sequence[float], ner_f1: float, sa_f1: float) -> float:
+    """Mean of word accuracy (itself the mean over corpora), NER F1 and SA macro-F1, in percent."""
+    return (100.0 - float(np.mean(wers)) + ner_f1 + sa_f1) / 3.0
+
+
+def score_predictions(predictions: Sequence[Prediction | Mapping[str, Any]],
+                      registry: TaskRegistry) -> dict[str, Any]:
+    """Score the predictions of one system, records or plain data. Rates are percent, not rounded.
+
+    Returns:
+        Plain data::
+
+            n_predictions, n_utterances: int
+            malformed: {share: percent with a problem, n, kinds: {kind: occurrences}}
+            position: {span task: {n, f1, ...}}
+            protocols: {protocol: {
+                wer: {overall: {wer, errors, ...}, by_corpus: {corpus: {...}}},
+                hypothesis_wer, ctc_wer: where all are known; ..._by_corpus: likewise,
+                tasks: {span task: {n, entity: {f1, ...}, label: {f1, ...},
+                                    errors: {reference: {kind: n}, predicted: {kind: n}}},
+                        label task: {n, macro_f1, ...}},
+                slue_score: float, or None without both NER and SA}}
+
+    Raises:
+        UserError: a prediction cannot be scored.
+    """
+    records = check_predictions(predictions, registry)
+    spoken = spoken_once(records, registry)
+    # Malformed answers are scored, never dropped: what could be read counts, the rest is missing.
+    bad = sum(bool(p.problems) for p in records)
+    kinds = Counter(kind for p in records for kind in p.problems)
+    position = {task.name: {"n": len(known),
+                            **entities.span_scores(entities.by_position(entities.place(known)))}
+                for task, known in _annotated_tasks(records, registry)
+                if isinstance(task, SpanTask)}
+    return {
+        "n_predictions": len(records),
+        "n_utterances": len(spoken),
+        "malformed": {"share": 100.0 * bad / max(len(records), 1), "n": bad,
+                      "kinds": dict(sorted(kinds.items()))},
+        "position": position,
+        "protocols": {p: _protocol_block(records, spoken, registry, p) for p in PROTOCOLS},
+    }
+
+
+def flat_scores(results: Mapping[str, Any], protocol: Protocol = "whisper") -> dict[str, float]:
+    """Headline metrics of :func:`score_predictions`, by the names that logs and tables have.
+
+    `score` picks the best checkpoint: the SLUE score where both its tasks were scored, else the
+    mean of word accuracy and the F1 of the tasks at hand. All in percent.
+    """
+    block = results["protocols"][protocol]
+    flat = {f"wer_{corpus}": wer["wer"] for corpus, wer in block["wer"]["by_corpus"].items()}
+    flat["wer"] = block["wer"]["overall"]["wer"]
+    flat |= {name: block[name] for name in ("hypothesis_wer", "ctc_wer") if name in block}
+    for name, task in block["tasks"].items():
+        if "macro_f1" in task:
+            flat[f"{name}_f1"] = task["macro_f1"]
+        else:
+            flat |= {f"{name}_f1": task["entity"]["f1"], f"{name}_label_f1": task["label"]["f1"],
+                     f"{name}_position_f1": results["position"][name]["f1"]}
+    flat["malformed"] = results["malformed"]["share"]
+    if block["slue_score"] is not None:
+        return flat | {"slue": block["slue_score"], "score": block["slue_score"]}
+    # Without both tasks there is no SLUE score; words then weigh as much as each task.
+    f1s = [flat[f"{name}_f1"] for name in block["tasks"]]
+    return flat | {"score": (100.0 - flat["wer"] + sum(f1s)) / (1 + len(f1s))}
+
+
+def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
+    """Tables of :func:`flat_scores` by name of the run, one a protocol, to two digits."""
+    tables = []
+    for protocol in next(iter(results.values()))["protocols"]:
+        rows = [{"run": run, **flat_scores(result, protocol)} for run, result in results.items()]
+        table = tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f", missingval="-",
+                         disable_numparse=[0])  # a run may be called 1e5
+        tables.append(f"Protocol: {protocol}\n\n{table}")
+    return "\n\n".join(tables)
+
+
+def utterance_counts(records: Sequence[Prediction], registry: TaskRegistry,
+                     protocol: Protocol) -> dict[str, Counts]:
+    """Counts by utterance, for a bootstrap, of `wer`, `wer/<corpus>`, `<span task>/f1`,
+    `/label_f1`, `/position_f1`, `<label task>/macro_f1`, and with NER and SA `slue_score`."""
+    spoken = spoken_once(records, registry)
+    counts: dict[str, Counts] = {}
+
+    def add(name: str, some: Sequence[Prediction], matrix: Any, statistic: boot.Statistic) -> None:
+        counts[name] = Counts(tuple(p.utterance for p in some), matrix, statistic)
+
+    # Words are counted once an utterance, annotations once a task: these have rows of their own.
+    corpora = {f"wer/{corpus}": some for corpus, some in by_corpus(spoken).items()}
+    for name, some in {"wer": spoken, **corpora}.items():
+        subs, dels, ins, hits = edit_counts([p.ref_text for p in some],
+                                            [p.hyp_text for p in some], protocol).T
+        add(name, some, np.stack([subs + dels + ins, subs + dels + hits], axis=1), boot.error_rate)
+    for task, known in _annotated_tasks(records, registry):
+        if isinstance(task, LabelTask):
+            gold, pred, _ = indicators(known, task, protocol)
+            matrix = np.concatenate([gold & pred, gold, pred], axis=1, dtype=np.int64)
+            add(f"{task.name}/macro_f1", known, matrix, boot.macro_f1)
+            continue
+        placed = entities.place(known, protocol)
+        for name, sides in (("f1", entities.by_phrase(placed)),
+                            ("label_f1", entities.by_label(placed)),
+                            ("position_f1", entities.by_position(entities.place(known)))):
+            add(f"{task.name}/{name}", known, entities.span_counts(sides), boot.micro_f1)
+    return counts | _slue_counts(counts)
+
+
+def intervals(records: Sequence[Prediction], registry: TaskRegistry,
+              protocol: Protocol) -> dict[str, dict[str, float]]:
+    """95 % interval of every score of :func:`utterance_counts`, as `{score: {low, high}}`."""
+    spans = {name: boot.bootstrap(counts)
+             for name, counts in utterance_counts(records, registry, protocol).items()}
+    return {name: {"low": span["low"], "high": span["high"]} for name, span in spans.items()}
+
+
+def by_corpus(records: Sequence[Prediction]) -> dict[str, list[Prediction]]:
+    """Predictions of each corpus, by name."""
+    return {c: [p for p in records if p.corpus == c] for c in sorted({p.corpus for p in records})}
+
+
+def _annotated_tasks(records: Sequence[Prediction],
+                     registry: TaskRegistry) -> list[tuple[Task, list[Prediction]]]:
+    # A task without annotations is left out, where a score of 0 would look like a bad model's.
+    return [(task, known) for task in registry if (known := annotated(records, task))]
+
+
+def _protocol_block(records: Sequence[Prediction], spoken: Sequence[Prediction],
+                    registry: TaskRegistry, protocol: Protocol) -> dict[str, Any]:
+    corpora = by_corpus(spoken)
+
+    def wer(some: Sequence[Prediction], field: str = "hyp_text") -> dict[str, Any]:
+        texts = [getattr(p, field) for p in some]
+        return {"n": len(some),
+                **corpus_wer([p.ref_text for p in some], texts, protocol)._asdict()}
+
+    wers = {name: wer(some) for name, some in corpora.items()}
+    block: dict[str, Any] = {"wer": {"overall": wer(spoken), "by_corpus": wers}}
+    for name, field in (("hypothesis_wer", "hypothesis"), ("ctc_wer", "ctc_hypothesis")):
+        # Of a part of the utterances it would mislead.
+        if spoken and all(getattr(p, field) is not None for p in spoken):
+            block[name] = wer(spoken, field)["wer"]
+            block[f"{name}_by_corpus"] = {c: wer(some, field)["wer"] for c, some in corpora.items()}
+    tasks = {task.name: _task_block(task, known, protocol)
+             for task, known in _annotated_tasks(records, registry)}
+    slue = None
+    if "entity" in tasks.get(NER.name, {}) and "macro_f1" in tasks.get(SA.name, {}):
+        # Corpora without either annotation have no part in it.
+        scored = {p.corpus for task in (NER, SA) for p in annotated(records, task)}
+        slue = slue_score([wers[corpus]["wer"] for corpus in sorted(scored)],
+                          tasks[NER.name]["entity"]["f1"], tasks[SA.name]["macro_f1"])
+    return block | {"tasks": tasks, "slue_score": slue}
+
+
+def _task_block(task: Task, known: Sequence[Prediction], protocol: Protocol) -> dict[str, Any]:
+    if isinstance(task, LabelTask):
+        return label_scores(known, task, protocol)
+    placed = entities.place(known, protocol)
+    errors = entities.entity_errors(placed)
+    return {"n": len(known), "entity": entities.span_scores(entities.by_phrase(placed)),
+            "label": entities.span_scores(entities.by_label(placed)),
+            "errors": {side: errors[side] for side in entities.KINDS}}
+
+
+def _slue_counts(counts: Mapping[str, Counts]) -> dict[str, Counts]:
+    """The SLUE score's counts out of those of its parts, one row an utterance of its corpora."""
+    ner, sa = counts.get(f"{NER.name}/f1"), counts.get(f"{SA.name}/macro_f1")
+    if ner is None or sa is None:
+        return {}
+    # An utterance's transcript and annotations are drawn together; each corpus' words have columns
+    # of their own, because the score averages error rates of corpora.
+    words = [counts[f"wer/{c}"] for c in sorted({c for c, _ in ner.utterances + sa.utterances})]
+    utterances = tuple(utterance for part in words for utterance in part.utterances)
+    where = {utterance: i for i, utterance in enumerate(utterances)}
+    blocks = []
+    for part in (*words, ner, sa):
+        # Rows that a part lacks are zero: drawing them changes nothing of it.
+        block = np.zeros((len(utterances), part.matrix.shape[1]), dtype=np.int64)
+        block[[where[utterance] for utterance in part.utterances]] = part.matrix
+        blocks.append(block)
+    return {"slue_score": Counts(utterances, np.concatenate(blocks, axis=1),
+                                 boot.slue_statistic(len(words)))}

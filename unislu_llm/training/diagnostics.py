@@ -1,0 +1,66 @@
+"""Names for what goes wrong in unified training, said when it happens.
+
+They are the failure signatures of arXiv 2507.12951: a model that transcribes and stops, one that
+gives every utterance the same label, and entities that stand still while the transcript improves.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from unislu_llm.tasks import LabelTask, SpanTask, Task, TaskRegistry
+
+STALL = 3  # validations that a trend must last to be named
+
+Scores = Mapping[str, float]
+Predictions = Sequence[Mapping[str, Any]]
+
+
+def validation_warnings(history: Sequence[Scores], predictions: Predictions,
+                        registry: TaskRegistry) -> list[str]:
+    """Warnings after a validation.
+
+    Args:
+        history: headline scores of all validations so far, oldest first.
+        predictions: of the last one.
+        registry: the tasks.
+    """
+    found: list[str] = []
+    asked = [p for p in predictions if p["task"] in registry]
+    # The first validation is of a model that has learnt nothing yet.
+    trained = len(history) > 1
+    missing = sum("missing_separator" in p["problems"] for p in asked)
+    if trained and missing > 0.5 * len(asked):
+        found.append(f"missing delimiter: {missing} of {len(asked)} answers have no [T/L]; the "
+                     "model transcribes and stops (train longer, or raise train.lr.markers)")
+    for task in registry:
+        mine = [p for p in asked if p["task"] == task.name and p["hyp"] is not None]
+        found += _one_class(task, mine) + _stalled(task, history)
+    endless = sum("no_end" in p["problems"] for p in predictions)
+    if trained and endless > 0.2 * len(predictions):
+        found.append(f"no end: {endless} of {len(predictions)} answers ran into the token bound")
+    return found
+
+
+def _one_class(task: Task, mine: Predictions) -> list[str]:
+    if not isinstance(task, LabelTask) or task.multi or len(mine) < 10:
+        return []
+    # A corpus of one label is answered so with good reason.
+    label, count = Counter(p["hyp"] for p in mine).most_common(1)[0]
+    if count < len(mine) or len({p["ref"] for p in mine}) == 1:
+        return []
+    return [f"one class only: every {task.name} answer is '{label}'"]
+
+
+def _stalled(task: Task, history: Sequence[Scores]) -> list[str]:
+    if not isinstance(task, SpanTask) or len(history) < STALL:
+        return []
+    wer = [scores.get("wer", 100.0) for scores in history[-STALL:]]
+    f1 = [scores.get(f"{task.name}_f1", 0.0) for scores in history[-STALL:]]
+    # While the transcript is no better either, training as a whole stands still: no news of a task.
+    if wer[-1] >= wer[0] - 1.0 or f1[-1] > f1[0]:
+        return []
+    return [f"transcript improves (WER {wer[0]:.1f} to {wer[-1]:.1f}) while {task.name} stalls "
+            f"(F1 {f1[0]:.1f} to {f1[-1]:.1f}) over {STALL} validations"]

@@ -1,0 +1,83 @@
+"""The processes of a run: set up before anything is loaded, and what they tell each other."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from torch import distributed
+
+from unislu_llm.errors import UserError
+
+T = TypeVar("T")
+
+
+def processes() -> PartialState:
+    """The processes of this run, set up where they are not yet.
+
+    Raises:
+        UserError: the launcher asks for FSDP or DeepSpeed.
+    """
+    for flag, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if parse_flag_from_env(flag):
+            raise UserError(f"{name} is not supported yet: weights are not sharded over processes; "
+                            "launch with accelerate's MULTI_GPU (DDP)")
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+
+
+def from_main(make: Callable[[], T]) -> T:
+    """What `make` gives in the main process, in all of them; a UserError of it is raised in all."""
+    state = processes()
+    box: list[T | UserError | None] = [None]
+    if state.is_main_process:
+        try:
+            box = [make()]
+        except UserError as error:
+            box = [error]
+    broadcast_object_list(box)  # does nothing in a single process
+    if isinstance(box[0], UserError):
+        raise box[0]
+    return box[0]  # type: ignore[return-value]
+
+
+class HostSum:
+    """Sums of plain numbers over processes, which make no GPU wait."""
+
+    def __init__(self) -> None:
+        # NCCL sums on the device only, behind all that it still has to do; numbers that the host
+        # knows go over gloo instead.
+        self.world = processes().num_processes
+        own = self.world > 1 and distributed.get_backend() != "gloo"
+        self.group = distributed.new_group(backend="gloo") if own else None
+
+    def __call__(self, values: dict[str, float]) -> dict[str, float]:
+        """Sums by name; every process passes the same names in the same order."""
+        if self.world == 1:
+            return values
+        total = torch.tensor(list(values.values()), dtype=torch.float64)
+        distributed.all_reduce(total, group=self.group)
+        return dict(zip(values, total.tolist(), strict=True))
+
+
+def use_threads(threads: int) -> None:
+    """Set the CPU threads of this process; 0 shares out the cores that it may use."""
+    # Accelerate's launcher would leave one thread to each process.
+    if not threads:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        threads = max(1, (cores or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    torch.set_num_threads(threads)
+
+
+def peak_memory() -> float:
+    """Peak memory of this process in GiB: of the GPU where there is one, else resident."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    import resource  # not on Windows
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20

@@ -1,0 +1,289 @@
+"""The training loop: plain PyTorch over Accelerate, for both decoders and both objectives.
+
+It is exact under accumulation and distribution, and a run that was stopped and resumed ends bit for
+bit as one that was not: what happens in a step follows from the plan of batches, the checkpoint and
+the random generators that the checkpoint keeps.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
+from accelerate.utils import gather_object, set_seed
+from tqdm import tqdm
+
+from unislu_llm.config import Config
+from unislu_llm.data.batch import Batch
+from unislu_llm.data.frame_cache import build_frames
+from unislu_llm.data.loading import load_examples
+from unislu_llm.errors import UserError
+from unislu_llm.io import write_json
+from unislu_llm.run_folder import BEST, LAST, TRAINER_FILE, create_run, write_finished
+from unislu_llm.tasks import TaskRegistry
+from unislu_llm.tokenizer import Example
+from unislu_llm.training import checkpoint
+from unislu_llm.training.build import build_model, fitted_rates
+from unislu_llm.training.checkpoint import Progress
+from unislu_llm.training.data import batches, build_dataset, build_plan, deal
+from unislu_llm.training.log import (
+    Log,
+    Window,
+    batch_counts,
+    check_trackers,
+    describe_run,
+    loss_summary,
+)
+from unislu_llm.training.objectives import OBJECTIVES
+from unislu_llm.training.optim import build_optimizer, group_rates, set_rates
+from unislu_llm.training.process import HostSum, from_main, peak_memory, processes, use_threads
+
+
+class Trainer:
+    """One run: data, model, optimizer and where it stands; see :func:`.stages.train`.
+
+    Raises:
+        UserError: bad configuration or data; nothing is written then.
+    """
+
+    def __init__(self, kind: str, config: Config, name: str = "run") -> None:
+        self.config, train = config, config.train
+
+        # 1. Processes, before anything is put on a device.
+        use_threads(train.threads)
+        check_trackers(train.trackers)
+        process = processes()
+        AcceleratorState._reset_state()  # an earlier stage may have had another precision
+        self.accelerator = Accelerator(
+            mixed_precision="bf16" if train.precision == "bf16" else "no",
+            log_with=train.trackers or None, project_dir=".")
+        self.rank, self.world = process.process_index, process.num_processes
+        self.main, self.device = process.is_main_process, self.accelerator.device
+        self.host_sum = HostSum()
+
+        # 2. Data.
+        data = config.data
+        self.registry = TaskRegistry.from_yaml(data.tasks)
+        self.objective = OBJECTIVES[train.objective](config, self.registry)
+        examples = self.objective.examples(load_examples(data.train, self.registry), training=True)
+        self.dev = [] if not data.dev else self.objective.examples(load_examples(
+            data.dev, self.registry, limit=data.dev_limit, flag="data.dev", scored=True),
+            training=False)
+        self.dev_share: list[Example] | None = None  # what this process decodes, once prepared
+
+        # 3. The model, and what it makes of the data.
+        self.model = build_model(kind, config, self.registry,
+                                 (e.utterance.text for e in examples), self.device)
+        self.rates = fitted_rates(config)
+        self.dataset = build_dataset(config, self.model, examples, self.rates)
+        if self.dataset.injector is not None:
+            self.rates = self.dataset.injector.rates
+        self.plan = build_plan(config, self.model, self.dataset, self.world)
+        self.total_steps = self.plan.steps(train.epochs)
+        if train.max_steps:
+            self.total_steps = min(self.total_steps, train.max_steps)
+        optimizer = build_optimizer(self.model.trainable_groups(), train)
+
+        # 4. The run folder: from here on something is written.
+        self.run = from_main(lambda: create_run(config, name))
+        set_seed(train.seed, device_specific=True)
+        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self._fill_cache()
+
+        # 5. Where it stands.
+        self.window, self.progress = Window(self.objective, self.device), Progress()
+        if config.resume:
+            last = self.run / LAST
+            self.model.load_trained(last)
+            checkpoint.load_optimizer(last, self.optimizer, self.model)
+            self.progress = checkpoint.read_progress(last)
+            checkpoint.load_rng(last, self.rank, self.world)
+
+    def _fill_cache(self) -> None:
+        cache = self.dataset.frame_cache
+        if cache is not None:
+            spoken = (*self.dataset.examples, *(self.dev if self.objective.caches_dev else ()))
+            clips = [example.utterance for example in spoken]
+            build_frames(cache, self.model.encoder, clips, device=self.device, rank=self.rank,
+                         world=self.world, progress="encode" if self.main else "")
+            self.accelerator.wait_for_everyone()
+
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[list[Batch]]:
+        """This process's micro-batches, a list a step, from step `skip` of an epoch on."""
+        return batches(self.dataset, self.model, self.plan, epoch, skip=skip, rank=self.rank,
+                       world=self.world, workers=self.config.data.num_workers,
+                       pin=self.device.type == "cuda")
+
+    def step(self, micro: Sequence[Batch]) -> None:
+        """One optimizer step over this process's micro-batches of a global batch.
+
+        Raises:
+            UserError: the loss is not finite; nothing has changed then.
+        """
+        started = time.perf_counter()
+        total = self.totals(micro)
+        self.backward(micro, total)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        limit = self.config.train.max_grad_norm or math.inf
+        # Reading the norm is the one time in a step that the host waits for the device. A loss
+        # that is not finite has such a gradient, which must not reach weights and moments.
+        norm = float(self.accelerator.clip_grad_norm_(parameters, limit) or 0.0)
+        if not math.isfinite(norm):
+            self.optimizer.zero_grad()
+            kept = f"; {self.run / LAST} can be resumed" if (self.run / LAST).is_dir() else ""
+            raise UserError(f"loss is nan or infinite at step {self.progress.step}; lower train.lr "
+                            f"or train.max_grad_norm{kept}")
+        set_rates(self.optimizer, self.config.train, self.progress.step, self.total_steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        took = time.perf_counter() - started
+        self.progress.seconds += took
+        self.window.add(total, norm, took)
+
+    def totals(self, micro: Sequence[Batch]) -> dict[str, float]:
+        """Counts of the global batch, the same in every process."""
+        counts: Counter[str] = Counter()
+        for batch in micro:
+            counts.update(self.objective.counts(batch) | batch_counts(batch))  # type: ignore[arg-type]
+        return self.host_sum(dict(counts))
+
+    def backward(self, micro: Sequence[Batch], total: dict[str, float]) -> None:
+        """Add the gradients of the global loss up, and its sums in the log's window."""
+        self.wrapped.train()
+        for i, batch in enumerate(micro):
+            last = i == len(micro) - 1
+            # Gradients go over the network with the last micro-batch alone.
+            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
+                with self.accelerator.autocast():
+                    loss, sums = self.objective.loss(self.wrapped, batch.to(self.device), total)
+                # DDP averages over processes; the normalizer is global already.
+                self.accelerator.backward(loss * self.world)
+            self.window.sums += sums
+
+    def fit(self) -> None:
+        """Train to the end; raises UserError as :meth:`step`, and for audio that cannot be read."""
+        p = self.progress
+        self.log = Log(self.run, self.accelerator, self.config.train.trackers)
+        if self.main:
+            print(describe_run(self.config, self.model, self.dataset.examples, self.plan,
+                               self.total_steps, self.world) + f"\nrun folder: {self.run}",
+                  flush=True)
+        # The first one shows where the model began. A run that was killed in one resumes before it.
+        if p.validated < 0 or (p.validated < p.step and self._validates()):
+            self.validate()
+        with tqdm(total=self.total_steps, initial=p.step, desc="train", unit="step",
+                  disable=not self.main) as bar:
+            while p.step < self.total_steps:
+                self._epoch(bar)
+        self._finish()
+        # Stages and notebooks go on in these processes, which the trackers and DDP must leave.
+        for tracker in self.accelerator.trackers:
+            tracker.finish()
+        # DDP's reducer goes first: freed after the process group, it can hold the GIL while
+        # gloo's thread waits for it.
+        self.wrapped = self.model
+        self.accelerator.free_memory()
+        gc.collect()
+
+    def _epoch(self, bar: Any) -> None:
+        p, every = self.progress, self.config.train.save_every
+        steps = self.batches(p.epoch, p.step_in_epoch)
+        while p.step < self.total_steps:
+            started = time.perf_counter()
+            micro = next(steps, None)
+            if micro is None:
+                p.epoch, p.step_in_epoch = p.epoch + 1, 0
+                return
+            self.window.waited += time.perf_counter() - started
+            self.step(micro)
+            p.step, p.step_in_epoch = p.step + 1, p.step_in_epoch + 1
+            self._log_step(bar)
+            if self._validates() or (every and p.step % every == 0):
+                self.save()  # first: a validation that fails must not lose the steps before it
+            if self._validates():
+                self.validate()
+
+    def _validates(self) -> bool:
+        step, every = self.progress.step, self.config.train.eval_every
+        return step == self.total_steps or bool(every and step % every == 0)
+
+    def _log_step(self, bar: Any) -> None:
+        p = self.progress
+        bar.update(1)
+        if p.step % self.config.train.log_every and p.step != self.total_steps:
+            return
+        row = self.window.read(self.accelerator)
+        self.window = Window(self.objective, self.device)
+        bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "loss_asr", "loss_task", "w_asr")
+                         if k in row}, refresh=False)
+        self.log.write("train", {"step": p.step, "epoch": p.epoch, **row,
+                                 "memory_gib": peak_memory(), **group_rates(self.optimizer)})
+
+    def _finish(self) -> None:
+        p = self.progress
+        if self.main:
+            print(loss_summary(self.run / "metrics.jsonl"))
+            best = self.run / BEST if p.best_step >= 0 else self.run / LAST
+            rates = self.objective.finish(self.model, best, self.dev, self.dataset.frame_cache)
+            if rates is not None:
+                for folder in {best, self.run / LAST}:
+                    rates.save(folder)
+            write_finished(self.run, {"step": p.step, "train_seconds": round(p.seconds, 1),
+                                      "best_step": p.best_step, "best_score": p.best_score})
+        self.accelerator.wait_for_everyone()
+
+    def validate(self) -> None:
+        """Decode the dev examples on all processes, score, log, print; keep the best weights."""
+        p = self.progress
+        p.validated = p.step
+        if not self.dev:
+            return
+        started = time.perf_counter()
+        mine = deal(self.dev, self.rank, self.world)
+        # Training goes on with the random numbers that it would have had without this.
+        devices = range(torch.cuda.device_count())
+        with torch.random.fork_rng(devices), self.accelerator.autocast():
+            if self.dev_share is None:
+                self.dev_share = self.objective.prepare(
+                    self.model, [self.dev[i] for i in mine], "hypotheses" if self.main else "")
+            found = self.objective.decode(self.model, self.dev_share, self.dataset.frame_cache,
+                                          "validate" if self.main else "")
+        everyone = sorted(gather_object(list(zip(mine, found, strict=True))), key=lambda x: x[0])
+        predictions = [prediction for _, prediction in everyone]
+        result = self.objective.score(predictions, self.run.name, p.history)
+        p.history.append(result.scores)
+        # A model that has not trained is never the best: there is no checkpoint of it.
+        better = p.step > 0 and (p.best_score is None or result.scores["score"] > p.best_score)
+        if better:
+            p.best_score, p.best_step = result.scores["score"], p.step
+        if self.main:
+            if better:
+                checkpoint.copy_model(self.run / LAST, self.run / BEST, p)
+            if p.step > 0:  # saved before: a resumed run must know of this validation
+                write_json(self.run / LAST / TRAINER_FILE, p.model_dump())
+            self.log.validation(p.step, predictions, result, time.perf_counter() - started)
+        self.accelerator.wait_for_everyone()
+
+    def save(self) -> None:
+        """Write the checkpoint `last`."""
+        rng = gather_object([checkpoint.rng_state()])
+
+        def write(folder: Path) -> None:
+            self.model.save_pretrained(folder)
+            if self.rates is not None:
+                self.rates.save(folder)
+            checkpoint.save_optimizer(folder, self.optimizer, self.model)
+            checkpoint.save_rng(folder, rng)
+
+        if self.main:
+            checkpoint.save_checkpoint(self.run / LAST, write, self.progress)
+        self.accelerator.wait_for_everyone()

