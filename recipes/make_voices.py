@@ -281,7 +281,6 @@ def main() -> None:
     args = parser.parse_args()
     with reported():
         from unislu_llm.data.manifest import read_manifest, write_manifest
-
         from unislu_llm.tasks import TaskRegistry
 
         registry = TaskRegistry.from_yaml(args.tasks_file) if args.tasks_file else TaskRegistry()

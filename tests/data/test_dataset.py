@@ -146,7 +146,7 @@ def test_batches_do_not_depend_on_what_is_beside(tokenizer: UnifiedTokenizer,
             assert whole.examples[row] == alone.examples[0]
             if kind == "audio":
                 torch.testing.assert_close(whole.mel[row, :, :n],  # type: ignore[index]
-                                           alone.mel[0], rtol=1e-5, atol=1e-5)  # type: ignore[index]
+                                           alone.mel[0], rtol=1e-5, atol=1e-5)
             else:
                 assert torch.equal(whole.posterior_shares[row, :n],  # type: ignore[index]
                                    alone.posterior_shares[0])  # type: ignore[index]
@@ -168,7 +168,7 @@ def test_a_loader_gives_what_the_plan_says(workers: int, tokenizer: UnifiedToken
     collator, supervised, extra = Collator(tokenizer, hypothesis_prompt=[7]), 0, 0
     for rank in range(2):
         micro = [m for step in plan.micro_batches(2, rank, 2) for m in step]
-        loader: Any = DataLoader(data, batch_sampler=micro, collate_fn=collator,  # type: ignore[arg-type]
+        loader: Any = DataLoader(data, batch_sampler=micro, collate_fn=collator,
                                  num_workers=workers)
         for m, batch in zip(micro, loader, strict=True):
             assert (batch.kind, len(batch), batch.counted) == (m.kind, len(m.members), m.counted)

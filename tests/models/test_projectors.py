@@ -138,17 +138,27 @@ def test_frames_of_a_half_precision_encoder_are_taken(name: str, options: dict[s
 
 @pytest.mark.parametrize(("name", "options", "message"), [
     ("liner", {}, "unknown projector 'liner'; known: linear, mlp, .*none; did you mean 'linear'"),
-    ("linear", {"stak": 3}, "'linear' has no option 'stak'; known: stack; did you mean 'stack'"),
-    ("qformer", {"query": 3}, "no option 'query'.*did you mean 'queries'"),
-    ("mlp", {"in_dim": 3}, "no option 'in_dim'"),
-    ("linear", {"stack": 0}, "projector 'linear'.*stack=0"),
-    ("linear", {"stack": "5"}, "projector 'linear'.*stack='5'"),
-    ("conv", {"strides": []}, "projector 'conv'.*strides"),
-    ("conv", {"strides": 5}, "projector 'conv'.*strides"),
-    ("conv", {"strides": [2, 0]}, "projector 'conv'.*strides"),
+    ("linear", {"stak": 3}, "'linear': option stak: unknown key; did you mean 'stack'"),
+    ("qformer", {"query": 3}, "'qformer': option query: unknown key; did you mean 'queries'"),
+    ("mlp", {"in_dim": 3}, "'mlp': option in_dim: unknown key; known: stack, hidden$"),
+    ("linear", {"stack": 0},
+     "'linear': option stack: should be greater than or equal to 1, found 0"),
+    ("linear", {"stack": "five"}, "'linear': option stack: .*integer.*, found 'five'"),
+    ("linear", {"stack": 2.5}, "'linear': option stack: .*integer.*, found 2.5"),
+    ("conv", {"strides": []}, "'conv': option strides: .*at least 1 item"),
+    ("conv", {"strides": 5}, "'conv': option strides: must be a list, found 5"),
+    ("conv", {"strides": [2, 0]},
+     r"'conv': option strides\[1\]: should be greater than or equal to 1, found 0"),
     ("qformer", {"heads": 5}, "qformer.*hidden=32.*heads=5"),
-    ("ctc", {"temperature": "hot"}, "projector 'ctc'.*temperature='hot' must be a number"),
+    ("ctc", {"blank_bias": "hot"}, "'ctc': option blank_bias: .*number.*, found 'hot'"),
 ])
 def test_bad_names_and_options_are_named(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_projector(name, D, H, 1.0, options)
+
+
+def test_a_number_in_quotes_is_that_number() -> None:
+    """As everywhere in a configuration."""
+    projector = build("linear", {"stack": "5"})
+    assert projector.output_length(11) == 3
+    assert projector(random_frames([11]), [11]).lengths == (3,)

@@ -114,7 +114,7 @@ class SLUModel(nn.Module, ABC):
         return self(batch)
 
     def step(self, state: State, ids: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Read tokens `(rows, n)` into `state`, which is changed, of which `valid` count (all).
+        """Read tokens `(rows, n)`, of which `valid` count (all), into `state`, which is changed.
 
         Returns hidden states `(rows, n, dim)`, for :meth:`logits`.
         """
@@ -177,7 +177,7 @@ class SLUModel(nn.Module, ABC):
         return groups
 
     def select_groups(self, names: Sequence[str]) -> None:
-        """Freeze every parameter group that is not named; no name leaves all as they are.
+        """Freeze parameter groups that are not named; no name leaves all as they are.
 
         Raises:
             UserError: a group that does not train in this model.
@@ -267,10 +267,8 @@ class SLUModel(nn.Module, ABC):
                         dtype: torch.dtype = torch.float32) -> Self:
         """Load a saved model of this kind, in eval mode; :func:`unislu_llm.models.load` takes any.
 
-        Its base checkpoints are resolved by name, in `dtype`; the trained weights are laid over.
-
         Raises:
-            UserError: not such a folder, or a checkpoint that cannot be had.
+            UserError: not such a folder, or a base checkpoint that cannot be had.
         """
         saved = Description.read(folder)
         if saved.model_type != cls.kind:

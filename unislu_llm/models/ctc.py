@@ -157,7 +157,7 @@ class CTCProjector(Projector):
 
     def encode(self, frames: Tensor, lengths: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
         """Frames `(batch, T_enc, D)` to acoustic states `(batch, T_ctc, hidden)` and lengths."""
-        clean = zero_beyond(lengths, self.norm_in(self._clean(frames, lengths)))
+        clean = zero_beyond(self.norm_in(self._clean(frames, lengths)), lengths)
         x = self.proj_in(stack_frames(clean, self.stack))
         out = tuple(self.output_length(n) for n in lengths)
         beyond = ~valid_mask(out, x.shape[1], x.device)[:, :, None]
@@ -208,8 +208,7 @@ class CTCProjector(Projector):
         odds = logits[..., BLANK] - logits[..., 1:].logsumexp(-1)
         with torch.no_grad():
             run, first = self._runs(logits, lengths, odds)
-            # How many positions there are depends on the data: the one wait for the device in a
-            # step.
+            # How many positions there are depends on the data: the one wait for the device.
             run, first = run.cpu(), first.cpu()
         counts = tuple(first.sum(-1).tolist())
         places = (run.flatten() >= 0).nonzero()[:, 0]
@@ -238,9 +237,8 @@ class CTCProjector(Projector):
         """
         inside = valid_mask(lengths, logits.shape[1], logits.device)
         keep = inside & (odds < 0)
-        least = odds.masked_fill(~inside, torch.inf).argmin(-1, keepdim=True)
-        alone = ~keep.any(-1, keepdim=True)
-        keep = keep.scatter(1, least, keep.gather(1, least) | alone)
+        least = F.one_hot(odds.masked_fill(~inside, torch.inf).argmin(-1), odds.shape[1]).bool()
+        keep = keep | (least & ~keep.any(-1, keepdim=True))
         top = logits[..., 1:].argmax(-1).masked_fill(~keep, -1)
         before = F.pad(top[:, :-1], (1, 0), value=-1)
         first = keep & (top != before)

@@ -29,7 +29,7 @@ def valid_mask(lengths: Sequence[int], size: int, device: torch.device | None = 
     return mask.to(device, non_blocking=True)
 
 
-def zero_beyond(lengths: Sequence[int], x: Tensor) -> Tensor:
+def zero_beyond(x: Tensor, lengths: Sequence[int]) -> Tensor:
     """`(batch, T, dim)` with zeros beyond the first `lengths[i]` positions of row i."""
     return x.masked_fill(~valid_mask(lengths, x.shape[1], x.device)[:, :, None], 0.0)
 
@@ -93,7 +93,8 @@ class SpeechEncoder(nn.Module):
         size, most = encoder_length(mel.shape[-1]), self.whisper.config.max_source_positions
         if size > most or (self.pad_to_30s and size < most):
             raise UserError(f"{mel.shape[-1] / MEL_RATE:.2f} s of mel; the encoder takes "
-                            f"{most / ENCODER_RATE:g} s{', no less' * self.pad_to_30s}")
+                            f"{most / ENCODER_RATE:g} s"
+                            f"{', no less with pad_to_30s' * self.pad_to_30s}")
         lengths = tuple(encoder_length(n) for n in mel_lengths)
         # Whisper was trained to listen to the silence at the end as well.
         used = [mel.shape[-1]] * len(mel) if self.pad_to_30s else list(mel_lengths)
@@ -126,4 +127,4 @@ class SpeechEncoder(nn.Module):
         bias = attention_bias(lengths, x.shape[1], x.dtype, x.device)
         for layer in net.layers:
             x = layer(x, bias)
-        return zero_beyond(lengths, net.layer_norm(x))
+        return zero_beyond(net.layer_norm(x), lengths)

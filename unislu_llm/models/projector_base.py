@@ -60,11 +60,11 @@ class Projector(nn.Module):
         """
         speech = self.norm(self.project(self._clean(frames, lengths), lengths))
         out = tuple(self.output_length(n) for n in lengths)
-        return Projected(zero_beyond(out, speech), out)
+        return Projected(zero_beyond(speech, out), out)
 
     def _clean(self, frames: Tensor, lengths: Sequence[int]) -> Tensor:
         # A frozen encoder may compute in bf16, and a cache holds fp16; projectors stay fp32.
-        return zero_beyond(lengths, frames.to(self.norm.gain.dtype))
+        return zero_beyond(frames.to(self.norm.gain.dtype), lengths)
 
 
 def ceil_div(n: int, k: int) -> int:

@@ -9,10 +9,10 @@ times too loud or too quiet costs thousands of steps.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, get_type_hints
+from typing import Annotated, Any, get_type_hints
 
 import torch
-from pydantic import ConfigDict, ValidationError, create_model
+from pydantic import ConfigDict, Field, ValidationError, create_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -56,7 +56,8 @@ class ConvProjector(Projector):
     """Convolutions of kernel 2 * stride - 1, then a linear map; `hidden` 0 is the LLM's size."""
 
     def __init__(self, in_dim: int, out_dim: int, scale: float,
-                 strides: tuple[Positive, ...] = (5,), hidden: Count = 0) -> None:
+                 strides: Annotated[tuple[Positive, ...], Field(min_length=1)] = (5,),
+                 hidden: Count = 0) -> None:
         super().__init__(in_dim, out_dim, scale)
         hidden = hidden or out_dim
         dims = [in_dim] + [hidden] * len(strides)

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unislu_llm import weights
 from unislu_llm.config import ModelConfig
-from unislu_llm.errors import dotted, explain
+from unislu_llm.errors import UserError, dotted, explain
 from unislu_llm.io import MODEL_FILE, read_json
 from unislu_llm.tasks import TaskRegistry
 
@@ -64,6 +64,8 @@ class Description(BaseModel):
             UserError: it is missing, no JSON, or not of a saved model; file and field are named.
         """
         path = Path(folder) / MODEL_FILE
+        if not path.is_file():
+            raise UserError(f"{path} does not exist; give the folder of a saved model")
         try:
             return cls.model_validate(read_json(path))
         except ValidationError as error:

@@ -6,7 +6,6 @@ be missing.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Self
 
@@ -107,12 +106,11 @@ class SpeechLLM(SLUModel):
         model.bases = found
         return model
 
-    # ---- the vocabulary of a ctc projector --------------------------------------------------
+    # ---- a ctc projector --------------------------------------------------------------------
 
     def _ctc(self) -> CTCProjector:
         if not isinstance(self.projector, CTCProjector):
-            raise UserError(f"projector '{self.config.projector}' has no CTC; set model.projector "
-                            "ctc")
+            raise UserError("only the projector ctc has CTC; set model.projector ctc")
         return self.projector
 
     def _attach(self, token_ids: Sequence[int]) -> None:
@@ -128,7 +126,21 @@ class SpeechLLM(SLUModel):
         """The vocabulary of a `ctc` projector; None before it is known, and for others."""
         return CtcVocabulary(self.ctc_tokens, self.tokenizer) if self.ctc_tokens else None
 
-    # ---- what trains, what it reads ---------------------------------------------------------
+    @torch.no_grad()
+    def _ctc_logits(self, batch: Batch) -> tuple[Tensor, tuple[int, ...]]:
+        states, lengths = self._ctc().encode(*self._frames(batch))
+        return self._ctc().logits(states), lengths
+
+    def ctc_transcripts(self, batch: Batch) -> list[list[int]]:
+        """Token ids of each clip's greedy transcript by a `ctc` projector, without the LLM."""
+        return self._ctc().greedy(*self._ctc_logits(batch))
+
+    def ctc_posteriors(self, batch: Batch) -> list[Tensor]:
+        """Log-posteriors `(T_ctc, 1 + V)` of each clip by a `ctc` projector, blank first."""
+        logits, lengths = self._ctc_logits(batch)
+        return [row[:n].log_softmax(-1) for row, n in zip(logits, lengths, strict=True)]
+
+    # ---- what it reads ----------------------------------------------------------------------
 
     @property
     def lm(self) -> Any:
@@ -145,8 +157,6 @@ class SpeechLLM(SLUModel):
         frames = encoder_length(mel_length(n_samples))
         speech = self.projector.output_length(frames) if self.projector is not None else 0
         return speech, len(self.prefix) + n_hypothesis + len(self.suffix) + n_target - 1
-
-    # ---- speech -----------------------------------------------------------------------------
 
     def _frames(self, batch: Batch) -> tuple[Tensor, tuple[int, ...]]:
         frames, lengths = super()._frames(batch)
@@ -166,22 +176,6 @@ class SpeechLLM(SLUModel):
         return projector.mix(densify(batch.posterior_classes, batch.posterior_shares,
                                      len(projector.token_ids)), batch.speech_lengths)
 
-    @torch.no_grad()
-    def _ctc_logits(self, batch: Batch) -> tuple[Tensor, tuple[int, ...]]:
-        states, lengths = self._ctc().encode(*self._frames(batch))
-        return self._ctc().logits(states), lengths
-
-    def ctc_transcripts(self, batch: Batch) -> list[list[int]]:
-        """Token ids of each clip's greedy transcript by a `ctc` projector, without the LLM."""
-        return self._ctc().greedy(*self._ctc_logits(batch))
-
-    def ctc_posteriors(self, batch: Batch) -> list[Tensor]:
-        """Log-posteriors `(T_ctc, 1 + V)` of each clip by a `ctc` projector, blank first."""
-        logits, lengths = self._ctc_logits(batch)
-        return [row[:n].log_softmax(-1) for row, n in zip(logits, lengths, strict=True)]
-
-    # ---- training ---------------------------------------------------------------------------
-
     def forward(self, batch: Batch, objective: Objective = "unified") -> Tensor:
         if objective == "ctc":
             projector = self._ctc()
@@ -194,26 +188,24 @@ class SpeechLLM(SLUModel):
         starts = [sum(n) - 1 for n in zip(*(lengths for _, lengths in parts), strict=True)]
         # The last token of a target is foretold, never read.
         read = [max(n - 1, 0) for n in batch.target_lengths]
-        embeds, _ = lay_out([*parts, (self._embed(batch.target_ids), read)], "right")
+        target = self.llm.get_input_embeddings()(batch.target_ids)
+        embeds, _ = lay_out([*parts, (target, read)], "right")
         # Right padding under a causal mask: no valid position sees a padded one; no mask is needed.
         hidden = self.llm.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
         return self._target_losses(hidden, starts, batch)
 
-    def _embed(self, ids: Tensor | Sequence[int]) -> Tensor:
-        """Embeddings `(rows, n, dim)` of ids `(rows, n)`, or of a list for a row that all share."""
-        if not isinstance(ids, Tensor):
-            ids = torch.tensor([list(ids)], dtype=torch.long).to(self.device, non_blocking=True)
-        return self.llm.get_input_embeddings()(ids)
-
     def _prompt(self, batch: Batch, speech: Projected | None) -> list[Part]:
         """`[prefix][speech][hypothesis][suffix]` of every row."""
-        n, prefix = len(batch), self._embed(self.prefix)
-        parts: list[Part] = [(prefix, [len(self.prefix)] * n)]
+        embed = self.llm.get_input_embeddings()
+        prefix, suffix = (
+            embed(torch.tensor([ids], dtype=torch.long).to(self.device, non_blocking=True))
+            for ids in (self.prefix, self.suffix))
+        parts: list[Part] = [(prefix, [len(self.prefix)] * len(batch))]
         if speech is not None:
             parts.append((speech.embeddings.to(prefix.dtype), speech.lengths))
         if batch.hypothesis_ids is not None:
-            parts.append((self._embed(batch.hypothesis_ids), batch.hypothesis_lengths))
-        return [*parts, (self._embed(self.suffix), [len(self.suffix)] * n)]
+            parts.append((embed(batch.hypothesis_ids), batch.hypothesis_lengths))
+        return [*parts, (suffix, [len(self.suffix)] * len(batch))]
 
     # ---- decoding ---------------------------------------------------------------------------
 
@@ -240,6 +232,6 @@ class SpeechLLM(SLUModel):
 @torch.no_grad()
 def _embedding_rms(embeddings: Any) -> float:
     """RMS of an LLM's embeddings as its first layer sees them (Gemma scales them), of a sample."""
-    size, dim = embeddings.weight.shape
+    size = len(embeddings.weight)
     ids = torch.arange(0, size, max(1, size // 4096), device=embeddings.weight.device)
-    return float(embeddings(ids).float().pow(2).mean().sqrt()) or 1.0 / math.sqrt(dim)
+    return float(embeddings(ids).float().pow(2).mean().sqrt())

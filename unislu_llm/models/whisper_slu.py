@@ -90,7 +90,7 @@ class WhisperSLU(SLUModel):
         """Speech counts as encoder frames, which the decoder attends to as they are."""
         return encoder_length(mel_length(n_samples)), len(self.prompt) + n_target - 1
 
-    def _heard(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
+    def _listen(self, batch: Batch) -> tuple[Tensor, Tensor | None, Tensor]:
         """Frames of a batch, the mask of the attention to them, and the prompt `(batch, n)`."""
         frames, lengths = self._frames(batch)
         # A cache keeps fp16.
@@ -111,12 +111,12 @@ class WhisperSLU(SLUModel):
         if len(self.prompt) + size - 1 > self._positions:
             raise UserError(f"a target of {size} tokens does not fit Whisper's {self._positions} "
                             "positions; shorten the utterance")
-        frames, bias, prompt = self._heard(batch)
+        frames, bias, prompt = self._listen(batch)
         hidden = self._decode(torch.cat([prompt, batch.target_ids[:, :-1]], dim=1), frames, bias)
         return self._target_losses(hidden, [len(self.prompt) - 1] * len(batch), batch)
 
     def prefill(self, batch: Batch) -> State:
-        frames, bias, prompt = self._heard(batch)
+        frames, bias, prompt = self._listen(batch)
         nothing = torch.zeros(len(batch), 0, dtype=torch.bool, device=frames.device)
         state = State(EncoderDecoderCache(DynamicCache(), DynamicCache()), nothing, frames[:, 0],
                       frames, bias)
@@ -132,8 +132,7 @@ class WhisperSLU(SLUModel):
     def _decode(self, ids: Tensor, frames: Tensor | None, frame_bias: Tensor | None,
                 attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
                 past_key_values: Any = None) -> Tensor:
-        """Hidden states `(rows, n, dim)` after ids `(rows, n)`; other tensors as in :class:`State`.
-        """
+        """Hidden states `(rows, n, dim)` after ids `(rows, n)`."""
         # transformers' own forward lets every token attend to all frames, padding included, and
         # passes None where its layers take a mask. Here the mask is an argument of each layer's
         # call: a layer that is computed again in the backward pass (gradient checkpointing) sees
@@ -153,19 +152,16 @@ class WhisperSLU(SLUModel):
 
 
 def whisper_prompt(whisper: Any, tokenizer: PreTrainedTokenizerBase, language: str) -> list[int]:
-    """Ids of `<|startoftranscript|><|en|><|transcribe|><|notimestamps|>`, where they exist.
+    """Ids of `<|startoftranscript|><|en|><|transcribe|><|notimestamps|>`.
 
     Raises:
         UserError: the language is not one of the checkpoint's.
     """
-    start = [int(whisper.config.decoder_start_token_id)]
-    vocabulary = tokenizer.get_vocab()
-    if "<|notimestamps|>" not in vocabulary:
-        return start
-    if f"<|{language}|>" not in vocabulary and "<|transcribe|>" in vocabulary:
+    names, vocabulary = ["<|notimestamps|>"], tokenizer.get_vocab()
+    # English-only checkpoints have no language and no task.
+    if getattr(whisper.generation_config, "is_multilingual", True):
+        names = [f"<|{language}|>", "<|transcribe|>", *names]
+    if names[0] not in vocabulary:
         raise UserError(f"model.language '{language}' is not one of Whisper's; use a code such as "
                         "en, de, fr")
-    names = [f"<|{language}|>", "<|transcribe|>", "<|notimestamps|>"]
-    if not getattr(whisper.generation_config, "is_multilingual", True):
-        names = ["<|notimestamps|>"]  # English-only checkpoints have no language and no task
-    return start + [vocabulary[name] for name in names]
+    return [int(whisper.config.decoder_start_token_id), *(vocabulary[name] for name in names)]

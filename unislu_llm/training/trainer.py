@@ -153,7 +153,8 @@ class Trainer:
         """Counts of the global batch, the same in every process."""
         counts: Counter[str] = Counter()
         for batch in micro:
-            counts.update(self.objective.counts(batch) | batch_counts(batch))  # type: ignore[arg-type]
+            found: Any = self.objective.counts(batch) | batch_counts(batch)
+            counts.update(found)
         return self.host_sum(dict(counts))
 
     def backward(self, micro: Sequence[Batch], total: dict[str, float]) -> None:

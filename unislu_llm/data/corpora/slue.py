@@ -116,7 +116,8 @@ def load_hub(corpus: Corpus, split: str, path: Path | None = None) -> Iterable[M
     name = (_HUB[corpus], corpus) if path is None else (str(path),)
     try:  # a copy is streamed: the package would first write all of it to its cache
         rows = datasets.load_dataset(*name, split=split, streaming=path is not None)
-        return rows.cast_column("audio", datasets.Audio(decode=False))  # type: ignore[no-any-return]
+        raw: Any = rows.cast_column("audio", datasets.Audio(decode=False))
+        return raw
     except Exception as error:  # the package has no common class: no network, no agreement, ...
         advice = "is the copy whole?" if path else ("accept the agreement on the hub and log in "
                                                     "(`hf auth login`), or name a copy (--path)")
