@@ -23,7 +23,7 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from unislu_llm.config import ModelConfig
+from unislu_llm.config import Config, ModelConfig
 from unislu_llm.models.projectors import NONE
 from unislu_llm.models.speech_llm import SpeechLLM
 from unislu_llm.models.whisper_slu import WhisperSLU
@@ -39,29 +39,18 @@ TEXTS = (
 )
 WHISPER_TOKENS = ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")
 LLM_CONFIGS: dict[str, Any] = {
-    "llama": LlamaConfig,
-    "gemma3_text": Gemma3TextConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-    "mistral": MistralConfig,
-}
+    "llama": LlamaConfig, "gemma3_text": Gemma3TextConfig, "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config, "mistral": MistralConfig}
 SAMPLE_RATE = 16_000
 
 
 def make_tokenizer(*, specials: Sequence[str] = (), metaspace: str | None = None,
                    add_bos: bool = False, bos: str | None = "<s>", eos: str = "</s>",
-                   pad: str | None = "<pad>", size: int = 400) -> PreTrainedTokenizerFast:
+                   pad: str | None = "<pad>") -> PreTrainedTokenizerFast:
     """A BPE tokenizer trained on a few sentences; it spells any text.
 
-    Args:
-        specials: further special tokens, e.g. `<|im_start|>`.
-        metaspace: SentencePiece's way: words start with `▁`; `always`, `first` (Llama 2) or `never`
-            (Gemma) is whether a text does. Default: byte level, as GPT-2.
-        add_bos: put `bos` before every text, as Llama and Gemma do.
-        bos: None for a tokenizer that has none.
-        eos: end of text.
-        pad: None for a tokenizer that has none.
-        size: of the vocabulary, at most.
+    `metaspace` is SentencePiece's way: words start with `▁`; `always`, `first` (Llama 2) or `never`
+    (Gemma) is whether a text does. Default: byte level, as GPT-2.
     """
     names = list(dict.fromkeys(t for t in (pad, bos, eos, *specials) if t))
     if metaspace is not None:
@@ -71,14 +60,14 @@ def make_tokenizer(*, specials: Sequence[str] = (), metaspace: str | None = None
                                                decoders.Metaspace(prepend_scheme=metaspace)])
         names += [f"<0x{i:02X}>" for i in range(256)]
         trainer = trainers.BpeTrainer(
-            vocab_size=size + 256, initial_alphabet=[chr(c) for c in range(33, 127)],
+            vocab_size=656, initial_alphabet=[chr(c) for c in range(33, 127)],
             special_tokens=names, show_progress=False)
     else:
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
         trainer = trainers.BpeTrainer(
-            vocab_size=size, special_tokens=names, show_progress=False,
+            vocab_size=400, special_tokens=names, show_progress=False,
             initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     lead = " " if metaspace in (None, "never") else ""
     tokenizer.train_from_iterator([lead + text for text in TEXTS], trainer)
@@ -90,17 +79,10 @@ def make_tokenizer(*, specials: Sequence[str] = (), metaspace: str | None = None
         additional_special_tokens=[AddedToken(t, special=True) for t in specials] or None)
 
 
-def make_whisper(tokenizer: PreTrainedTokenizerFast | None = None, *, seed: int = 0, **options: Any,
+def make_whisper(*, seed: int = 0, **options: Any,
                  ) -> tuple[WhisperForConditionalGeneration, PreTrainedTokenizerFast]:
-    """A random Whisper, two layers on either side, and the tokenizer that fits it.
-
-    Args:
-        tokenizer: default: one with Whisper's special tokens.
-        seed: of the weights.
-        options: of `WhisperConfig`.
-    """
-    tokenizer = tokenizer or make_tokenizer(specials=WHISPER_TOKENS, bos=None, pad=None,
-                                            eos="<|endoftext|>")
+    """A random Whisper, two layers on either side, with its tokenizer; options of its config."""
+    tokenizer = make_tokenizer(specials=WHISPER_TOKENS, bos=None, pad=None, eos="<|endoftext|>")
     eos, start = tokenizer.eos_token_id, tokenizer.get_vocab()[WHISPER_TOKENS[0]]
     sizes: dict[str, Any] = {
         "vocab_size": len(tokenizer), "d_model": 32, "num_mel_bins": 80, "dropout": 0.0,
@@ -123,13 +105,6 @@ def make_whisper_encoder(*, seed: int = 0, **options: Any) -> WhisperEncoder:
 def make_llm(arch: str = "llama", tokenizer: PreTrainedTokenizerFast | None = None, *,
              tied: bool = True, seed: int = 0, **options: Any) -> Any:
     """A random causal LM of an architecture: 32-dimensional, two layers, grouped-query attention.
-
-    Args:
-        arch: key of :data:`LLM_CONFIGS`.
-        tokenizer: it must cover; default: :func:`make_tokenizer`'s.
-        tied: output layer tied to the embedding.
-        seed: of the weights.
-        options: of the architecture's configuration class.
     """
     tokenizer = tokenizer or make_tokenizer()
     sizes: dict[str, Any] = {
@@ -187,10 +162,8 @@ def make_whisper_slu(*, seed: int = 0, whisper_options: dict[str, Any] | None = 
 
 def write_utterances(folder: Path, *, seconds: Sequence[float] = (0.9, 1.6, 0.6, 1.2),
                      seed: int = 0) -> list[Utterance]:
-    """Utterances with WAV files of their own (16 kHz, tone and noise), of different lengths.
-
-    In turn: two entities, sentiment, not annotated, annotated as without entities; then from the
-    start again.
+    """Utterances with WAV files (16 kHz, tone and noise) of these lengths; in turn: two entities,
+    sentiment, not annotated, annotated as without entities.
     """
     rng = np.random.default_rng(seed)
     kinds: list[tuple[str, dict[str, Any]]] = [
@@ -221,18 +194,11 @@ def train_tiny_run(kind: str, folder: Path, checkpoints: dict[str, str]) -> None
     seconds = (0.9, 1.6, 0.6, 1.2, 0.7, 0.8, 1.0, 0.5)
     write_manifest(folder / "corpus" / "dev.jsonl",
                    write_utterances(folder / "corpus" / "audio", seconds=seconds))
-    Trainer(kind, tiny_run_config(checkpoints)).fit()
-
-
-def tiny_run_config(checkpoints: dict[str, str]) -> Any:
-    """The :class:`Config` of :func:`train_tiny_run`."""
-    from unislu_llm.config import Config
-
-    return Config.model_validate({
+    Trainer(kind, Config.model_validate({
         "output": "runs/tiny",
         "model": {"encoder": checkpoints["whisper"], "llm": checkpoints["llm"],
                   "projector_options": {"stack": 5, "hidden": 32},
                   "lora": {"rank": 4, "target_modules": ["q_proj"]}},
         "data": {"train": ["corpus/dev.jsonl"], "dev": ["corpus/dev.jsonl"]},
         "train": {"max_steps": 2, "batch_size": 8, "trackers": [], "threads": 1},
-        "decode": {"max_new_tokens": 12, "batch_size": 3}})
+        "decode": {"max_new_tokens": 12, "batch_size": 3}})).fit()

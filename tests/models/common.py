@@ -19,7 +19,7 @@ LORA = {"rank": 2, "alpha": 4, "target_modules": ["q_proj", "v_proj"]}
 SPREAD = {"init_std": 0.3}
 """Whisper's usual 0.02 makes a random model say one thing to everything."""
 Row = tuple[float, str, dict[str, Any], str | None]
-ROWS: list[Row] = [
+ROWS: list[Row] = [  # seconds, text, labels, task
     (0.5, "yes", {"sa": "Positive"}, "sa"),
     (20.0, "anna voted against the law of two thousand and four in paris and we thank the council",
      {"ner": (Span("PERSON", 0, 4), Span("WHEN", 30, 51), Span("PLACE", 55, 60))}, "ner"),
@@ -30,32 +30,26 @@ SHORT = [ROWS[0], *ROWS[2:]]
 """Without the 20 seconds."""
 
 
-def examples(rows: Sequence[Row] = ROWS,
-             hypotheses: Sequence[str | None] | None = None) -> list[Example]:
-    hypotheses = hypotheses or [None] * len(rows)
+def inputs(rows: Sequence[Row] = ROWS, seed: int = 11,
+           hypotheses: Sequence[str | None] | None = None) -> tuple[list[Example], list[Tensor]]:
+    draw = torch.Generator().manual_seed(seed)
+    sizes = [int(row[0] * 16_000) for row in rows]
+    waves = [0.2 * torch.randn(n, generator=draw) * torch.linspace(0.1, 1, n) for n in sizes]
     return [Example(Utterance(str(i), None, text, labels, hypothesis=hypothesis), task)
             for i, ((_, text, labels, task), hypothesis)
-            in enumerate(zip(rows, hypotheses, strict=True))]
+            in enumerate(zip(rows, hypotheses or [None] * len(rows), strict=True))], waves
 
 
-def waves(rows: Sequence[Row] = ROWS, seed: int = 11) -> list[Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    sizes = [int(row[0] * 16_000) for row in rows]
-    return [0.2 * torch.randn(n, generator=generator) * torch.linspace(0.1, 1, n) for n in sizes]
-
-
-def make_batch(model: SLUModel, rows: Sequence[Row] = ROWS, seed: int = 11,
-               hypotheses: Sequence[str | None] | None = None) -> Batch:
+def make_batch(model: SLUModel, rows: Sequence[Row] = ROWS, **options: Any) -> Batch:
     """All rows in one batch."""
-    return model.collator().from_waves(examples(rows, hypotheses), waves(rows, seed))
+    return model.collator().from_waves(*inputs(rows, **options))
 
 
-def singles(model: SLUModel, rows: Sequence[Row] = ROWS, seed: int = 11,
-            hypotheses: Sequence[str | None] | None = None) -> list[Batch]:
+def singles(model: SLUModel, rows: Sequence[Row] = ROWS, **options: Any) -> list[Batch]:
     """Each row in a batch of its own."""
     collator = model.collator()
-    return [collator.from_waves([e], [w])
-            for e, w in zip(examples(rows, hypotheses), waves(rows, seed), strict=True)]
+    return [collator.from_waves([example], [wave])
+            for example, wave in zip(*inputs(rows, **options), strict=True)]
 
 
 def losses_and_gradients(model: SLUModel, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +11,14 @@ import torch
 from torch import Tensor
 from transformers import WhisperModel
 
+from tests.tiny import make_whisper_encoder
 from unislu_llm import weights
 from unislu_llm.config import LoraConfig, ModelConfig
 from unislu_llm.data import audio
 from unislu_llm.errors import UserError
 from unislu_llm.models.encoder import SpeechEncoder, valid_mask
 
-SECONDS = (0.5, 20.0, 3.37, 0.51)  # an odd number of mel frames among them
+SECONDS = (0.5, 20.0, 3.37, 0.51, 1.0, 0.7, 2.0)  # an odd number of mel frames among them
 FEW = (0.5, 1.37)
 
 
@@ -31,27 +30,20 @@ def random_mels(seconds: tuple[float, ...] = SECONDS) -> tuple[Tensor, tuple[int
     return mel.masked_fill(~valid_mask(lengths, mel.shape[-1])[:, None], 0.0), lengths
 
 
-def make(factory: Callable[..., Any], mode: Any = "frozen", **options: Any,
-         ) -> SpeechEncoder:
+def make(mode: Any = "frozen", sizes: dict[str, Any] | None = None,
+         **options: Any) -> SpeechEncoder:
     """An encoder whose biases and norms are not at zero and one, as after training."""
-    sizes = {k: options.pop(k) for k in list(options) if k in ("encoder_layers", "dropout")}
-    whisper = factory(**sizes)
+    whisper = make_whisper_encoder(**sizes or {})
     torch.manual_seed(2)
     with torch.no_grad():
         for name, parameter in whisper.named_parameters():
             if name.endswith("bias"):
                 parameter.normal_(std=0.3)
-    if "top_layers" in options:
-        options["encoder_top_layers"] = options.pop("top_layers")
     return SpeechEncoder(whisper, ModelConfig(encoder_mode=mode, **options)).eval()
 
 
-# Whisper's own result
-
-
-def test_at_30_seconds_it_is_whispers_encoder(tiny_whisper_encoder: Callable[..., Any]) -> None:
-    encoder = make(tiny_whisper_encoder, pad_to_30s=True)
-    mel = torch.randn(2, 80, 3000)
+def test_at_30_seconds_it_is_whispers_encoder() -> None:
+    encoder, mel = make(pad_to_30s=True), torch.randn(2, 80, 3000)
     frames, lengths = encoder(mel, (1234, 3000))
     with torch.no_grad():
         expected = encoder.whisper(mel).last_hidden_state
@@ -72,132 +64,85 @@ def test_real_whisper_base_is_transformers_encoder() -> None:
     assert n == (math.ceil(len(wave) / 160 / 2),)
 
 
-# Padding
-
-
-def test_batched_equals_serial_at_very_unequal_lengths(
-        tiny_whisper_encoder: Callable[..., Any]) -> None:
-    encoder = make(tiny_whisper_encoder)
-    mel, lengths = random_mels()
-    frames, n = encoder(mel, lengths)
-    assert n == (25, 1000, 169, 26)
-    assert frames.shape == (4, 1000, 32)
-    for i, length in enumerate(lengths):
-        alone, m = encoder(mel[i:i + 1, :, :length], [length])
-        assert m == (alone.shape[1],) == (n[i],)
-        torch.testing.assert_close(frames[i, :n[i]], alone[0], rtol=0, atol=1e-4)
-        assert not frames[i, n[i]:].any(), "zero beyond the length"
-
-
 @pytest.mark.parametrize("pad_to_30s", [True, False])
-@torch.no_grad()
-def test_clips_encoded_by_length_are_in_their_places(tiny_whisper_encoder: Callable[..., Any],
-                                                     pad_to_30s: bool) -> None:
-    """A CPU that decodes encodes a few clips of like length at a time."""
-    encoder = make(tiny_whisper_encoder, "full", pad_to_30s=pad_to_30s)
-    mel, lengths = random_mels((*SECONDS, 1.0, 0.7, 2.0, 0.5, 1.1))
+@pytest.mark.parametrize("gradients", [True, False])
+def test_batched_equals_serial_at_very_unequal_lengths(gradients: bool, pad_to_30s: bool) -> None:
+    """Also where a CPU encodes a few clips of like length at a time, without gradients."""
+    encoder = make("full", pad_to_30s=pad_to_30s)
+    mel, lengths = random_mels()
     if pad_to_30s:
         mel = torch.nn.functional.pad(mel, (0, 3000 - mel.shape[-1]))
-    frames, n = encoder(mel, lengths)
-    with torch.enable_grad():  # where gradients are wanted the batch stays whole
-        together, m = encoder(mel, lengths)
-    assert n == m
-    torch.testing.assert_close(frames, together, rtol=0, atol=1e-4)
+    with torch.set_grad_enabled(gradients):
+        frames, n = encoder(mel, lengths)
+        assert n == (25, 1000, 169, 26, 50, 35, 100)
+        for i, length in enumerate(lengths):
+            alone, m = encoder(mel[i:i + 1, :, : 3000 if pad_to_30s else length], [length])
+            assert m == (n[i],)
+            torch.testing.assert_close(frames[i, : alone.shape[1]], alone[0], rtol=0, atol=1e-4)
+            assert pad_to_30s or not frames[i, n[i]:].any(), "zero beyond the length"
 
 
-@pytest.mark.parametrize("garbage", [1e4, -1e4, math.inf, math.nan])
-def test_what_stands_in_the_padding_changes_nothing(tiny_whisper_encoder: Callable[..., Any],
-                                                    garbage: float) -> None:
-    encoder = make(tiny_whisper_encoder)
+@pytest.mark.parametrize("garbage", [1e4, math.inf, math.nan])
+def test_what_stands_in_the_padding_changes_nothing(garbage: float) -> None:
+    encoder = make("full")
     mel, lengths = random_mels((0.5, 2.0, 1.37))
-    dirty = mel.masked_fill(~valid_mask(lengths, mel.shape[-1])[:, None], garbage)
-    assert torch.equal(encoder(dirty, lengths)[0], encoder(mel, lengths)[0])
-
-
-def test_gradients_do_not_reach_the_padding(tiny_whisper_encoder: Callable[..., Any]) -> None:
-    encoder = make(tiny_whisper_encoder, "full")
-    mel, lengths = random_mels(FEW)
-    mel.requires_grad_()
-    encoder(mel, lengths)[0].square().sum().backward()
-    assert mel.grad is not None
-    outside = ~valid_mask(lengths, mel.shape[-1])[:, None].expand_as(mel)
-    assert not mel.grad[outside].any()
-    assert mel.grad[~outside].any()
+    outside = ~valid_mask(lengths, mel.shape[-1])[:, None]
+    dirty = mel.masked_fill(outside, garbage).requires_grad_()
+    frames = encoder(dirty, lengths)[0]
+    assert torch.equal(frames, encoder(mel, lengths)[0])
+    frames.square().sum().backward()
+    assert dirty.grad is not None
+    assert not dirty.grad[outside.expand_as(mel)].any()
+    assert dirty.grad[~outside.expand_as(mel)].any()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_half_precision_is_finite_with_padding(tiny_whisper_encoder: Callable[..., Any],
-                                               dtype: torch.dtype) -> None:
-    frames, _ = make(tiny_whisper_encoder).to(dtype)(*random_mels(FEW))
+def test_half_precision_is_finite_with_padding(dtype: torch.dtype) -> None:
+    frames, _ = make().to(dtype)(*random_mels(FEW))
     assert frames.dtype == dtype
     assert frames.isfinite().all()
 
 
-# Limits
-
-
-def test_lengths_that_do_not_fit_are_refused(tiny_whisper_encoder: Callable[..., Any]) -> None:
+def test_lengths_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match=r"30\.02 s .* takes 30 s"):
-        make(tiny_whisper_encoder)(torch.zeros(1, 80, 3002), [3002])
-    with pytest.raises(UserError, match="pad_to_30s"):
-        make(tiny_whisper_encoder, pad_to_30s=True)(torch.zeros(1, 80, 500), [500])
+        make()(torch.zeros(1, 80, 3002), [3002])
+    with pytest.raises(UserError, match="takes 30 s, no less"):
+        make(pad_to_30s=True)(torch.zeros(1, 80, 500), [500])
+    with pytest.raises(UserError, match="encoder_top_layers 3: the encoder has 2 layers"):
+        make("top", encoder_top_layers=3)
 
 
-# What trains
-
-
-def trainable(encoder: SpeechEncoder) -> set[str]:
-    return {name.removeprefix("whisper.") for name, p in encoder.named_parameters()
-            if p.requires_grad}
-
-
-def test_modes_train_what_they_say(tiny_whisper_encoder: Callable[..., Any]) -> None:
-    names = {name for name, _ in tiny_whisper_encoder(encoder_layers=3).named_parameters()}
-    positions = {"embed_positions.weight"}
-    assert positions <= names
-    build = partial(make, tiny_whisper_encoder, encoder_layers=3)
-    assert trainable(build("frozen")) == set()
-    assert trainable(build("full")) == names - positions
-    assert trainable(build("top", top_layers=2)) == {
-        name for name in names if name.startswith(("layers.1.", "layers.2.", "layer_norm."))}
-    adapters = trainable(build("lora"))
-    assert len(adapters) == 3 * 2 * 2
-    assert all(".lora_" in n and (".q_proj." in n or ".v_proj." in n) for n in adapters)
-
-
-@pytest.mark.parametrize("mode", ["lora", "top", "full"])
-def test_every_trainable_weight_gets_a_gradient(tiny_whisper_encoder: Callable[..., Any],
-                                                mode: str) -> None:
-    encoder = make(tiny_whisper_encoder, mode, top_layers=1, lora=LoraConfig(rank=2)).train()
+@pytest.mark.parametrize("mode", ["frozen", "lora", "top", "full"])
+def test_modes_train_what_they_say(mode: str) -> None:
+    """Just that gets a gradient."""
+    encoder = make(mode, {"encoder_layers": 3}, lora=LoraConfig(rank=2)).train()
+    names = {name.removeprefix("whisper.") for name, p in encoder.named_parameters()
+             if p.requires_grad}
+    every = {name for name, _ in make_whisper_encoder(encoder_layers=3).named_parameters()}
+    if mode == "lora":
+        assert len(names) == 3 * 2 * 2
+        assert all(".lora_" in n and (".q_proj." in n or ".v_proj." in n) for n in names)
+    else:
+        top = ("layers.1.", "layers.2.", "layer_norm.")
+        assert names == {"frozen": set(), "full": every - {"embed_positions.weight"},
+                         "top": {name for name in every if name.startswith(top)}}[mode]
     with torch.no_grad():  # LoRA's B starts at zero, which keeps gradients from A
         for name, parameter in encoder.named_parameters():
             if ".lora_B." in name:
                 parameter.normal_()
-    encoder(*random_mels(FEW))[0].square().mean().backward()
+    frames = encoder(*random_mels(FEW))[0]
+    assert frames.requires_grad == bool(names)
+    if names:
+        frames.square().mean().backward()
     for name, parameter in encoder.named_parameters():
         grown = parameter.grad is not None and bool(parameter.grad.any())
         assert grown == parameter.requires_grad, name
 
 
-def test_a_frozen_encoder_stays_in_eval_mode_and_builds_no_graph(
-        tiny_whisper_encoder: Callable[..., Any]) -> None:
-    encoder = make(tiny_whisper_encoder, dropout=0.5)
-    mel, lengths = random_mels(FEW)
+def test_a_frozen_encoder_stays_in_eval_mode() -> None:
+    """Its dropout would disturb what cannot adapt."""
+    encoder, (mel, lengths) = make(sizes={"dropout": 0.5}), random_mels(FEW)
     before = encoder(mel, lengths)[0]
-    parent = torch.nn.Sequential(encoder).train()
+    assert torch.nn.Sequential(encoder).train().training
     assert not any(module.training for module in encoder.modules())
-    assert parent.training
-    after = encoder(mel, lengths)[0]
-    assert torch.equal(after, before)
-    assert not after.requires_grad
-
-
-@pytest.mark.parametrize(("mode", "options", "message"), [
-    ("frosen", {}, "'frozen', 'lora', 'top' or 'full'"),  # refused by the settings' own bounds
-    ("top", {"top_layers": 3}, "encoder_top_layers 3: the encoder has 2 layers"),
-    ("top", {"top_layers": 0}, "encoder_top_layers\\n"),
-])
-def test_bad_options_are_named(tiny_whisper_encoder: Callable[..., Any], mode: Any,
-                               options: dict[str, Any], message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        make(tiny_whisper_encoder, mode, **options)
+    assert torch.equal(encoder(mel, lengths)[0], before)

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, CohereConfig, Gemma2Config, GraniteConfig
 
+from tests.tiny import make_llm
 from unislu_llm.models.head import logits_of, token_losses
 
 SIZES: dict[str, Any] = {
@@ -22,16 +23,6 @@ PECULIAR: dict[str, Any] = {
     "logits are multiplied (Cohere)": CohereConfig(**SIZES, logit_scale=0.3),
     "logits are capped (Gemma 2)": Gemma2Config(**SIZES, final_logit_softcapping=2.0),
 }
-
-
-@pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3", "mistral", "gemma3_text"])
-@torch.no_grad()
-def test_logits_are_those_of_the_models_forward(tiny_llm: Callable[..., Any], arch: str) -> None:
-    model = tiny_llm(arch)
-    ids = torch.randint(60, (2, 9))
-    hidden = model.base_model(input_ids=ids).last_hidden_state
-    torch.testing.assert_close(logits_of(model, hidden), model(input_ids=ids).logits, rtol=1e-5,
-                               atol=1e-5)
 
 
 @pytest.mark.parametrize("name", PECULIAR)
@@ -47,10 +38,10 @@ def test_logits_of_models_that_scale_or_cap_them(name: str) -> None:
     assert not torch.allclose(logits, plain), "the peculiarity must show"
 
 
-@pytest.mark.parametrize("chunk", [1, 7, 49, 50, 51])
-def test_chunked_equals_full(tiny_llm: Callable[..., Any], chunk: int) -> None:
+@pytest.mark.parametrize("chunk", [1, 7, 49, 50])
+def test_chunked_equals_full(chunk: int) -> None:
     """Values, and gradients of hidden states and output weights, for losses weighed unequally."""
-    model = tiny_llm()
+    model = make_llm()
     head, hidden, targets = model.get_output_embeddings(), torch.randn(50, 32), torch.arange(50)
 
     def results(losses_of: Callable[[Tensor], Tensor]) -> list[Tensor]:
@@ -67,14 +58,9 @@ def test_chunked_equals_full(tiny_llm: Callable[..., Any], chunk: int) -> None:
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
 
 
-def test_losses_are_fp32_also_in_half_precision(tiny_llm: Callable[..., Any]) -> None:
-    model = tiny_llm().to(torch.bfloat16)
-    losses = token_losses(model, torch.randn(5, 32, dtype=torch.bfloat16), torch.randint(60, (5,)))
-    assert losses.dtype == torch.float32
-
-
-def test_nothing_supervised_is_no_loss_with_a_gradient(tiny_llm: Callable[..., Any]) -> None:
-    hidden = torch.zeros(0, 32, requires_grad=True)
-    losses = token_losses(tiny_llm(), hidden, torch.zeros(0, dtype=torch.long))
+def test_losses_are_fp32_and_may_be_none() -> None:
+    model, hidden = make_llm().bfloat16(), torch.randn(5, 32, dtype=torch.bfloat16)
+    assert token_losses(model, hidden, torch.randint(60, (5,))).dtype == torch.float32
+    losses = token_losses(model, hidden[:0].requires_grad_(), torch.zeros(0, dtype=torch.long))
     assert losses.shape == (0,)
     losses.sum().backward()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -11,10 +11,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from tests.models.common import SPREAD, Row, greedy, make_batch, singles
+from tests.tiny import make_speech_llm
 from unislu_llm.errors import UserError
 from unislu_llm.models.speech_llm import SpeechLLM
 
-Build = Callable[..., SpeechLLM]
 ROWS: list[Row] = [(0.9, "the council met in paris", {"sa": "Positive"}, "sa"),
                    (2.0, "we thank anna", {}, None),
                    (0.5, "it was a bad and sad evening for us all", {"sa": "Negative"}, "sa"),
@@ -24,57 +24,41 @@ HYPOTHESES = ("the counsel met in paris on monday", None, "it was a bad evening"
 ALL = tuple(h or "we" for h in HYPOTHESES)
 
 
-@pytest.fixture
-def build(tiny_speech_llm: Build) -> Build:
-    settings = {"whisper_options": SPREAD, "hypothesis": "manifest", "prompt_prefix": "listen: ",
-                "prompt_suffix": "</s> what?"}
-    return lambda **options: tiny_speech_llm(**settings | options)
+def build(**options: Any) -> SpeechLLM:
+    return make_speech_llm(**{"whisper_options": SPREAD, "hypothesis": "manifest",
+                              "prompt_prefix": "listen: ", "prompt_suffix": "</s> what?"} | options)
 
 
 def losses(model: SpeechLLM, hypotheses: Sequence[str | None] = HYPOTHESES,
            seed: int = 11) -> Tensor:
     with torch.no_grad():
-        return model.losses(make_batch(model, ROWS, seed, hypotheses))
+        return model.losses(make_batch(model, ROWS, seed=seed, hypotheses=hypotheses))
 
 
 @pytest.mark.parametrize("projector", ["mlp", "none"])
-def test_losses_do_not_depend_on_the_batch(build: Build, projector: str) -> None:
-    model = build(projector=projector)
-    together, batch = losses(model), make_batch(model, ROWS, hypotheses=HYPOTHESES)
-    assert batch.kind == ("audio" if projector == "mlp" else "text")
-    for i, single in enumerate(singles(model, ROWS, hypotheses=HYPOTHESES)):
-        with torch.no_grad():
-            alone = model.losses(single)[0]
-        torch.testing.assert_close(together[i, : len(alone)], alone, rtol=1e-4, atol=1e-4)
-        ids = model.tokenizer.text_ids(HYPOTHESES[i]) if HYPOTHESES[i] else []
-        expected = 0 if HYPOTHESES[i] is None else len(model.hypothesis_prompt) + len(ids)
-        assert batch.hypothesis_lengths[i] == expected
-
-
 @pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
-@pytest.mark.parametrize("projector", ["mlp", "none"])
 @torch.no_grad()
-def test_answers_do_not_depend_on_the_batch(build: Build, arch: str, projector: str) -> None:
+def test_losses_and_answers_do_not_depend_on_the_batch(arch: str, projector: str) -> None:
     model = build(arch=arch, projector=projector)
     batch = make_batch(model, ROWS, hypotheses=HYPOTHESES)
-    together = greedy(model, batch, 16)
-    assert together == [greedy(model, single, 16)[0]
-                        for single in singles(model, ROWS, hypotheses=HYPOTHESES)]
-    assert model.prefill(batch).hypothesis == [model.tokenizer.text_ids(h) if h else []
-                                               for h in HYPOTHESES]
+    assert batch.kind == ("audio" if projector == "mlp" else "text")
+    together, answers = model.losses(batch), greedy(model, batch, 16)
+    for i, single in enumerate(singles(model, ROWS, hypotheses=HYPOTHESES)):
+        alone = model.losses(single)[0]
+        torch.testing.assert_close(together[i, : len(alone)], alone, rtol=1e-4, atol=1e-4)
+        assert greedy(model, single, 16) == [answers[i]]
+    # What comes first after the prompt is foretold as training supervises it.
+    state = model.prefill(batch)
+    first = F.cross_entropy(model.logits(state.hidden), batch.target_ids[:, 0], reduction="none")
+    torch.testing.assert_close(first, together[:, 0], rtol=1e-4, atol=1e-4)
+    ids = [model.tokenizer.text_ids(h) if h else [] for h in HYPOTHESES]
+    assert state.hypothesis == ids
+    prompt = len(model.hypothesis_prompt)
+    assert batch.hypothesis_lengths == tuple(0 if h is None else prompt + len(row)
+                                             for h, row in zip(HYPOTHESES, ids, strict=True))
 
 
-@torch.no_grad()
-def test_decoding_reads_what_training_reads(build: Build) -> None:
-    """What comes first after the prompt is foretold as training supervises it."""
-    model = build()
-    batch = make_batch(model, ROWS, hypotheses=HYPOTHESES)
-    logits = model.logits(model.prefill(batch).hidden)
-    first = F.cross_entropy(logits, batch.target_ids[:, 0], reduction="none")
-    torch.testing.assert_close(first, losses(model)[:, 0], rtol=1e-4, atol=1e-4)
-
-
-def test_a_hypothesis_counts_and_none_leaves_no_trace(build: Build) -> None:
+def test_a_hypothesis_counts_and_none_leaves_no_trace() -> None:
     model, plain = build(), build(hypothesis="none")
     plain.load_state_dict(model.state_dict())
     with_some, without = losses(model), losses(model, (None,) * 4)
@@ -87,35 +71,35 @@ def test_a_hypothesis_counts_and_none_leaves_no_trace(build: Build) -> None:
         assert plain.prefill(batch).hypothesis is None
 
 
-def test_with_the_projector_none_there_is_no_speech(build: Build) -> None:
-    model = build(projector="none", encoder_mode="full")
+def test_with_the_projector_none_there_is_no_speech() -> None:
+    model, hearing = build(projector="none", encoder_mode="full"), build()
     assert (model.listens, model.reads_hypothesis) == (False, True)
     assert model.encoder is model.projector is None
     assert set(model.trainable_groups()) == {"lora", "markers"}
     assert torch.equal(losses(model, ALL, seed=3), losses(model, ALL, seed=4))
-    hearing = build()
     assert not torch.allclose(losses(hearing, ALL, seed=3), losses(hearing, ALL, seed=4), atol=1e-3)
 
 
 @pytest.mark.parametrize("projector", ["mlp", "none"])
-def test_batches_are_planned_by_what_the_llm_reads(build: Build, projector: str,
+@torch.no_grad()
+def test_batches_are_planned_by_what_the_llm_reads(projector: str,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = build(projector=projector)
-    single = singles(model, ROWS, hypotheses=HYPOTHESES)
-    read: list[int] = []
-    monkeypatch.setattr(model.llm.base_model, "forward", lambda inputs_embeds, **_: (
-        read.append(inputs_embeds.shape[1]), pytest.skip)[1])
-    planned = []
-    for row, batch in zip(ROWS, single, strict=True):
-        planned.append(sum(model.token_counts(int(row[0] * 16_000), batch.target_lengths[0],
-                                              batch.hypothesis_lengths[0])))
-        with pytest.raises(AttributeError):  # what stands for the LLM has read enough
-            model.losses(batch)
-    assert read == planned
+    read, forward = [], model.llm.base_model.forward
+
+    def counting(inputs_embeds: Tensor, **options: Any) -> Any:
+        read.append(inputs_embeds.shape[1])
+        return forward(inputs_embeds=inputs_embeds, **options)
+
+    monkeypatch.setattr(model.llm.base_model, "forward", counting)
+    for row, batch in zip(ROWS, singles(model, ROWS, hypotheses=HYPOTHESES), strict=True):
+        model.losses(batch)
+        assert read[-1] == sum(model.token_counts(
+            int(row[0] * 16_000), batch.target_lengths[0], batch.hypothesis_lengths[0]))
 
 
-def test_what_cannot_work_is_refused(tiny_speech_llm: Build) -> None:
+def test_what_cannot_work_is_refused() -> None:
     with pytest.raises(UserError, match=r"set model\.hypothesis too"):
-        tiny_speech_llm(projector="none")
+        make_speech_llm(projector="none")
     with pytest.raises(UserError, match="hypothesis_prompt"):
-        tiny_speech_llm(projector="none", hypothesis="manifest", hypothesis_prompt="")
+        make_speech_llm(projector="none", hypothesis="manifest", hypothesis_prompt="")
