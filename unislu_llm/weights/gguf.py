@@ -6,6 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers as hf
+from gguf import GGUFReader
+from tokenizers import pre_tokenizers
 
 from unislu_llm.errors import UserError
 
@@ -14,20 +17,14 @@ def convert_gguf(payload: Path, out: Path, dtype: str) -> None:
     """Write a Hugging Face folder (weights of `dtype`, tokenizer) for the GGUF file in `payload`.
 
     Raises:
-        UserError: the package `gguf` is missing, or the file does not fill the model exactly.
+        UserError: the file does not fill the model exactly.
     """
-    from tokenizers import pre_tokenizers
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
     (file,) = payload.glob("*.gguf")
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise UserError(f"reading {file.name} needs the package gguf: pip install gguf") from error
-    tokenizer: Any = AutoTokenizer.from_pretrained(payload, gguf_file=file.name)
-    loaded: Any = AutoModelForCausalLM.from_pretrained(
+    tokenizer: Any = hf.AutoTokenizer.from_pretrained(payload, gguf_file=file.name)
+    loaded: Any = hf.AutoModelForCausalLM.from_pretrained(
         payload, gguf_file=file.name, dtype=torch.float32, output_loading_info=True)
     model, report = loaded
+    # transformers draws at random what it does not find, and this part of it changes by release.
     if problems := {kind: sorted(keys) for kind, keys in report.items() if keys}:
         raise UserError(f"{file.name} does not fill the model: {problems}")
     field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
@@ -40,8 +37,7 @@ def convert_gguf(payload: Path, out: Path, dtype: str) -> None:
     tokenizer.model_max_length = model.config.max_position_embeddings
     model = model.to(getattr(torch, dtype))
     model.config.dtype = dtype
-    # The saved weights are plain tensors; left in, the first would make transformers look for a
-    # GGUF file.
+    # Plain tensors are saved; left in, the first would make transformers look for a GGUF file.
     for attribute in ("quantization_config", "_model_name_or_path"):
         if hasattr(model.config, attribute):
             delattr(model.config, attribute)

