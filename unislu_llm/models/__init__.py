@@ -15,5 +15,13 @@ KINDS: dict[str, type[SLUModel]] = {"speech_llm": SpeechLLM, "whisper_slu": Whis
 
 
 def load(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> SLUModel:
-    """Load a saved model of either kind, as :meth:`SLUModel.from_pretrained` does."""
-    return KINDS[Description.read(folder).model_type].from_pretrained(folder, dtype)
+    """A saved model of either kind, in eval mode; frozen weights are of `dtype`.
+
+    Raises:
+        UserError: not such a folder, or a base checkpoint that cannot be had.
+    """
+    saved = Description.read(folder)
+    model = KINDS[saved.model_type].build(saved.model, saved.registry(folder), dtype,
+                                          saved.ctc_tokens, saved.bases)
+    model.load_trained(folder)
+    return model.eval()

@@ -24,10 +24,9 @@ from unislu_llm.data.dataset import Collator
 from unislu_llm.errors import UserError, hint
 from unislu_llm.io import MODEL_FILE, WEIGHTS_FILE, write_json
 from unislu_llm.models.encoder import SpeechEncoder
-from unislu_llm.models.head import logits_of, token_losses
+from unislu_llm.models.head import logits_of, places, token_losses
 from unislu_llm.models.kv_cache import State
 from unislu_llm.models.saved import Base, Description, Kind
-from unislu_llm.models.sequence import places
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import UnifiedTokenizer
 
@@ -79,12 +78,10 @@ class SLUModel(nn.Module, ABC):
         """:meth:`step` by `input_ids`."""
 
     @abstractmethod
-    def token_counts(self, n_samples: int, n_target: int,
-                     n_hypothesis: int = 0) -> tuple[int, int]:
-        """Tokens of speech and of text that a clip is for the decoder: what batches are planned by.
+    def token_counts(self, n_samples: int, n_target: int, n_hypothesis: int = 0) -> tuple[int, int]:
+        """Tokens of speech and of text that a clip is for the decoder: batches are planned by them.
 
-        By samples at 16 kHz, ids of the target, of which the last is not read, and ids of the
-        hypothesis and of the text before it.
+        Of samples at 16 kHz, ids of the target, and ids of the hypothesis and its prompt.
         """
 
     @classmethod
@@ -94,12 +91,8 @@ class SLUModel(nn.Module, ABC):
               bases: Mapping[str, Base] | None = None) -> Self:
         """Resolve the checkpoints that `config` names and put the model together, untrained.
 
-        Args:
-            config: what it is made of.
-            registry: its tasks.
-            dtype: of frozen weights; what trains is fp32.
-            ctc_tokens: ids that a `ctc` projector predicts, where known.
-            bases: checkpoints that weights to be loaded were trained on; others are warned of.
+        Frozen weights are of `dtype`, what trains is fp32. `bases` are the checkpoints that weights
+        to be loaded were trained on: others are warned of.
         """
 
     # ---- shared -----------------------------------------------------------------------------
@@ -114,7 +107,7 @@ class SLUModel(nn.Module, ABC):
         return self(batch)
 
     def step(self, state: State, ids: Tensor, valid: Tensor | None = None) -> Tensor:
-        """Read tokens `(rows, n)`, of which `valid` count (all), into `state`, which is changed.
+        """Read tokens `(rows, n)`, of which `valid` (all) count, into `state`.
 
         Returns hidden states `(rows, n, dim)`, for :meth:`logits`.
         """
@@ -155,8 +148,7 @@ class SLUModel(nn.Module, ABC):
         # DDP waits until every parameter has a gradient, but a micro-batch without audio does not
         # use the encoder, and the objective `ctc` not the LLM. FSDP waits for nothing, and its
         # sharded parameters cannot be added to plain tensors. Each sum has a zero of its own: the
-        # gradients of `0 * sum` are views of one number, and two scalar parameters would share it
-        # when the next micro-batch adds to theirs.
+        # gradients of `0 * sum` are views of one number, which two parameters would share.
         sums = [0.0 * p.sum() for p in self.parameters()
                 if p.requires_grad and not hasattr(p, "placements")]
         return losses + torch.stack(sums).sum() if sums else losses
@@ -177,11 +169,7 @@ class SLUModel(nn.Module, ABC):
         return groups
 
     def select_groups(self, names: Sequence[str]) -> None:
-        """Freeze parameter groups that are not named; no name leaves all as they are.
-
-        Raises:
-            UserError: a group that does not train in this model.
-        """
+        """Freeze groups that are not named (no name: none); UserError: a name that none has."""
         groups = self.trainable_groups()
         if unknown := [name for name in names if name not in groups]:
             raise UserError(f"train.groups: '{unknown[0]}' does not train in this model; groups: "
@@ -196,19 +184,21 @@ class SLUModel(nn.Module, ABC):
         if self.encoder is not None:
             self.encoder.train(mode)
         for part in self._frozen:
-            # transformers computes activations again in train mode alone; the name of the flag
-            # varies by its release.
+            # transformers computes activations again in train mode alone.
             if not any(getattr(m, "gradient_checkpointing", False) for m in part.modules()):
                 part.eval()
         return self
 
     def enable_gradient_checkpointing(self) -> None:
         """Compute activations again in the backward pass instead of keeping them."""
-        # Only the non-reentrant kind lets frozen inputs in and works under DDP.
-        options: Any = {"gradient_checkpointing_kwargs": {"use_reentrant": False}}
-        self.lm.gradient_checkpointing_enable(**options)
+        parts = [self.lm]
         if self.encoder is not None and self.encoder.mode != "frozen":
-            self.encoder.whisper.gradient_checkpointing_enable(**options)
+            parts.append(self.encoder.whisper)
+        for part in parts:
+            # transformers has renamed it. Only the non-reentrant kind lets frozen inputs in and
+            # works under DDP.
+            enable = getattr(part, "activation_checkpointing_enable", None)
+            (enable or part.gradient_checkpointing_enable)({"use_reentrant": False})
 
     def _finish(self) -> None:
         """Last step of a constructor: note what can train, and give it fp32 on any base."""
@@ -226,8 +216,7 @@ class SLUModel(nn.Module, ABC):
 
     def save_pretrained(self, folder: str | os.PathLike[str],
                         state: Mapping[str, Tensor] | None = None) -> None:
-        """Write a folder; `state` are weights gathered from shards, default :meth:`trained_state`.
-        """
+        """Write a folder; `state` is :meth:`trained_state` gathered from shards, if it was."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = self.trained_state() if state is None else dict(state)
@@ -261,18 +250,3 @@ class SLUModel(nn.Module, ABC):
             for name, value in state.items():
                 own[name].copy_(value)
         return sorted(missing)
-
-    @classmethod
-    def from_pretrained(cls, folder: str | os.PathLike[str],
-                        dtype: torch.dtype = torch.float32) -> Self:
-        """Load a saved model of this kind, in eval mode; :func:`unislu_llm.models.load` takes any.
-
-        Raises:
-            UserError: not such a folder, or a base checkpoint that cannot be had.
-        """
-        saved = Description.read(folder)
-        if saved.model_type != cls.kind:
-            raise UserError(f"{folder}: model_type '{saved.model_type}' is not '{cls.kind}'")
-        model = cls.build(saved.model, saved.registry(folder), dtype, saved.ctc_tokens, saved.bases)
-        model.load_trained(folder)
-        return model.eval()

@@ -28,12 +28,7 @@ BLANK = 0
 
 
 class CtcVocabulary:
-    """Classes of CTC: 0 is blank, token i is class i + 1.
-
-    Args:
-        token_ids: in the LLM's vocabulary, ascending.
-        tokenizer: the LLM's.
-    """
+    """Classes of CTC: 0 is blank, the LLM's token `token_ids[i]` is class i + 1."""
 
     def __init__(self, token_ids: Sequence[int], tokenizer: UnifiedTokenizer) -> None:
         self.token_ids, self._tokenizer = tuple(token_ids), tokenizer
@@ -43,11 +38,7 @@ class CtcVocabulary:
 
     @classmethod
     def learn(cls, texts: Iterable[str], tokenizer: UnifiedTokenizer) -> CtcVocabulary:
-        """The tokens of training transcripts, and their letters.
-
-        Raises:
-            UserError: no text.
-        """
+        """The tokens of training transcripts, and their letters; UserError without a text."""
         found = {i for text in texts for i in tokenizer.text_ids(text)}
         if not found:
             raise UserError("no transcript to learn the CTC vocabulary from")
@@ -83,7 +74,7 @@ class CtcBlock(nn.Module):
 
     def __init__(self, dim: int, heads: int, dropout: float) -> None:
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.drop = heads, nn.Dropout(dropout)
         self.norm_conv, self.norm_attention = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.norm_mlp = nn.LayerNorm(dim)
         self.conv = nn.Conv1d(dim, dim, 5, padding=2, groups=dim)
@@ -94,25 +85,18 @@ class CtcBlock(nn.Module):
     def forward(self, x: Tensor, outside: Tensor, bias: Tensor | None) -> Tensor:
         """`(batch, T, dim)` to the same; `outside`, `(batch, T, 1)` bool, is what is padding."""
         inside = self.norm_conv(x).masked_fill(outside, 0.0)
-        x = x + self._drop(F.gelu(self.conv(inside.transpose(1, 2))).transpose(1, 2))
+        x = x + self.drop(F.gelu(self.conv(inside.transpose(1, 2))).transpose(1, 2))
         qkv = self.qkv(self.norm_attention(x)).unflatten(-1, (3, self.heads, -1))
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         # Under autocast the queries are in another dtype than the states.
         mask = None if bias is None else bias.to(q.dtype)
         seen = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        x = x + self._drop(self.out(seen.transpose(1, 2).flatten(2)))
-        return x + self._drop(self.down(F.gelu(self.up(self.norm_mlp(x)))))
-
-    def _drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training)
+        x = x + self.drop(self.out(seen.transpose(1, 2).flatten(2)))
+        return x + self.drop(self.down(F.gelu(self.up(self.norm_mlp(x)))))
 
 
 class CTCProjector(Projector):
-    """Frames to posteriors over the LLM's tokens, to a mixture of its embeddings.
-
-    The LLM's embedding module and the vocabulary come by :meth:`attach`; the module is referred to,
-    never copied or saved.
-    """
+    """Frames to posteriors over the LLM's tokens, to a mixture of its embeddings."""
 
     def __init__(self, in_dim: int, out_dim: int, scale: float,
                  stack: Positive = 3,  # frames a CTC frame; 3 gives 16.7 Hz
@@ -142,7 +126,8 @@ class CTCProjector(Projector):
 
     def attach(self, embeddings: nn.Module, token_ids: Sequence[int]) -> None:
         """Give the projector the LLM's input embedding, and the ids of classes 1 and up."""
-        self._embeddings = (embeddings,)  # in a tuple, so that it does not become a submodule
+        # In a tuple it does not become a submodule, is neither copied nor saved.
+        self._embeddings = (embeddings,)
         self.token_ids = tuple(int(i) for i in token_ids)
         self._ids = torch.tensor(self.token_ids, dtype=torch.long, device=self.blank.device)
 
@@ -198,18 +183,14 @@ class CTCProjector(Projector):
         What is dropped is a hard decision, without gradient; the mixture is differentiable. A clip
         without any frame left keeps the one that is least blank.
 
-        Args:
-            logits: `(batch, T_ctc, 1 + V)`; log-posteriors will do.
-            lengths: valid CTC frames of each.
-            residual: `(batch, T_ctc, H)`, averaged and added likewise.
+        Logits are `(batch, T_ctc, 1 + V)` (log-posteriors will do), of which `lengths` count. A
+        `residual` `(batch, T_ctc, H)` is averaged likewise and added.
         """
         logits = logits.float()
         # Log-odds of blank do not saturate, as its posterior does near one.
         odds = logits[..., BLANK] - logits[..., 1:].logsumexp(-1)
-        with torch.no_grad():
-            run, first = self._runs(logits, lengths, odds)
-            # How many positions there are depends on the data: the one wait for the device.
-            run, first = run.cpu(), first.cpu()
+        # How many positions there are depends on the data: the one wait for the device.
+        run, first = (found.cpu() for found in self._runs(logits, lengths, odds))
         counts = tuple(first.sum(-1).tolist())
         places = (run.flatten() >= 0).nonzero()[:, 0]
         runs = run.flatten()[places].to(logits.device, non_blocking=True)
@@ -232,9 +213,9 @@ class CTCProjector(Projector):
             mixed = mixed + summed(share * extra)
         return Projected(pad_sequence(list(mixed.split(list(counts))), batch_first=True), counts)
 
+    @torch.no_grad()
     def _runs(self, logits: Tensor, lengths: Sequence[int], odds: Tensor) -> tuple[Tensor, Tensor]:
-        """Number of the run `(batch, T)` that each frame is in, -1 where dropped; which start one.
-        """
+        """The run that each frame is in, -1 where dropped, and which start one: `(batch, T)`."""
         inside = valid_mask(lengths, logits.shape[1], logits.device)
         keep = inside & (odds < 0)
         least = F.one_hot(odds.masked_fill(~inside, torch.inf).argmin(-1), odds.shape[1]).bool()

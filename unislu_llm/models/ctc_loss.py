@@ -41,20 +41,16 @@ def sample_classes(own: Sequence[int], size: int, samples: int) -> tuple[Tensor,
 
 
 def ctc_loss(states: Tensor, lengths: Sequence[int], targets: Sequence[Sequence[int]],
-             logits: Callable[[Tensor, Tensor], Tensor], size: int,
-             samples: int = SAMPLES) -> Tensor:
-    """CTC of each clip with a sampled softmax; exact where the sample is everything.
+             logits: Callable[[Tensor, Tensor], Tensor], size: int, samples: int) -> Tensor:
+    """CTC `(batch,)` in nats with a sampled softmax; exact where the sample is everything.
+
+    Zero where a target has more tokens than its frames hold.
 
     Args:
-        states: `(batch, T, hidden)`.
-        lengths: valid states of each.
-        targets: classes 1 .. size of each clip.
+        states: `(batch, T, hidden)`, of which `lengths` count.
+        targets: classes 1 .. `size` of each clip.
         logits: `(states, classes (m,)) -> (batch, T, 1 + m)`, as :meth:`CTCProjector.logits`.
-        size: of the vocabulary.
         samples: classes beside the batch's own that enter the normalizer.
-
-    Returns:
-        `(batch,)` in nats, zero where a target has more tokens than its frames hold.
     """
     device, own = states.device, sorted({c for row in targets for c in row})
     classes, logs = sample_classes(own, size, samples)

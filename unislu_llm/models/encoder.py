@@ -46,15 +46,7 @@ def attention_bias(lengths: Sequence[int], size: int, dtype: torch.dtype,
 
 
 class SpeechEncoder(nn.Module):
-    """Log-mel to encoder frames with one of Whisper's encoders.
-
-    Args:
-        whisper: the encoder module, any size.
-        config: what trains (`encoder_mode`), and `pad_to_30s`.
-
-    Raises:
-        UserError: more top layers than the encoder has.
-    """
+    """Log-mel to encoder frames; UserError: it has fewer layers than are to train."""
 
     def __init__(self, whisper: WhisperEncoder, config: ModelConfig) -> None:
         super().__init__()

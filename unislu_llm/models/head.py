@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -27,13 +28,9 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
 
 
 def token_losses(model: Any, hidden: Tensor, targets: Tensor, chunk: int = 0) -> Tensor:
-    """Cross-entropy of each position, `(positions,)` nats in fp32; logits are never kept.
+    """Cross-entropy `(positions,)`, in nats and fp32, of targets `(positions,)`.
 
-    Args:
-        model: with `get_output_embeddings`.
-        hidden: `(positions, dim)`.
-        targets: `(positions,)`.
-        chunk: positions at a time; 0: what fits.
+    By hidden states `(positions, dim)`, `chunk` at a time (0: what fits); logits are never kept.
     """
 
     # The logits of a batch would be the largest tensor of a step: positions times a vocabulary of
@@ -48,3 +45,11 @@ def token_losses(model: Any, hidden: Tensor, targets: Tensor, chunk: int = 0) ->
     keep = len(hidden) <= chunk or not torch.is_grad_enabled()
     return torch.cat([losses(h, t) if keep else checkpoint(losses, h, t, use_reentrant=False)
                       for h, t in zip(hidden.split(chunk), targets.split(chunk), strict=True)])
+
+
+def places(lengths: Sequence[int], width: int, device: torch.device,
+           starts: Sequence[int] | None = None) -> Tensor:
+    """Flat indices of `lengths[i]` positions from `starts[i]` (0) on in rows of `width`."""
+    begins = [i * width + (starts[i] if starts else 0) for i in range(len(lengths))]
+    index = [torch.arange(begin, begin + n) for begin, n in zip(begins, lengths, strict=True)]
+    return torch.cat(index).to(device, non_blocking=True)

@@ -33,8 +33,7 @@ class State:
         return len(self.mask)
 
     def append(self, valid: Tensor) -> Tensor:
-        """Note that tokens `(rows, n)` come, of which `valid` count; positions `(rows, n)` of all.
-        """
+        """Note that tokens `(rows, n)` come, of which `valid` count; their positions."""
         positions = (self.mask.sum(-1, keepdim=True) + valid.cumsum(-1) - 1).clamp(min=0)
         self.mask = torch.cat([self.mask, valid], dim=1)
         return positions

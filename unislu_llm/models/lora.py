@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from typing import Any, Literal
 
 import peft
@@ -16,20 +15,13 @@ from unislu_llm.errors import UserError
 
 def inject_lora(module: nn.Module, options: LoraConfig, what: str,
                 owner: nn.Module | None = None) -> None:
-    """Add trainable adapters to `module` in place; everything else in it is frozen.
-
-    Args:
-        module: Whisper's encoder or decoder, or the body of a causal LLM.
-        options: rank, scale, target layers.
-        what: name of the part, for messages.
-        owner: the model that `module` is a part of; default: itself.
+    """Add trainable adapters to `module`, a part of `owner`; everything else in it is frozen.
 
     Raises:
         UserError: a target matches no layer; the message lists what is there.
     """
-    names = Counter(name.rpartition(".")[2] for name, layer in module.named_modules()
-                    if isinstance(layer, nn.Linear))
-    layers = [name for name, _ in names.most_common()]
+    layers = list(dict.fromkeys(name.rpartition(".")[2] for name, layer in module.named_modules()
+                                if isinstance(layer, nn.Linear)))
     targets = layers if options.target_modules == ["all-linear"] else options.target_modules
     # PEFT would pass over a name that matches nothing beside one that does.
     missing = [name for name in targets if name not in layers]

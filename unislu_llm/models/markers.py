@@ -61,12 +61,10 @@ class MarkerHead(_Marked):
         hidden = hidden.contiguous()
         plain = self.base(hidden)
         marks = nn.functional.linear(hidden, self.rows.to(hidden.dtype)).to(plain.dtype)
-        last, size = self.first + len(self.rows), plain.shape[-1]
-        chunks = [plain[..., : self.first]]
-        if self.first > size:  # ids between the base's last row and the first marker are nobody's
-            gap = (*plain.shape[:-1], self.first - size)
-            chunks.append(plain.new_full(gap, torch.finfo(plain.dtype).min))
-        return torch.cat([*chunks, marks, plain[..., last:]], dim=-1)
+        gap, last = self.first - plain.shape[-1], self.first + len(self.rows)
+        if gap > 0:  # ids between the base's last row and the first marker are nobody's
+            plain = nn.functional.pad(plain, (0, gap), value=torch.finfo(plain.dtype).min)
+        return torch.cat([plain[..., : self.first], marks, plain[..., last:]], dim=-1)
 
 
 def install_markers(model: Any, tokenizer: UnifiedTokenizer) -> None:

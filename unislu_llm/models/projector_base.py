@@ -51,12 +51,10 @@ class Projector(nn.Module):
 
     def forward(self, frames: Tensor, lengths: Sequence[int], *,
                 transcribe: bool = False) -> Projected:
-        """Speech embeddings.
+        """Speech embeddings of frames `(batch, T_enc, D)` at 50 Hz.
 
-        Args:
-            frames: `(batch, T_enc, D)` at 50 Hz; what stands beyond the lengths does not matter.
-            lengths: valid frames of each.
-            transcribe: also give a greedy transcript, where the projector knows one.
+        What stands beyond the lengths does not matter. With `transcribe` come greedy transcripts,
+        where the projector knows them.
         """
         speech = self.norm(self.project(self._clean(frames, lengths), lengths))
         out = tuple(self.output_length(n) for n in lengths)

@@ -119,10 +119,9 @@ class QFormerProjector(Projector):
         blank = ~valid_mask(lengths, n_windows * self.window).reshape(rows, self.window)
         # A window of nothing but padding attends to it: no NaN, and its result is not used.
         blank = blank & ~blank.all(-1, keepdim=True)
-        bias = torch.zeros(blank.shape, dtype=x.dtype).masked_fill(blank, float("-inf"))
+        blank = blank.to(x.device, non_blocking=True)
         queries = self.queries.to(x.dtype).expand(rows, -1, -1)
-        out = self.decoder(queries, x,
-                           memory_key_padding_mask=bias.to(x.device, non_blocking=True))
+        out = self.decoder(queries, x, memory_key_padding_mask=blank)
         return self.proj(out).reshape(batch, n_windows * self.n_queries, -1)
 
 

@@ -7,10 +7,11 @@ be missing.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, WhisperModel
 from transformers import PreTrainedTokenizerBase as Tokenizer
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
@@ -31,24 +32,20 @@ from unislu_llm.models.markers import install_markers
 from unislu_llm.models.projector_base import Projected, Projector
 from unislu_llm.models.projectors import NONE, build_projector
 from unislu_llm.models.saved import Base
-from unislu_llm.models.sequence import Part, lay_out
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import UnifiedTokenizer
+
+Part = tuple[Tensor, Sequence[int]]
+"""Embeddings of one part of a prompt, `(batch, n, dim)` or `(1, n, dim)` where all rows have the
+same, and how many positions of each row count."""
 
 
 class SpeechLLM(SLUModel):
     """Speech in, unified text out, by a causal LLM.
 
-    Args:
-        config: what it is made of.
-        registry: its tasks.
-        whisper: encoder module of a Whisper model; None with the projector `none`.
-        llm: causal LM as transformers loads it; markers and LoRA are put into it here.
-        tokenizer: the LLM's; the markers are added to it.
-        ctc_tokens: ids that a `ctc` projector predicts.
-
-    Raises:
-        UserError: settings that do not fit each other.
+    `whisper` is the encoder of a Whisper model; None with the projector `none`. The LLM, as
+    transformers loads it, gets markers and LoRA here, its tokenizer the markers. Settings that do
+    not fit each other are a `UserError`.
     """
 
     kind = "speech_llm"
@@ -106,8 +103,6 @@ class SpeechLLM(SLUModel):
         model.bases = found
         return model
 
-    # ---- a ctc projector --------------------------------------------------------------------
-
     def _ctc(self) -> CTCProjector:
         if not isinstance(self.projector, CTCProjector):
             raise UserError("only the projector ctc has CTC; set model.projector ctc")
@@ -140,8 +135,6 @@ class SpeechLLM(SLUModel):
         logits, lengths = self._ctc_logits(batch)
         return [row[:n].log_softmax(-1) for row, n in zip(logits, lengths, strict=True)]
 
-    # ---- what it reads ----------------------------------------------------------------------
-
     @property
     def lm(self) -> Any:
         return self.llm
@@ -152,8 +145,7 @@ class SpeechLLM(SLUModel):
                         hypothesis_prompt=prompt, listens=self.listens,
                         ctc_vocabulary=self.ctc_vocabulary)
 
-    def token_counts(self, n_samples: int, n_target: int,
-                     n_hypothesis: int = 0) -> tuple[int, int]:
+    def token_counts(self, n_samples: int, n_target: int, n_hypothesis: int = 0) -> tuple[int, int]:
         frames = encoder_length(mel_length(n_samples))
         speech = self.projector.output_length(frames) if self.projector is not None else 0
         return speech, len(self.prefix) + n_hypothesis + len(self.suffix) + n_target - 1
@@ -207,8 +199,6 @@ class SpeechLLM(SLUModel):
             parts.append((embed(batch.hypothesis_ids), batch.hypothesis_lengths))
         return [*parts, (suffix, [len(self.suffix)] * len(batch))]
 
-    # ---- decoding ---------------------------------------------------------------------------
-
     def prefill(self, batch: Batch) -> State:
         speech, read = self.speech(batch, transcribe=True), None
         embeds, totals = lay_out(self._prompt(batch, speech), "left")
@@ -235,3 +225,25 @@ def _embedding_rms(embeddings: Any) -> float:
     size = len(embeddings.weight)
     ids = torch.arange(0, size, max(1, size // 4096), device=embeddings.weight.device)
     return float(embeddings(ids).float().pow(2).mean().sqrt())
+
+
+def lay_out(parts: Sequence[Part], padding: Literal["left", "right"]) -> tuple[Tensor, list[int]]:
+    """Parts of every row end to end, `(batch, length, dim)`, and how many positions count."""
+    # The positions of a batch are one gather from a table of all parts, whose index is made on the
+    # CPU. Cutting and joining row by row would cost a kernel for each part of each row, and in the
+    # backward pass a tensor of the whole part for each cut.
+    rows = []
+    for i in range(len(parts[0][1])):
+        pieces, offset = [], 1
+        for embeddings, lengths in parts:
+            count, size = embeddings.shape[:2]
+            begin = offset + (i * size if count > 1 else 0)
+            pieces.append(torch.arange(begin, begin + lengths[i]))
+            offset += count * size
+        rows.append(torch.cat(pieces))
+    # Padding points to the row of zeros that the table begins with.
+    index = pad_sequence(rows, batch_first=True, padding_side=padding)
+    zeros = parts[0][0].new_zeros(1, parts[0][0].shape[-1])
+    table = torch.cat([zeros, *(embeddings.flatten(0, 1) for embeddings, _ in parts)])
+    laid = table.index_select(0, index.flatten().to(table.device, non_blocking=True))
+    return laid.view(*index.shape, -1), [len(row) for row in rows]

@@ -28,24 +28,17 @@ from unislu_llm.tokenizer import UnifiedTokenizer
 
 
 class WhisperSLU(SLUModel):
-    """Whisper that emits the unified format.
+    """Whisper that emits the unified format, with markers (and adapters) put into it here.
 
-    Args:
-        config: what it is made of; settings of an LLM do not concern it.
-        registry: its tasks.
-        whisper: the whole model; markers (and adapters) are put into it here.
-        tokenizer: Whisper's; the markers are added to it.
-
-    Raises:
-        UserError: settings that do not fit it.
+    Settings that do not fit it are a `UserError`.
     """
 
     kind = "whisper_slu"
 
-    def __init__(self, config: ModelConfig, registry: TaskRegistry, whisper: Whisper,
+    def __init__(self, config: ModelConfig, registry: TaskRegistry, whisper: Any,
                  tokenizer: PreTrainedTokenizerBase) -> None:
-        end: Any = whisper.config.eos_token_id
-        super().__init__(config, UnifiedTokenizer(tokenizer, registry, eos_id=int(end)))
+        end = int(whisper.config.eos_token_id)
+        super().__init__(config, UnifiedTokenizer(tokenizer, registry, eos_id=end))
         if config.hypothesis != "none" or config.projector == NONE:
             raise UserError("model.hypothesis and model.projector none are for an LLM (kind "
                             "speech_llm): Whisper's decoder listens, and reads no hypothesis")
@@ -85,8 +78,7 @@ class WhisperSLU(SLUModel):
     def lm(self) -> Any:
         return self.whisper
 
-    def token_counts(self, n_samples: int, n_target: int,
-                     n_hypothesis: int = 0) -> tuple[int, int]:
+    def token_counts(self, n_samples: int, n_target: int, n_hypothesis: int = 0) -> tuple[int, int]:
         """Speech counts as encoder frames, which the decoder attends to as they are."""
         return encoder_length(mel_length(n_samples)), len(self.prompt) + n_target - 1
 
