@@ -100,25 +100,18 @@ def test_prompt_is_written_in_the_models_own_tokens(preset: Path) -> None:
 
 
 @each_preset
-def test_two_steps_train_what_should_train_and_nothing_else(preset: Path) -> None:
+def test_what_should_train_gets_a_gradient_and_nothing_else(preset: Path) -> None:
     model = build(preset)[0].train()
-    batch, groups = make_batch(model, SHORT), model.trainable_groups()
+    groups = model.trainable_groups()
     assert set(groups) == {"projector", "lora", "markers"}
     targets, layers = model.config.lora.target_modules, model.llm.config.num_hidden_layers
     assert len(groups["lora"]) == 2 * len(targets) * layers
     assert all(name.startswith("llm.") for name, _ in groups["lora"])
-    trainable = {name: p for group in groups.values() for name, p in group}
-    frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
-    optimizer = torch.optim.AdamW(trainable.values(), lr=1e-5)
-    for _ in range(2):
-        losses, gradients = losses_and_gradients(model, batch)
-        assert set(gradients) == set(trainable)
-        assert losses.isfinite().all()
-        optimizer.step()
-    # In the first step lora_A had no gradient, behind a lora_B of zeros.
-    assert all(gradient.any() for gradient in gradients.values())
-    now = dict(model.named_parameters())
-    assert [name for name, value in frozen.items() if not torch.equal(value, now[name])] == []
+    losses, gradients = losses_and_gradients(model, make_batch(model, SHORT))
+    assert losses.isfinite().all()
+    assert set(gradients) == {name for group in groups.values() for name, _ in group}
+    # At first lora_A has none, behind a lora_B of zeros.
+    assert all(g.any() != (".lora_A." in name) for name, g in gradients.items())
 
 
 @each_preset

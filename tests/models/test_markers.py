@@ -45,23 +45,13 @@ def test_rows_start_at_the_mean_of_their_words_and_tied_stay_tied(tied: bool) ->
 
 @pytest.mark.parametrize("arch", ["llama", "gemma3_text"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_rows_train_and_the_base_does_not(arch: str, tied: bool) -> None:
+def test_rows_get_gradients_and_the_base_does_not(arch: str, tied: bool) -> None:
     model, tokenizer, embedding, _ = install(arch, tied)
-    before = {name: p.detach().clone() for name, p in model.named_parameters()}
-    trained = [p for p in model.parameters() if p.requires_grad]
-    assert [p.shape for p in trained] == [(N, 32)] * (1 if tied else 2), "gradients are as small"
     ids = torch.tensor([[5, *tokenizer.marker_ids.values(), 9]])
-    optimizer, losses = torch.optim.AdamW(trained, lr=0.1, weight_decay=0.1), []
-    for _ in range(5):
-        loss = F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:])
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(float(loss.detach()))
-    assert losses[-1] < losses[0]
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, before[name]) != name.endswith(".rows"), name
-        assert (parameter.grad is not None) == name.endswith(".rows"), name
+    F.cross_entropy(model(input_ids=ids).logits[0, :-1], ids[0, 1:]).backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert all(name.endswith(".rows") for name in found)
+    assert [g.shape for g in found.values()] == [(N, 32)] * (1 if tied else 2), "they are small"
     assert embedding.rows.grad is not None
     assert embedding.rows.grad.any(-1).all(), "every marker learns"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,28 +11,19 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from tests.models.common import (
-    LORA,
-    ROWS,
-    SHORT,
-    SPREAD,
-    greedy,
-    losses_and_gradients,
-    make_batch,
-    singles,
-)
+from tests.models import common
+from tests.models.common import LORA, ROWS, SHORT, SPREAD, greedy, make_batch, singles
+from tests.tiny import make_speech_llm, make_tokenizer, make_whisper_slu
 from unislu_llm.config import ModelConfig
 from unislu_llm.data import audio
 from unislu_llm.errors import UserError
 from unislu_llm.loss import NO_PART, weighted_loss
-from unislu_llm.models.base import SLUModel
 from unislu_llm.models.encoder import valid_mask
 from unislu_llm.models.whisper_slu import WhisperSLU
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import Example
 from unislu_llm.utterance import Utterance
 
-Build = Callable[..., SLUModel]
 VARIANTS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama untied": {"tied": False},
@@ -51,65 +41,53 @@ EVERY = pytest.mark.parametrize("variant", VARIANTS)
 BOTH = pytest.mark.parametrize("variant", ["llama with a prompt", "whisper"])
 
 
-@pytest.fixture
-def build(tiny_speech_llm: Build, tiny_whisper_slu: Build) -> Build:
+def build(variant: str, **more: Any) -> Any:
     """Build a variant; LoRA is moved from its start at zero, so that it counts."""
-
-    def made(variant: str, **more: Any) -> SLUModel:
-        factory = tiny_whisper_slu if variant.startswith("whisper") else tiny_speech_llm
-        model = factory(**{"whisper_options": SPREAD} | VARIANTS[variant] | more)
-        torch.manual_seed(7)
-        with torch.no_grad():
-            for name, parameter in model.named_parameters():
-                if ".lora_B." in name:
-                    parameter.normal_(std=0.1)
-        return model
-
-    return made
+    factory: Any = make_whisper_slu if variant.startswith("whisper") else make_speech_llm
+    model = factory(**{"whisper_options": SPREAD} | VARIANTS[variant] | more)
+    torch.manual_seed(7)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".lora_B." in name:
+                parameter.normal_(std=0.1)
+    return model
 
 
-# Losses
-
-
-@EVERY
-@torch.no_grad()
-def test_batched_losses_equal_serial_at_very_unequal_lengths(build: Build, variant: str) -> None:
-    model = build(variant)
-    batch = make_batch(model)
-    losses = model.losses(batch)
-    assert losses.shape == batch.target_ids.shape
-    assert losses.dtype == torch.float32
-    assert not losses[batch.target_parts == NO_PART].any(), "zero at padding"
-    assert (losses[batch.target_parts != NO_PART] > 0).all()
-    for i, single in enumerate(singles(model)):
-        alone = model.losses(single)[0]
-        torch.testing.assert_close(losses[i, :len(alone)], alone, rtol=0, atol=1e-4)
+# ---- losses
 
 
 @EVERY
 @pytest.mark.parametrize("garbage", [1e4, math.nan])
-def test_garbage_in_padding_changes_nothing(build: Build, variant: str, garbage: float) -> None:
+def test_batched_losses_equal_serial_whatever_is_in_the_padding(variant: str,
+                                                                garbage: float) -> None:
     """Neither the mel's nor the targets' padding reaches losses or gradients."""
     model = build(variant, encoder_mode="full")
     batch = make_batch(model)
+    losses, gradients = common.losses_and_gradients(model, batch)
+    assert losses.shape == batch.target_ids.shape
+    assert losses.dtype == torch.float32
+    assert torch.equal(losses > 0, batch.target_parts != NO_PART), "zero at padding"
     assert batch.mel is not None
     outside = ~valid_mask(batch.speech_lengths, batch.mel.shape[-1])[:, None]
     junk = torch.randint(len(model.tokenizer.base), batch.target_ids.shape,
                          generator=torch.Generator().manual_seed(1))
     ids = torch.where(batch.target_parts == NO_PART, junk, batch.target_ids)
     dirty = replace(batch, mel=batch.mel.masked_fill(outside, garbage), target_ids=ids)
-    expected, gradients = losses_and_gradients(model, batch)
-    losses, dirty_gradients = losses_and_gradients(model, dirty)
-    assert torch.equal(losses, expected)
+    same, same_gradients = common.losses_and_gradients(model, dirty)
+    assert torch.equal(same, losses)
     for name, gradient in gradients.items():
-        assert torch.equal(dirty_gradients[name], gradient), name
+        assert torch.equal(same_gradients[name], gradient), name
+    for i, single in enumerate(singles(model)):
+        with torch.no_grad():
+            alone = model.losses(single)[0]
+        torch.testing.assert_close(losses[i, :len(alone)], alone, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize("variant", [name for name in VARIANTS if "whisper" not in name])
 @torch.no_grad()
-def test_llm_losses_equal_its_own_logits(build: Build, variant: str) -> None:
+def test_llm_losses_equal_its_own_logits(variant: str) -> None:
     """One example, put together by hand: `[prefix][speech][suffix][target]` through the LLM."""
-    model: Any = build(variant)
+    model = build(variant)
     for batch in singles(model):
         speech = model.speech(batch)
         assert speech.lengths == (speech.embeddings.shape[1],)
@@ -127,9 +105,9 @@ def test_llm_losses_equal_its_own_logits(build: Build, variant: str) -> None:
 
 @pytest.mark.parametrize("pad_to_30s", [True, False])
 @torch.no_grad()
-def test_whisper_losses_equal_transformers_own(build: Build, pad_to_30s: bool) -> None:
+def test_whisper_losses_equal_transformers_own(pad_to_30s: bool) -> None:
     """At 30 s of the mel as it is; at natural length one clip needs no mask either."""
-    model: Any = build("whisper", pad_to_30s=pad_to_30s)
+    model = build("whisper", pad_to_30s=pad_to_30s)
     names = ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
     prompt = model.tokenizer.base.convert_tokens_to_ids(names)
     assert model.prompt == prompt
@@ -148,9 +126,9 @@ def test_whisper_losses_equal_transformers_own(build: Build, pad_to_30s: bool) -
 
 @BOTH
 @torch.no_grad()
-def test_cached_frames_are_as_good_as_audio(build: Build, variant: str) -> None:
+def test_cached_frames_are_as_good_as_audio(variant: str) -> None:
     for padded in (False, True):
-        model: Any = build(variant, pad_to_30s=padded, encoder_mode="frozen")
+        model = build(variant, pad_to_30s=padded, encoder_mode="frozen")
         batch = make_batch(model, SHORT)
         frames, lengths = model.encoder(batch.mel, batch.speech_lengths)
         cached = replace(batch, kind="frames", mel=None, frames=frames, speech_lengths=lengths)
@@ -160,8 +138,8 @@ def test_cached_frames_are_as_good_as_audio(build: Build, variant: str) -> None:
                                    rtol=1e-4, atol=1e-4)
 
 
-def test_a_target_beyond_whispers_positions_is_refused(tiny_whisper_slu: Build) -> None:
-    model = tiny_whisper_slu(whisper_options={"max_target_positions": 20})
+def test_a_target_beyond_whispers_positions_is_refused() -> None:
+    model = make_whisper_slu(whisper_options={"max_target_positions": 20})
     long = [(1.0, "the council met in paris on monday " * 3, {}, None)]
     with pytest.raises(UserError, match=r"does not fit Whisper's 20 positions"):
         model.losses(make_batch(model, long))
@@ -194,7 +172,7 @@ TRAINED: dict[str, tuple[str, dict[str, Any], set[str]]] = {
 
 
 @pytest.mark.parametrize("case", TRAINED)
-def test_a_step_moves_what_trains_and_nothing_else(build: Build, case: str) -> None:
+def test_a_step_moves_what_trains_and_nothing_else(case: str) -> None:
     variant, settings, groups = TRAINED[case]
     model = build(variant, **settings).train()
     batch = make_batch(model, SHORT)
@@ -221,8 +199,8 @@ def test_a_step_moves_what_trains_and_nothing_else(build: Build, case: str) -> N
     assert losses[-1] < losses[0], "training lowers the loss"
 
 
-def test_groups_that_are_not_named_are_frozen(tiny_speech_llm: Build) -> None:
-    model = tiny_speech_llm()
+def test_groups_that_are_not_named_are_frozen() -> None:
+    model = make_speech_llm()
     model.select_groups([])
     assert set(model.trainable_groups()) == {"projector", "lora", "markers"}
     with pytest.raises(UserError, match=r"'marker' does not train .* did you mean 'markers'"):
@@ -233,32 +211,30 @@ def test_groups_that_are_not_named_are_frozen(tiny_speech_llm: Build) -> None:
     assert set(model.trained_state()) == saved, "what a stage has frozen was trained all the same"
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")  # transformers renames its checkpointing
-def test_frozen_parts_stay_in_eval_mode(tiny_speech_llm: Build, tiny_whisper_slu: Build) -> None:
-    align: Any = tiny_speech_llm(lora=None).train()
+def test_frozen_parts_stay_in_eval_mode() -> None:
+    align: Any = make_speech_llm(lora=None).train()
     assert align.projector.training
     assert not any(m.training for m in [*align.encoder.modules(), *align.llm.modules()])
-    adapt: Any = tiny_speech_llm().train()
-    assert adapt.llm.training
-    assert not adapt.encoder.training
     align.enable_gradient_checkpointing()
     assert align.train().llm.training, "transformers checkpoints in train mode alone"
-    markers: Any = tiny_whisper_slu(decoder_mode="frozen", encoder_mode="frozen").train()
+    adapt: Any = make_speech_llm().train()
+    assert (adapt.llm.training, adapt.encoder.training) == (True, False)
+    markers: Any = make_whisper_slu(decoder_mode="frozen", encoder_mode="frozen").train()
     whisper = markers.whisper.model
     assert not any(m.training for m in whisper.modules() if m is not whisper)
-    full: Any = tiny_whisper_slu(decoder_mode="full", encoder_mode="frozen").train()
+    full: Any = make_whisper_slu(decoder_mode="full", encoder_mode="frozen").train()
     assert full.whisper.model.decoder.training
     assert not any(m.training for m in full.whisper.model.encoder.modules())
     assert not any(m.training for m in full.eval().modules())
 
 
-@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.filterwarnings("error::FutureWarning")  # of names that transformers gives up
 @BOTH
-def test_gradient_checkpointing_changes_no_gradient(build: Build, variant: str) -> None:
+def test_gradient_checkpointing_changes_no_gradient(variant: str) -> None:
     """Whatever other batch goes through the model between a forward pass and its backward pass."""
-    model: Any = build(variant, encoder_mode="full").train()
+    model = build(variant, encoder_mode="full").train()
     batch, other = make_batch(model, SHORT), make_batch(model, [ROWS[2], ROWS[0], ROWS[2]])
-    losses, gradients = losses_and_gradients(model, batch)
+    losses, gradients = common.losses_and_gradients(model, batch)
     model.enable_gradient_checkpointing()
     model.train()
     model.zero_grad()
@@ -273,19 +249,19 @@ def test_gradient_checkpointing_changes_no_gradient(build: Build, variant: str) 
 
 
 @BOTH
-def test_bf16_is_close_to_fp32(build: Build, variant: str) -> None:
+def test_bf16_is_close_to_fp32(variant: str) -> None:
     """Frozen weights in bf16, what trains in fp32 under autocast; decoding needs no autocast."""
     whisper = {"decoder_mode": "lora", "encoder_mode": "frozen"} if variant == "whisper" else {}
     model = build(variant, lora=LORA, **whisper)
     batch = make_batch(model, SHORT)
-    expected, _ = losses_and_gradients(model, batch)
+    expected, _ = common.losses_and_gradients(model, batch)
     if variant != "whisper":
         for parameter in model.parameters():
             if not parameter.requires_grad:
                 parameter.data = parameter.data.bfloat16()
         model.lm.set_attn_implementation("eager")  # as training on a CPU does
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        losses, gradients = losses_and_gradients(model, batch)
+        losses, gradients = common.losses_and_gradients(model, batch)
     assert losses.dtype == torch.float32
     counts = batch.target_parts != NO_PART
     assert float(losses[counts].mean()) == pytest.approx(float(expected[counts].mean()), rel=0.05)
@@ -293,22 +269,19 @@ def test_bf16_is_close_to_fp32(build: Build, variant: str) -> None:
     assert all(greedy(model, batch, 3))
 
 
-def test_eager_attention_changes_no_loss(build: Build) -> None:
+def test_eager_attention_changes_no_loss() -> None:
     model = build("gemma3")
     batch = make_batch(model, SHORT)
-    losses, _ = losses_and_gradients(model, batch)
+    losses = model.losses(batch)
     model.lm.set_attn_implementation("eager")
-    torch.testing.assert_close(losses_and_gradients(model, batch)[0], losses, rtol=0, atol=1e-4)
-
-
-ALL_LLM = {"target_modules": ["q_proj", "o_proj"]}
+    torch.testing.assert_close(model.losses(batch), losses, rtol=0, atol=1e-4)
 
 
 @pytest.mark.parametrize(("variant", "settings", "message"), [
     ("llama", {"lora": {"target_modules": ["q_proj", "qkv"]}},
      r"\['qkv'\] match no .* of the LLM.*gate_proj"),
     ("llama", {"lora": {"target_modules": []}}, r"match no linear layer of the LLM"),
-    ("whisper", {"decoder_mode": "lora", "lora": ALL_LLM},
+    ("whisper", {"decoder_mode": "lora", "lora": {"target_modules": ["q_proj", "o_proj"]}},
      r"\['o_proj'\] match no linear layer of the Whisper decoder.*out_proj"),
     ("whisper", {"decoder_mode": "lora", "lora": None}, r"model\.lora\.rank"),
     ("whisper", {"language": "xx"}, "language 'xx' is not one of Whisper's"),
@@ -316,8 +289,7 @@ ALL_LLM = {"target_modules": ["q_proj", "o_proj"]}
     ("whisper", {"projector": "none"}, r"model\.projector none .* for an LLM \(kind speech_llm\)"),
     ("llama", {"projector": "mpl"}, "did you mean 'mlp'"),
 ])
-def test_bad_settings_are_named(build: Build, variant: str, settings: dict[str, Any],
-                                message: str) -> None:
+def test_bad_settings_are_named(variant: str, settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build(variant, **settings)
 
@@ -326,19 +298,14 @@ def test_bad_settings_are_named(build: Build, variant: str, settings: dict[str, 
 
 
 @EVERY
-def test_batched_answers_equal_serial_token_for_token(build: Build, variant: str) -> None:
-    model = build(variant)
-    together = greedy(model, make_batch(model), 12)
-    assert together == [greedy(model, single, 12)[0] for single in singles(model)]
-    assert len(set(map(tuple, together))) > 1, "one answer to everything proves nothing"
-
-
-@EVERY
 @torch.no_grad()
-def test_decoding_foretells_what_training_supervises(build: Build, variant: str) -> None:
-    """The losses of a target are those of reading it token by token: same prompt and positions."""
+def test_batched_answers_equal_serial_and_foretell_what_training_supervises(variant: str) -> None:
     model = build(variant)
     batch = make_batch(model)
+    together = greedy(model, batch, 12)
+    assert together == [greedy(model, single, 12)[0] for single in singles(model)]
+    assert len(set(map(tuple, together))) > 1, "one answer to everything proves nothing"
+    # The losses of a target are those of reading it token by token: same prompt and positions.
     expected, state = model.losses(batch), model.prefill(batch)
     hidden = state.hidden
     for t in range(batch.target_ids.shape[1]):
@@ -352,7 +319,7 @@ def test_decoding_foretells_what_training_supervises(build: Build, variant: str)
 
 @pytest.mark.parametrize("variant", ["llama", "gemma3", "whisper"])
 @torch.no_grad()
-def test_copies_of_a_state_go_on_by_themselves(build: Build, variant: str) -> None:
+def test_copies_of_a_state_go_on_by_themselves(variant: str) -> None:
     """Rows taken several times and compacted foretell what the row alone would."""
     model = build(variant)
     draw = torch.Generator().manual_seed(0)
@@ -394,16 +361,13 @@ def test_whisper_base_still_transcribes_with_the_markers_installed() -> None:
         "them.")
 
 
-@torch.no_grad()
-def test_a_beginning_of_text_comes_first_where_the_tokenizer_wants_one(
-        tiny_speech_llm: Build, tiny_tokenizer: Callable[..., Any]) -> None:
-    tokenizer = tiny_tokenizer(add_bos=True)
+def test_a_beginning_of_text_comes_first_where_the_tokenizer_wants_one() -> None:
+    tokenizer = make_tokenizer(add_bos=True)
     bos = tokenizer.bos_token_id
-    assert tiny_speech_llm(tokenizer=tokenizer).prefix == [bos]  # type: ignore[attr-defined]
-    model: Any = tiny_speech_llm(tokenizer=tiny_tokenizer(add_bos=True),
-                                 prompt_prefix="<s>hear", prompt_suffix="say")
+    assert make_speech_llm(tokenizer=tokenizer).prefix == [bos]
+    model = make_speech_llm(tokenizer=make_tokenizer(add_bos=True), prompt_prefix="<s>hear",
+                            prompt_suffix="say")
     assert model.prefix[0] == bos
     assert model.prefix.count(bos) == 1
     assert bos not in model.suffix
-    plain: Any = tiny_speech_llm(prompt_prefix="hear")
-    assert bos not in plain.prefix
+    assert bos not in make_speech_llm(prompt_prefix="hear").prefix
