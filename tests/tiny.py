@@ -11,13 +11,9 @@ import soundfile
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
-    Gemma3TextConfig,
-    LlamaConfig,
-    MistralConfig,
     PreTrainedTokenizerFast,
-    Qwen2Config,
-    Qwen3Config,
     WhisperConfig,
     WhisperForConditionalGeneration,
 )
@@ -38,9 +34,6 @@ TEXTS = (
     "anna voted against the law of two thousand and four",
 )
 WHISPER_TOKENS = ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")
-LLM_CONFIGS: dict[str, Any] = {
-    "llama": LlamaConfig, "gemma3_text": Gemma3TextConfig, "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config, "mistral": MistralConfig}
 SAMPLE_RATE = 16_000
 
 
@@ -104,8 +97,7 @@ def make_whisper_encoder(*, seed: int = 0, **options: Any) -> WhisperEncoder:
 
 def make_llm(arch: str = "llama", tokenizer: PreTrainedTokenizerFast | None = None, *,
              tied: bool = True, seed: int = 0, **options: Any) -> Any:
-    """A random causal LM of an architecture: 32-dimensional, two layers, grouped-query attention.
-    """
+    """A random causal LM of an architecture: size 32, two layers, grouped-query attention."""
     tokenizer = tokenizer or make_tokenizer()
     sizes: dict[str, Any] = {
         "vocab_size": len(tokenizer), "hidden_size": 32, "intermediate_size": 64,
@@ -121,7 +113,7 @@ def make_llm(arch: str = "llama", tokenizer: PreTrainedTokenizerFast | None = No
         sizes |= {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
                   "query_pre_attn_scalar": 8, "initializer_range": 0.1}
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(LLM_CONFIGS[arch](**sizes | options),
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **sizes | options),
                                             attn_implementation="sdpa").eval()
 
 

@@ -183,20 +183,11 @@ def test_a_step_moves_what_trains_and_nothing_else(case: str) -> None:
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     optimizer = torch.optim.AdamW([p for named in trainable.values() for _, p in named], lr=1e-2,
                                   weight_decay=0.1)
-    losses = []
-    for _ in range(5):
-        optimizer.zero_grad()
-        loss = weighted_loss(model.losses(batch), batch.target_parts, "dynamic")
-        loss.backward()
-        if not losses:
-            for name, parameter in model.named_parameters():
-                got = parameter.grad is not None and bool(parameter.grad.any())
-                assert got == (name in names), f"gradient of {name}"
-        optimizer.step()
-        losses.append(float(loss.detach()))
+    _, gradients = common.losses_and_gradients(model, batch)
+    assert {name for name, gradient in gradients.items() if gradient.any()} == names
+    optimizer.step()
     for name, parameter in model.named_parameters():
         assert torch.equal(parameter, before[name]) != (name in names), f"step of {name}"
-    assert losses[-1] < losses[0], "training lowers the loss"
 
 
 def test_groups_that_are_not_named_are_frozen() -> None:

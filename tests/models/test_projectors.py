@@ -14,7 +14,7 @@ from unislu_llm.models.projectors import PROJECTORS, Projector, build_projector
 
 D, H = 32, 24
 KINDS: list[tuple[str, dict[str, Any]]] = [
-    ("linear", {}), ("linear", {"stack": 1}), ("mlp", {}), ("mlp", {"stack": 3, "hidden": 40}),
+    ("linear", {}), ("linear", {"stack": "1"}), ("mlp", {}), ("mlp", {"stack": 3, "hidden": 40}),
     ("conv", {}), ("conv", {"strides": [2, 2], "hidden": 16}), ("conv", {"strides": (3, 1, 2)}),
     ("qformer", {}),
     ("qformer", {"window": 7, "queries": 2, "layers": 1, "heads": 4, "hidden": 16}),
@@ -115,10 +115,3 @@ def test_gradients_reach_every_parameter_and_every_frame(name: str,
 def test_bad_names_and_options_are_named(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_projector(name, D, H, 1.0, options)
-
-
-def test_a_number_in_quotes_is_that_number() -> None:
-    """As everywhere in a configuration."""
-    projector = build("linear", {"stack": "5"})
-    assert projector.output_length(11) == 3
-    assert projector(random_frames([11]), [11]).lengths == (3,)
