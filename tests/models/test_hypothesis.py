@@ -12,7 +12,6 @@ from torch.nn import functional as F
 
 from tests.models.common import SPREAD, Row, greedy, make_batch, singles
 from tests.tiny import make_speech_llm
-from unislu_llm.errors import UserError
 from unislu_llm.models.speech_llm import SpeechLLM
 
 ROWS: list[Row] = [(0.9, "the council met in paris", {"sa": "Positive"}, "sa"),
@@ -96,10 +95,3 @@ def test_batches_are_planned_by_what_the_llm_reads(projector: str,
         model.losses(batch)
         assert read[-1] == sum(model.token_counts(
             int(row[0] * 16_000), batch.target_lengths[0], batch.hypothesis_lengths[0]))
-
-
-def test_what_cannot_work_is_refused() -> None:
-    with pytest.raises(UserError, match=r"set model\.hypothesis too"):
-        make_speech_llm(projector="none")
-    with pytest.raises(UserError, match="hypothesis_prompt"):
-        make_speech_llm(projector="none", hypothesis="manifest", hypothesis_prompt="")

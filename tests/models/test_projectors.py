@@ -110,6 +110,7 @@ def test_gradients_reach_every_parameter_and_every_frame(name: str,
     ("conv", {"strides": []}, "'conv': option strides: .*at least 1 item"),
     ("conv", {"strides": [2, 0]}, r"'conv': option strides\[1\]: should be .* equal to 1, found 0"),
     ("qformer", {"heads": 5}, "qformer.*hidden=32.*heads=5"),
+    ("ctc", {"heads": 5}, "ctc.*hidden=32.*heads=5"),
     ("ctc", {"blank_bias": "hot"}, "'ctc': option blank_bias: .*number.*, found 'hot'"),
 ])
 def test_bad_names_and_options_are_named(name: str, options: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import warnings
 from collections.abc import Callable
@@ -14,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.models.common import LORA, SHORT, make_batch
-from tests.tiny import make_llm, make_tokenizer, make_whisper, model_config
+from tests.tiny import make_llm, make_tokenizer, model_config
 from unislu_llm.errors import UserError
 from unislu_llm.models import KINDS, load
 from unislu_llm.models.base import SLUModel
@@ -38,19 +39,15 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Make:
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+         tiny_checkpoints: dict[str, str]) -> Make:
     """Build from base checkpoints in folders, as a run does; trainable weights move at random."""
     monkeypatch.setenv("UNISLU_CACHE", str(tmp_path / "cache"))
-    tokenizer = make_tokenizer()
-    for part in (tokenizer, make_llm("llama", tokenizer)):
-        part.save_pretrained(tmp_path / "llm")
-    for part in make_whisper():
-        part.save_pretrained(tmp_path / "whisper")
 
     def built(kind: str = "speech_llm", registry: TaskRegistry | None = None,
               **settings: Any) -> SLUModel:
-        config = model_config(**{"encoder": str(tmp_path / "whisper"),
-                                 "llm": str(tmp_path / "llm"), "lora": LORA} | settings)
+        own = {"encoder": tiny_checkpoints["whisper"], "llm": tiny_checkpoints["llm"]}
+        config = model_config(**own | {"lora": LORA} | settings)
         model = KINDS[kind].build(config, registry or TaskRegistry())
         torch.manual_seed(5)
         with torch.no_grad():
@@ -122,12 +119,11 @@ def test_a_model_starts_from_part_of_another(make: Make, tmp_path: Path) -> None
 # ---- what does not fit
 
 
-def test_folders_that_are_no_saved_model(make: Make, tmp_path: Path) -> None:
+def test_folders_that_are_no_saved_model(tmp_path: Path, tiny_checkpoints: dict[str, str]) -> None:
     with pytest.raises(UserError, match=r"gone.config\.json does not exist; give the folder of a"):
         load(tmp_path / "gone")
-    make()
     with pytest.raises(UserError, match=r"whisper.config\.json: model_type.*'whisper'"):
-        load(tmp_path / "whisper")
+        load(tiny_checkpoints["whisper"])
 
 
 @pytest.mark.parametrize(("change", "message"), [
@@ -162,9 +158,11 @@ def test_missing_damaged_and_further_weights_are_named(make: Make, tmp_path: Pat
         load(tmp_path / "saved")
 
 
-def test_other_base_weights_are_reported(make: Make, tmp_path: Path) -> None:
-    make().save_pretrained(tmp_path / "saved")
-    make_llm("llama", make_tokenizer(), seed=1).save_pretrained(tmp_path / "llm")
+def test_other_base_weights_are_reported(make: Make, tmp_path: Path,
+                                         tiny_checkpoints: dict[str, str]) -> None:
+    llm = shutil.copytree(tiny_checkpoints["llm"], tmp_path / "llm")
+    make(llm=str(llm)).save_pretrained(tmp_path / "saved")
+    make_llm("llama", make_tokenizer(), seed=1).save_pretrained(llm)
     with pytest.warns(UserWarning, match=r"LLM '.*llm' has other weights .* scores will differ"):
         load(tmp_path / "saved")
 

