@@ -74,7 +74,22 @@ def test_long_rows_are_refused_together() -> None:
 
 
 def test_rows_that_fit_have_their_length_measured(tmp_path: Path) -> None:
-    soundfile.write(tmp_path / "a.wav", np.zeros(16_000), 16_000)
-    (u, text) = handle_long([Utterance("a", tmp_path / "a.wav", "x", start=0.25),
-                             Utterance("b", None, "x")], REGISTRY)
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros(16_000), 16_000)
+    (u, text) = handle_long([Utterance("a", path, "x", start=0.25), Utterance("b", None, "x")],
+                            REGISTRY)
     assert (u.duration, text.duration) == (0.75, None)
+    with pytest.raises(UserError, match=r"m:1: field 'audio': .*start 2 s is outside the file"):
+        handle_long([Utterance("a", path, "x", start=2.0, source="m:1")], REGISTRY)
+
+
+@pytest.mark.parametrize(("length", "declared", "message"), [
+    (0, 0, "cannot be read as audio"), (44, 0, "holds no samples"), (44, 9, "0 of 18 bytes")])
+def test_files_without_samples_are_refused(tmp_path: Path, length: int, declared: int,
+                                           message: str) -> None:
+    """An empty file, and a header alone."""
+    path = tmp_path / "a.wav"
+    soundfile.write(path, np.zeros(declared), 16_000)
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(UserError, match=rf"m:1: field 'audio': .*a\.wav: .*{message}"):
+        handle_long([Utterance("a", path, "x", source="m:1")], REGISTRY)

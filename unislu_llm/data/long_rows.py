@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-from unislu_llm.data.audio import MAX_SECONDS
-from unislu_llm.data.audio_file import END_SLACK
+from unislu_llm.data.audio import END_SLACK, MAX_SECONDS, SAMPLE_RATE, count_samples
 from unislu_llm.data.manifest import first_ten
 from unislu_llm.data.row_reader import Problem, RowReader
 from unislu_llm.errors import UserError
@@ -34,10 +34,10 @@ def handle_long(utterances: Sequence[Utterance], registry: TaskRegistry) -> list
     reader = RowReader(registry)
     out, bad = list[Utterance](), list[str]()
     for u in utterances:
+        if u.audio is not None and u.stated_seconds is None:
+            u = replace(u, duration=_measured(u, u.audio))
         if u.seconds <= MAX_SECONDS:
-            # What was measured is kept, so that no header is read again.
-            measured = u.audio is not None and u.stated_seconds is None
-            out.append(replace(u, duration=u.seconds) if measured else u)
+            out.append(u)
             continue
         segments, problems = read_segments(u, reader, u.start + u.seconds)
         bad += [f"{u.where}: {p.field}: {p.message}" for p in problems[:1]]
@@ -50,6 +50,13 @@ def handle_long(utterances: Sequence[Utterance], registry: TaskRegistry) -> list
         count = f"{len(bad)} row{'s are' if len(bad) > 1 else ' is'} longer than {MAX_SECONDS:g} s"
         raise UserError(f"{count} and cannot be cut:\n{first_ten(bad)}")
     return out
+
+
+def _measured(u: Utterance, path: Path) -> float:
+    try:
+        return count_samples(path, u.start) / SAMPLE_RATE
+    except UserError as error:
+        raise UserError(f"{u.where}: field 'audio': {error}") from error
 
 
 def read_segments(u: Utterance, reader: RowReader,

@@ -21,8 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unislu_llm.data.manifest_row import FIELDS, shorten
-from unislu_llm.data.row_reader import Problem, RowReader, resolve
+from unislu_llm.data.row_reader import FIELDS, Problem, RowReader, resolve, shorten
 from unislu_llm.errors import UserError
 from unislu_llm.io import atomic
 from unislu_llm.tasks import Span, TaskRegistry
@@ -60,13 +59,13 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
     if clash := [name for name in registry.names if name in FIELDS]:
         raise UserError(f"task '{clash[0]}' has the name of a manifest field; rename the task")
     reader = RowReader(registry, path.parent, corpus or "default", check_audio, without_text)
-    empty, warned = True, False
+    line, warned = 0, False
     with path.open("rb") as handle:
-        for line, raw in enumerate(handle, 1):
+        for number, raw in enumerate(handle, 1):
             raw = raw.removeprefix(codecs.BOM_UTF8)  # some editors begin a file with it
             if not raw.strip():
                 continue
-            empty, utterance = False, None
+            line, utterance = number, None
             content, problems = _parse(raw)
             if not problems:
                 utterance, problems = reader.read(content, f"{path}:{line}")
@@ -77,7 +76,7 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
                     warnings.warn(f"{path}:{line}: 'draft' is an old name; call it 'hypothesis'")
             yield Row(line, content, None if problems else utterance,
                       tuple(problem._replace(file=path, line=line) for problem in problems))
-    if empty:
+    if not line:
         nothing = Problem("file", "empty", "the manifest has no rows; give one a line", file=path)
         yield Row(0, problems=(nothing,))
 

@@ -26,8 +26,7 @@ _META = re.compile(r"#\s*(\w+)\s*=\s*(.*\S)\s*$")
 class Csv:
     """Own rows in CSV (or, by the suffix .tsv, tab-separated), a column a key and a task.
 
-    Spans and label sets are JSON, as a manifest has them. An empty cell is "not annotated", `[]` is
-    "annotated, there is none". Blanks of a text are tidied where no span counts them.
+    Spans and label sets are JSON, as a manifest has them; an empty cell is "not annotated".
 
     Args:
         file: Columns id, text, audio, start, end, speaker, ... and one for each task.
@@ -44,7 +43,7 @@ class Csv:
         for where, cells in read_table(self.file, ("id", "text"), delimiter=delimiter, strict=True):
             row = {key: _read_cell(key, value, registry, where) for key, value in cells.items()
                    if value.strip()}
-            # Where spans count the blanks the text stays, and the check of the row names it.
+            # Blanks are tidied where no span counts them; else the check of the row names them.
             if "text" in row and not any(row.get(name) for name in span_tasks):
                 row["text"] = " ".join(row["text"].split())
             yield where, _with_audio(row, self.audio, self.file)
@@ -79,10 +78,10 @@ class Conll:
             raise UserError(f"task '{self.task}' labels whole utterances; tags need a span task")
         for number, (line, meta, tokens, tags) in enumerate(self._sentences(), 1):
             where = f"{self.file}:{line}"
-            row: dict[str, Any] = {"id": f"{self.file.stem}-{number}"}
-            row |= {key: _read_cell(key, value, registry, where) for key, value in meta.items()
-                    if key in ("id", "audio", "speaker") or key in registry}
-            row |= {"text": " ".join(tokens), self.task: _spans(tokens, tags)}
+            row = {key: _read_cell(key, value, registry, where) for key, value in meta.items()
+                   if key in ("id", "audio", "speaker") or key in registry}
+            row = {"id": f"{self.file.stem}-{number}"} | row | {
+                "text": " ".join(tokens), self.task: _spans(tokens, tags)}
             yield where, _with_audio(row, self.audio, self.file)
 
     def _sentences(self) -> Iterator[tuple[int, dict[str, str], list[str], list[str]]]:
