@@ -95,24 +95,14 @@ def test_a_stretch_is_cut_as_slue_cuts(clip: Path, start: float, end: float | No
 
 @pytest.mark.parametrize("kind", ["WAV", "FLAC", *LOSSY])
 def test_a_stretch_read_by_seeking_equals_a_cut_of_the_whole(kind: str, tmp_path: Path) -> None:
-    path = write(tmp_path / "a.audio", noise(6.0), kind)
+    """The bits of an MP3 frame may stand in earlier ones: decoding begins before a stretch."""
+    path = write(tmp_path / "a.audio", tone(SAMPLE_RATE, 6.0) + noise(6.0)[:, None], kind)
     whole = load(path)
-    for start, end in ((0.5, 1.0), (2.345, 4.0), (5.0, None)):
+    for start, end in ((0.5, 0.7), (2.345, 4.0), (5.0, None)):
         last = len(whole) if end is None else int(end * SAMPLE_RATE)
-        stretch = load(path, start, end)
         # Codec states settle after a seek, so the last bits may differ.
         expected = whole[int(start * SAMPLE_RATE):last]
-        torch.testing.assert_close(stretch, expected, atol=2e-3, rtol=0)
-
-
-def test_mp3_is_clean_right_after_a_seek(tmp_path: Path) -> None:
-    """The bits of an MP3 frame may stand in earlier frames: decoding begins before a stretch."""
-    path = write(tmp_path / "a.mp3", tone(44100, seconds=4.0), "MP3", 44100)
-    whole, edge = load(path), 100  # samples where resampling sees the cut
-    for start in (0.5, 1.0, 2.5, 3.5):
-        stretch = load(path, start, start + 0.2)
-        expected = whole[int(start * SAMPLE_RATE):][: len(stretch)]
-        torch.testing.assert_close(stretch[edge:-edge], expected[edge:-edge], atol=1e-3, rtol=0)
+        torch.testing.assert_close(load(path, start, end), expected, atol=2e-3, rtol=0)
 
 
 def test_end_may_pass_the_file_by_a_rounding(clip: Path) -> None:
@@ -120,10 +110,10 @@ def test_end_may_pass_the_file_by_a_rounding(clip: Path) -> None:
 
 
 @pytest.mark.parametrize("rate", [*RATES, 11025, 96000])
-@pytest.mark.parametrize("n", [4000, 4001, 12347])
-def test_header_count_equals_decoded_count(rate: int, n: int, tmp_path: Path) -> None:
-    path = write(tmp_path / "a.wav", np.zeros(n), rate=rate)
-    assert count_samples(path) == len(load(path))
+def test_header_count_equals_decoded_count(rate: int, tmp_path: Path) -> None:
+    for n in (4000, 4001, 12347):
+        path = write(tmp_path / "a.wav", np.zeros(n), rate=rate)
+        assert count_samples(path) == len(load(path))
 
 
 # Bad input: one clear message each
@@ -132,21 +122,17 @@ def test_header_count_equals_decoded_count(rate: int, n: int, tmp_path: Path) ->
 @pytest.mark.parametrize(("start", "end", "message"), [
     (2.0, None, "start 2 s is outside the file, which has 2.00 s"),
     (0.0, 2.2, "end 2.2 s is outside the file"),
-    (1.0, 1.0, "from 1 s to 1 s is empty"),
     (1.0, 0.5, "from 1 s to 0.5 s is empty"),
     (-0.1, None, "start -0.1 s is outside"),
     (float("nan"), None, "start nan s is outside"),
     (0.0, float("inf"), "end inf s is outside"),
-    (0.0, float("nan"), "end nan s is outside"),
     (0.0, -0.1, "from 0 s to -0.1 s is empty"),
 ])
 def test_bad_stretches_are_refused(clip: Path, start: float, end: float | None,
                                    message: str) -> None:
     for function in (load, count_samples):
-        with pytest.raises(UserError) as caught:
+        with pytest.raises(UserError, match=rf"ramp\.wav: .*{message}"):
             function(clip, start, end)
-        assert str(clip) in str(caught.value)
-        assert message in str(caught.value)
 
 
 def test_max_seconds_counts_the_stretch(clip: Path) -> None:
@@ -162,16 +148,16 @@ def refused(path: Path) -> str:
     return str(caught.value)
 
 
-def test_missing_files_and_folders_are_refused(tmp_path: Path) -> None:
-    assert "does not exist" in refused(tmp_path / "none.wav")
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("none.wav", None, "does not exist"), ("x" * 300, None, "does not exist"),
+    ("a.wav", b"", "cannot be read as audio"), ("a.flac", b"no audio at all", "cannot be read"),
+    ("a.raw", b"\0" * 64, "cannot be read"), ("a.mp3", bytes(2000), "cannot be read")])
+def test_what_is_no_audio_is_refused(name: str, content: bytes | None, message: str,
+                                     tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / name).write_bytes(content)
+    assert message in refused(tmp_path / name)
     assert "not a file" in refused(tmp_path)
-
-
-@pytest.mark.parametrize(("name", "content"), [
-    ("a.wav", b""), ("a.flac", b"no audio at all"), ("a.raw", b"\0" * 64), ("a.mp3", bytes(2000))])
-def test_what_is_no_audio_is_refused(name: str, content: bytes, tmp_path: Path) -> None:
-    (tmp_path / name).write_bytes(content)
-    assert "cannot be read as audio" in refused(tmp_path / name)
 
 
 @pytest.mark.parametrize("kind", ["WAV", "WAV-FLOAT", "WAVEX", "AIFF", "AU", "FLAC", *LOSSY])
@@ -184,17 +170,14 @@ def test_truncated_files_are_refused(kind: str, share: float, tmp_path: Path) ->
     assert "truncated" in message or "cannot be decoded" in message or "cannot be read" in message
 
 
-def test_wav_of_a_pipe_is_read_to_its_end(tmp_path: Path) -> None:
-    """Programs that write to a pipe cannot go back and fill in the size; that is no truncation."""
+def test_a_length_that_a_pipe_did_not_write(tmp_path: Path) -> None:
+    """A program cannot go back and fill it in: WAV is read to its end, FLAC is refused."""
     path = write(tmp_path / "pipe.wav", tone(SAMPLE_RATE))
     content = bytearray(path.read_bytes())
     at = content.find(b"data") + 4
     content[at:at + 4] = content[4:8] = b"\xff" * 4
     path.write_bytes(content)
     check_tone(load(path), "WAV")
-
-
-def test_flac_without_a_length_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "pipe.flac", tone(SAMPLE_RATE), "FLAC")
     content = bytearray(path.read_bytes())
     content[21] &= 0xF0

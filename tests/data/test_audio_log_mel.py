@@ -6,16 +6,7 @@ import pytest
 import torch
 from transformers import WhisperFeatureExtractor
 
-from unislu_llm.data.audio import (
-    MAX_MEL_FRAMES,
-    MAX_SAMPLES,
-    MIN_SAMPLES,
-    SAMPLE_RATE,
-    batch_log_mel,
-    encoder_length,
-    log_mel,
-    mel_length,
-)
+from unislu_llm.data.audio import MAX_SAMPLES, batch_log_mel, encoder_length, log_mel, mel_length
 from unislu_llm.errors import UserError
 
 
@@ -44,11 +35,6 @@ def test_encoder_length_is_that_of_whispers_convolutions(n_mel: int) -> None:
     assert second(first(torch.zeros(1, 2, n_mel))).shape[-1] == encoder_length(n_mel)
 
 
-def test_lengths_are_those_of_the_tensors() -> None:
-    for n in (1, 159, 8000, 8001, 16080, 23457):
-        assert log_mel(torch.randn(n)).shape == (80, mel_length(n))
-
-
 # Log-mel against transformers
 
 
@@ -59,7 +45,7 @@ def extractor(request: pytest.FixtureRequest) -> WhisperFeatureExtractor:
 
 def reference(extractor: WhisperFeatureExtractor, samples: torch.Tensor) -> torch.Tensor:
     """`(n_mels, 3000)` of transformers, padded to 30 s."""
-    features = extractor(samples.numpy(), sampling_rate=SAMPLE_RATE, return_tensors="np")
+    features = extractor(samples.numpy(), sampling_rate=16_000, return_tensors="np")
     return torch.from_numpy(features.input_features[0])
 
 
@@ -76,20 +62,15 @@ def test_log_mel_equals_transformers(extractor: WhisperFeatureExtractor, n: int)
 
 
 @pytest.mark.parametrize("n", [16000, 16001, 16030, 16159])
-def test_a_click_at_the_very_end_sets_the_floor_as_in_transformers(n: int) -> None:
-    """The loudest window may be centred past the last valid frame."""
-    samples = 1e-4 * speech_like(n)
-    samples[-1] = 1.0
+@pytest.mark.parametrize("click", [0.0, 1.0])
+def test_silence_and_a_click_at_the_very_end_are_those_of_transformers(n: int,
+                                                                       click: float) -> None:
+    """The loudest window, which sets the floor, may be centred past the last valid frame."""
+    samples = click * 1e-4 * speech_like(n)
+    samples[-1] = click
     expected = reference(WhisperFeatureExtractor(), samples)
     torch.testing.assert_close(log_mel(samples), expected[:, : mel_length(n)], atol=1e-5, rtol=0)
     torch.testing.assert_close(log_mel(samples, pad_to_30s=True), expected, atol=1e-5, rtol=0)
-
-
-def test_silence_is_finite_and_equals_transformers() -> None:
-    silence = torch.zeros(16000)
-    expected = reference(WhisperFeatureExtractor(), silence)
-    torch.testing.assert_close(log_mel(silence, pad_to_30s=True), expected, atol=1e-5, rtol=0)
-    assert torch.isfinite(log_mel(silence)).all()
 
 
 # Log-mel in batches
@@ -122,13 +103,7 @@ def test_what_stands_in_the_padding_changes_nothing(pad_to_30s: bool) -> None:
     dirty[1, 20000:] = float("nan")
     expected = log_mel(clean, lengths=lengths, pad_to_30s=pad_to_30s)
     assert torch.equal(log_mel(dirty, lengths=lengths, pad_to_30s=pad_to_30s), expected)
-    assert expected.shape[-1] == (MAX_MEL_FRAMES if pad_to_30s else mel_length(20000))
-
-
-def test_short_clips_are_padded_with_zeros_to_the_minimum() -> None:
-    short = speech_like(2000)
-    padded = torch.nn.functional.pad(short, (0, MIN_SAMPLES - 2000))
-    assert torch.equal(log_mel(short), log_mel(padded))
+    assert expected.shape[-1] == (3000 if pad_to_30s else mel_length(20000))
 
 
 def test_autocast_does_not_lower_the_precision() -> None:

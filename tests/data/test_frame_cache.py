@@ -47,18 +47,15 @@ def test_what_is_read_is_what_was_stored(tmp_path: Path, make_utterances: MakeUt
     for reader in (cache, pickle.loads(pickle.dumps(cache))):  # as loader processes get it
         for u in utterances:
             values, length = reader.get(u)  # type: ignore[misc]
-            assert length == 4
-            assert torch.equal(values, frames_for(cache.name(u)))
+            assert (length, torch.equal(values, frames_for(cache.name(u)))) == (4, True)
     path = cache.home / f"{cache.name(utterances[0])}.npy"
     assert np.load(path).shape == (5, 8), "files are numpy's"
-    cache.put("bf16", Frames(torch.ones(2, 3, dtype=torch.bfloat16), 2))
 
 
 def test_other_contents_crops_and_encoders_have_no_stale_entries(
         tmp_path: Path, make_utterances: MakeUtterances) -> None:
-    first, second, *_ = make_utterances()
+    first = make_utterances()[0]
     assert first.audio
-    assert second.audio
     cache = FrameCache(tmp_path / "c", SETTINGS)
     fill(cache, [first])
     for crop in ({"start": 0.1}, {"end": 0.5}, {"start": 0.1, "end": 0.5}):

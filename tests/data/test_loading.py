@@ -49,22 +49,17 @@ def test_examples_of_manifests(manifest: Callable[..., str]) -> None:
         load_examples([], registry, flag="data.dev")
 
 
-def test_rows_that_cannot_be_scored_are_refused(manifest: Callable[..., str]) -> None:
-    path = manifest("half", {}, {"audio": None, "duration": None})
-    assert len(load_examples([path], TaskRegistry())) == 2
-    with pytest.raises(UserError, match=r"half\.jsonl:2: field 'audio'.*out of data\.dev"):
-        load_examples([path], TaskRegistry(), flag="data.dev", scored=True)
-
-
-def test_scores_against_pseudo_labels_are_warned_of_once(
+def test_what_is_scored_has_audio_and_is_warned_of_pseudo_labels_once(
         manifest: Callable[..., str], caplog: pytest.LogCaptureFixture) -> None:
-    path = manifest("pseudo", {"text_source": "whisper"}, {})
-    load_examples([path], TaskRegistry())
+    path = manifest("half", {"text_source": "whisper"}, {"audio": None, "duration": None})
+    assert len(load_examples([path], TaskRegistry())) == 2
     assert not caplog.records
     for _ in range(2):
         load_examples([path], TaskRegistry(), flag="data.dev")
     assert [record.levelno for record in caplog.records] == [logging.WARNING]
     assert "1 of 2 rows were written by a recogniser" in caplog.text
+    with pytest.raises(UserError, match=r"half\.jsonl:2: field 'audio'.*out of data\.dev"):
+        load_examples([path], TaskRegistry(), flag="data.dev", scored=True)
 
 
 def examples_with(*hypotheses: str | None, audio: str | None = "a.wav") -> list[Example]:

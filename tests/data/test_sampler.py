@@ -30,7 +30,7 @@ def members(micro: MicroBatch) -> list[int]:
 
 def counted(steps: list[MicroBatch]) -> list[int]:
     """Indices that weigh in a step's loss."""
-    return [i for micro in steps if micro.counted for i in members(micro)]
+    return sorted(i for micro in steps if micro.counted for i in members(micro))
 
 
 @st.composite
@@ -59,8 +59,7 @@ def test_ranks_share_a_global_batch_and_run_micro_batches_of_the_same_kinds(
         case: Plans, epoch: int, seed: int) -> None:
     """As many micro-batches of one kind each, none empty: no rank waits for another for ever."""
     world, accumulation, plain = case
-    for shares in zip(*(plain.micro_batches(epoch, rank, world) for rank in range(world)),
-                      strict=True):
+    for shares in zip(*(plain.micro_batches(epoch, r, world) for r in range(world)), strict=True):
         sizes = [len(m.members) for micro in shares for m in micro]
         assert len(sizes) == plain.parts
         assert max(sizes) - min(sizes) <= 1
@@ -69,30 +68,22 @@ def test_ranks_share_a_global_batch_and_run_micro_batches_of_the_same_kinds(
     plan = BatchPlan(plain.lengths.tolist(), plain.batch_size, plain.parts, plain.seed, kinds=kinds)
     assert plan.epoch(epoch) == plain.epoch(epoch), "what is in a global batch stays as it is"
     ranks = [plan.micro_batches(epoch, rank, world) for rank in range(world)]
-    alone = BatchPlan(plan.lengths.tolist(), plan.batch_size, 1, plan.seed, kinds=kinds)
     for step, batch in enumerate(plan.epoch(epoch)):
         for steps in ranks:
             assert [m.kind for m in steps[step]] == [m.kind for m in ranks[0][step]]
             assert len(steps[step]) <= len(KINDS) * accumulation
         micro = [m for steps in ranks for m in steps[step]]
         assert all({kinds[i] for i in members(m)} == {m.kind} for m in micro)
-        assert sorted(counted(micro)) == sorted(batch), "each weighs once over all ranks"
+        assert counted(micro) == sorted(batch), "each weighs once over all ranks"
         assert all(len(m.members) == 1 for m in micro if not m.counted)
         assert all(i in batch for m in micro for i in members(m))
-    if plan.epoch(epoch) == alone.epoch(epoch):
-        assert [sorted(counted([m for steps in ranks for m in steps[i]]))
-                for i in range(plan.steps(1))] == [
-            sorted(counted(step)) for step in alone.micro_batches(epoch)]
-        assert all(m.counted for step in alone.micro_batches(epoch) for m in step)
 
 
 def test_a_seed_keeps_its_plan() -> None:
     """What runs drew before: a change here makes every published seed another run."""
-    plan = BatchPlan(lengths_of(64), 8, seed=1)
-    first = plan.epoch(0)
-    assert {frozenset(b) for b in plan.epoch(1)} != {frozenset(b) for b in first}
+    first = BatchPlan(lengths_of(64), 8, seed=1).epoch(0)
+    assert BatchPlan(lengths_of(64), 8, seed=1).epoch(1) != first
     assert BatchPlan(lengths_of(64), 8, seed=2).epoch(0) != first
-    assert plan.epoch(0) == BatchPlan(lengths_of(64), 8, seed=1).epoch(0) == first
     groups = ["a" if i % 3 else "b" for i in range(50)]
     sizes = np.stack([np.array(lengths_of(50)) * 10, np.array(lengths_of(50)) + 8], 1)
     plans: list[BatchPlan] = []
@@ -109,13 +100,11 @@ def test_global_batches_do_not_depend_on_how_many_share_them(n: int, size: int,
                                                              parts: int) -> None:
     one = BatchPlan(lengths_of(n), size, 1, seed=5).epoch(0)
     many = BatchPlan(lengths_of(n), size, parts, seed=5).epoch(0)
-    rest = n % size
-    if rest == 0 or rest >= parts or n < size:
+    if n < size or n % size == 0 or n % size >= parts:
         assert many == one
     else:  # a rest too small to give each part an example joins another; all others stay
         same = {frozenset(batch) for batch in one} & {frozenset(batch) for batch in many}
-        assert len(many) == len(one) - 1
-        assert len(same) == len(many) - 1
+        assert len(same) == len(many) - 1 == len(one) - 2
 
 
 def test_batches_hold_examples_of_like_length_in_random_order() -> None:
@@ -127,11 +116,9 @@ def test_batches_hold_examples_of_like_length_in_random_order() -> None:
     batches = BatchPlan(lengths, 8).epoch(0)
     free = np.random.default_rng(0).permutation(400).reshape(-1, 8).tolist()
     assert waste(batches) < 0.4 * waste(free)
-    assert all([lengths[i] for i in b] == sorted(lengths[i] for i in b) for b in batches), \
-        "so that micro-batches are alike"
-    longest = [max(lengths[i] for i in batch) for batch in batches]
-    assert longest != sorted(longest)
-    assert longest != sorted(longest, reverse=True)
+    inside = [[lengths[i] for i in batch] for batch in batches]
+    assert inside == [sorted(batch) for batch in inside], "so that micro-batches are alike"
+    assert abs(np.corrcoef([b[-1] for b in inside], np.arange(len(inside)))[0, 1]) < 0.4
 
 
 @pytest.mark.parametrize(("n", "size", "parts", "message"), [
@@ -175,28 +162,18 @@ def token_plans(draw: st.DrawFn) -> tuple[int, int, TokenPlan]:
 @given(token_plans(), st.integers(0, 3))
 def test_token_batches_hold_every_example_once_within_the_budget(
         case: tuple[int, int, TokenPlan], epoch: int) -> None:
-    _, _, plan = case
+    world, accumulation, plan = case
     batches = plan.epoch(epoch)
     assert sorted(i for batch in batches for i in batch) == list(range(len(plan.sizes)))
     assert plan.steps(epoch + 1) - plan.steps(epoch) == len(batches)
-    assert all(len(batch) >= plan.parts for batch in batches)
     over = [b for b in batches if plan.cost(b) > plan.batch_tokens]
     assert all(len(b) < 2 * plan.parts for b in over), "only a rest that cannot be shared out"
-    again = TokenPlan(plan.sizes, plan.batch_tokens, plan.parts, plan.seed, mixture=plan.mixture)
-    assert again.epoch(epoch) == batches
     alone = TokenPlan(plan.sizes, plan.batch_tokens, 1, plan.seed, mixture=plan.mixture)
     if min(map(len, alone.epoch(epoch))) >= plan.parts:
         assert sorted(map(sorted, alone.epoch(epoch))) == sorted(map(sorted, batches))
-
-
-@settings(deadline=None)
-@given(token_plans(), st.integers(0, 3))
-def test_ranks_share_token_batches(case: tuple[int, int, TokenPlan], epoch: int) -> None:
-    world, accumulation, plan = case
     ranks = [plan.micro_batches(epoch, rank, world) for rank in range(world)]
-    assert {len(steps) for steps in ranks} == {len(plan.epoch(epoch))}
     assert {len(step) for steps in ranks for step in steps} == {accumulation}
-    for step, batch in enumerate(plan.epoch(epoch)):
+    for step, batch in enumerate(batches):
         parts = [members(m) for steps in ranks for m in steps[step]]
         assert all(parts)
         assert sorted(i for part in parts for i in part) == sorted(batch)

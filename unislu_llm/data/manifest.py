@@ -107,24 +107,22 @@ def first_ten(lines: Sequence[str]) -> str:
     return "\n".join(lines[:10]) + more
 
 
-def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> int:
-    """Write utterances as a manifest, whole or not at all; the number of rows.
+def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
+    """Write utterances as a manifest, whole or not at all.
 
     :func:`read_manifest` reads them back equal but for `source`. Audio paths are relative.
 
     Raises:
         UserError: a value cannot be written (a number that is not finite, text not Unicode).
     """
-    path, count = Path(path), 0
+    path = Path(path)
     with atomic(path) as handle:
         for u in utterances:
-            count += 1
             try:  # JSON has no word for a number that is not finite
                 row = json.dumps(_as_row(u, path.parent), ensure_ascii=False, allow_nan=False)
                 handle.write(row + "\n")
             except ValueError as error:
                 raise UserError(f"{path}: row '{u.id}' cannot be written: {error}") from error
-    return count
 
 
 def manifest_name(path: str | Path) -> str:
