@@ -155,7 +155,6 @@ def test_randomness_follows_from_the_key_alone() -> None:
 
     def both(augmenter: Augmenter, key: Key) -> tuple[bytes, bytes]:
         masks = augmenter.masks(key)
-        assert masks is not None
         return (augmenter.clip(EXAMPLE, tone(), key)[1].numpy().tobytes(),
                 masks.mel(mel, 100).numpy().tobytes())
 

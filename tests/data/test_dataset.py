@@ -73,7 +73,6 @@ def test_targets_are_padded_on_the_right(tokenizer: UnifiedTokenizer,
         assert (batch.target_ids[i, n:] == tokenizer.pad_id).all()
         assert (batch.target_parts[i, n:] == NO_PART).all()
     assert batch.speech_lengths == tuple(mel_length(len(wave)) for wave in waves)
-    assert batch.mel is not None
     assert batch.mel.shape == (4, 80, max(batch.speech_lengths))
     assert batch.durations == pytest.approx([e.utterance.duration for e in examples[:4]])
     assert (batch.hypothesis_ids, batch.hypothesis_lengths, batch.ctc_targets) == (None, (), ())
@@ -86,7 +85,6 @@ def test_hypotheses_and_ctc_targets(tokenizer: UnifiedTokenizer, examples: list[
     batch = collator.from_waves([examples[0], bare, empty], [torch.zeros(8000)] * 3)
     written = tokenizer.text_ids(examples[0].utterance.hypothesis or "")
     assert batch.hypothesis_lengths == (2 + len(written), 0, 2)
-    assert batch.hypothesis_ids is not None
     assert batch.hypothesis_ids[0].tolist() == [7, 8, *written]
     assert batch.hypothesis_ids[2].tolist() == [7, 8, *[tokenizer.pad_id] * len(written)]
     assert batch.ctc_targets == ((1, len(examples[0].utterance.text)),) * 3
@@ -128,13 +126,13 @@ def test_batches_do_not_depend_on_what_is_beside(tokenizer: UnifiedTokenizer,
             n = alone.speech_lengths[0]
             assert n == whole.speech_lengths[row]
             assert whole.examples[row] == alone.examples[0]
-            heard: Any = [(b.mel.mT if kind == "audio" else b.posterior_shares)  # type: ignore
+            heard: Any = [(b.mel.mT if kind == "audio" else b.posterior_shares)
                           for b in (whole, alone)]
             torch.testing.assert_close(heard[0][row, :n], heard[1][0], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="one kind"):
         collator([data[(0, 0)], data[(4, 0)]])
     first, again = (collator([data[(1, times)]]).mel for times in (0, 1))
-    assert not torch.equal(first, again), "drawn again, heard anew"  # type: ignore[arg-type]
+    assert not torch.equal(first, again), "drawn again, heard anew"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -173,13 +171,11 @@ def test_frames_take_the_place_of_audio(tmp_path: Path, tokenizer: UnifiedTokeni
     data, collator = SpeechDataset(examples, frame_cache=cache), Collator(tokenizer)
     batch = collator([data[(i, 0)] for i in range(3)])
     assert (batch.kind, batch.speech_lengths) == ("frames", (30, 31, 32))
-    assert batch.frames is not None
     assert batch.frames.shape == (3, 42, 8)
     assert batch.durations == pytest.approx([0.9, 1.6, 0.6])
     augmenter = Augmenter(AugmentConfig(time_masks=2))
     masked = collator(SpeechDataset(examples, frame_cache=cache, augmenter=augmenter).__getitems__(
         MicroBatch("frames", ((0, 0), (1, 0), (2, 0)))))
-    assert masked.frames is not None
     hidden = (masked.frames == 0) & (batch.frames != 0)
     assert hidden.any()
     assert torch.equal(masked.frames, batch.frames.masked_fill(hidden, 0.0))

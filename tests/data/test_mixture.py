@@ -33,7 +33,6 @@ def groups_of(**sizes: int) -> list[str]:
 
 def mixture_of(examples: list[Example], **settings: Any) -> Mixture:
     mixture = build_mixture(DataConfig(**settings), examples, 1)
-    assert mixture is not None
     return mixture
 
 
