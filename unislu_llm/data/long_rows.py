@@ -1,9 +1,8 @@
 """Rows longer than Whisper's 30 s: cut where the manifest says that a segment ends, or refused.
 
 A long row may carry `segments`, in order, each written like a row of its own, its times in seconds
-of the audio file. Neighbours are joined as long as they fit into 30 s, have the same tasks
-annotated, none of them a label of the whole utterance, the same speaker, and no more than a second
-between them; spans move along. The row's own text and labels give way to the segments'.
+of the audio file. Neighbours are joined where :func:`_join` can; the row's own text and labels give
+way to the segments'.
 """
 
 from __future__ import annotations
@@ -47,8 +46,8 @@ def handle_long(utterances: Sequence[Utterance], registry: TaskRegistry) -> list
             pieces[-1:] = [joined] if joined else [*pieces[-1:], segment]
         out += [replace(piece, id=f"{u.id}-{i:03d}") for i, piece in enumerate(pieces)]
     if bad:
-        count = f"{len(bad)} row{'s are' if len(bad) > 1 else ' is'} longer than {MAX_SECONDS:g} s"
-        raise UserError(f"{count} and cannot be cut:\n{first_ten(bad)}")
+        raise UserError(f"{len(bad)} row{'s are' if len(bad) > 1 else ' is'} longer than "
+                        f"{MAX_SECONDS:g} s and cannot be cut:\n{first_ten(bad)}")
     return out
 
 
@@ -107,8 +106,6 @@ def _join(left: Utterance, right: Utterance, registry: TaskRegistry) -> Utteranc
         name: (*value, *(Span(str(s[0]), int(s[1]) + shift, int(s[2]) + shift)
                          for s in right.labels[name]))
         for name, value in left.labels.items()}
-    both = None  # half a hypothesis would not be one of the whole
-    if left.hypothesis is not None and right.hypothesis is not None:
-        both = f"{left.hypothesis} {right.hypothesis}".strip()
+    halves = (left.hypothesis, right.hypothesis)  # one alone would not be of the whole
     return replace(left, text=f"{left.text} {right.text}", labels=labels, end=right.end,
-                   hypothesis=both)
+                   hypothesis=None if None in halves else "{} {}".format(*halves).strip())

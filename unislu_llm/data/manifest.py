@@ -4,9 +4,8 @@
      "ner": [{"label": "ORG", "start": 4, "end": 11}]}
 
 `docs/data.md` lists the keys. A task of the registry stands under its name: spans (objects, or
-`[label, start, end]`), a label, or a list of labels; `[]` says "annotated, there is none", a
-missing task or `null` "not annotated". Any other key is metadata and ignored, unless it looks like
-a misspelt field that the row lacks: its content would be lost in silence.
+`[label, start, end]`), a label, or a list of labels; `null` is "not annotated". Any other key is
+metadata, unless it looks like a misspelt field that the row lacks.
 """
 
 from __future__ import annotations
@@ -48,10 +47,8 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
               without_text: bool = False) -> Iterator[Row]:
     """The rows of a manifest in one pass, good ones and bad ones, as :class:`RowReader` reads them.
 
-    Memory grows by the ids only: `ids` are those of manifests read before, to find repetitions.
-
-    Raises:
-        UserError: there is no such file, or a task is named like a manifest field.
+    `ids` are those of manifests read before, to find repetitions. Raises UserError: there is no
+    such file, or a task is named like a manifest field.
     """
     path, ids = Path(path), {} if ids is None else ids
     if not path.is_file():
@@ -82,10 +79,9 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
 
 
 def read_rows(path: str | Path, registry: TaskRegistry, **options: Any) -> list[Row]:
-    """All rows of a manifest, each with its utterance; see :func:`iter_rows` for the arguments.
+    """All rows of a manifest, each with its utterance; `options` are those of :func:`iter_rows`.
 
-    Raises:
-        UserError: one for the whole file, with its number of problems and the first ten.
+    Raises UserError: one for the whole file, with its number of problems and the first ten.
     """
     rows = list(iter_rows(path, registry, **options))
     if problems := [str(problem) for row in rows for problem in row.problems]:
@@ -110,10 +106,8 @@ def first_ten(lines: Sequence[str]) -> str:
 def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
     """Write utterances as a manifest, whole or not at all.
 
-    :func:`read_manifest` reads them back equal but for `source`. Audio paths are relative.
-
-    Raises:
-        UserError: a value cannot be written (a number that is not finite, text not Unicode).
+    :func:`read_manifest` reads them back equal but for `source`. Audio paths are relative. Raises
+    UserError: a value cannot be written (a number that is not finite, text not Unicode).
     """
     path = Path(path)
     with atomic(path) as handle:
