@@ -20,7 +20,7 @@ from typing import Literal
 import numpy as np
 
 from unislu_llm.data.audio import MAX_SECONDS, SAMPLE_RATE, crop, open_audio, read_frames
-from unislu_llm.data.long_rows import read_segments
+from unislu_llm.data.loading import read_segments
 from unislu_llm.data.manifest import Ids, Row, iter_rows, moved
 from unislu_llm.data.row_reader import Problem, RowReader
 from unislu_llm.errors import UserError

@@ -98,15 +98,17 @@ class Conll:
             if not line.strip() or line.startswith("-DOCSTART-"):
                 continue  # comments above a blank line belong to the sentence that follows
             columns = [c.strip() for c in line.split("\t")] if "\t" in line else line.split()
-            reach = range(-len(columns), len(columns))
-            tag = columns[self.tag_column] if self.tag_column in reach else ""
+            try:
+                token, tag = columns[self.token_column], columns[self.tag_column]
+            except IndexError:
+                token = tag = ""
             found, good = _META.match(line), len(columns) > 1 and _TAG.fullmatch(tag)
             # A `#` may also be a token: then a tag follows it.
             if line.startswith("#") and not tokens and (found or not good):
                 meta |= {found[1]: found[2]} if found else {}
-            elif good and self.token_column in reach:
+            elif good:
                 first = first if tokens else number
-                tokens.append(columns[self.token_column])
+                tokens.append(token)
                 tags.append(tag)
             else:
                 raise UserError(f"{self.file}:{number}: expected a token (column "
