@@ -14,10 +14,8 @@ from unislu_llm.errors import UserError
 
 TONE = 440.0  # Hz
 RATES = (8000, 22050, 44100, 48000)
-CHANNELS = (1, 2, 8)
 LOSSY = ("OGG-VORBIS", "OGG-OPUS", "MP3")
-MUST_WRITE = ("WAV", "WAV-FLOAT", "WAVEX", "FLAC", "AIFF", "AU", "CAF", "W64", "RF64", *LOSSY)
-OTHER = ("AVR", "HTK", "SVX", "MAT5", "PAF", "IRCAM", "NIST", "VOC")  # some rates and channels
+KINDS = ("WAV", "WAV-FLOAT", "WAVEX", "FLAC", "AIFF", "AU", "CAF", "W64", "RF64", *LOSSY)
 
 
 def tone(rate: int, seconds: float = 1.0, channels: int = 1) -> np.ndarray:
@@ -59,29 +57,16 @@ def check_tone(samples: torch.Tensor, kind: str) -> None:
     assert float(middle.abs().max()) == pytest.approx(0.4, rel=0.1)  # mean of channels, not sum
 
 
-@pytest.mark.parametrize("kind", [*MUST_WRITE, *OTHER])
+@pytest.mark.parametrize("kind", KINDS)
 def test_every_format_rate_and_number_of_channels(kind: str, tmp_path: Path) -> None:
-    written = set()
-    for rate in RATES:
-        for channels in CHANNELS:
+    rates = (8000, 48000) if kind == "OGG-OPUS" else RATES
+    for rate in rates:
+        for channels in (1, 2) if kind == "MP3" else (1, 2, 8):
             # Extension unlike the format: content decides, not the name.
-            path = tmp_path / f"{rate}-{channels}.audio"
-            try:
-                write(path, tone(rate, channels=channels), kind, rate)
-                info = soundfile.info(path)
-            except (soundfile.SoundFileError, ValueError):
-                continue  # the format cannot hold this
-            if (info.samplerate, info.channels) == (rate, channels):
-                samples = load(path)
-                check_tone(samples, kind)
-                assert count_samples(path) == len(samples)
-                written.add((rate, channels))
-    wanted = {(rate, channels) for rate in RATES for channels in CHANNELS}
-    if kind == "MP3":
-        wanted = {pair for pair in wanted if pair[1] <= 2}
-    if kind == "OGG-OPUS":
-        wanted = {pair for pair in wanted if pair[0] in (8000, 48000)}
-    assert written >= (wanted if kind in MUST_WRITE else {(8000, 1)})
+            path = write(tmp_path / "a.audio", tone(rate, channels=channels), kind, rate)
+            samples = load(path)
+            check_tone(samples, kind)
+            assert count_samples(path) == len(samples)
 
 
 @pytest.mark.parametrize(("start", "end"), [

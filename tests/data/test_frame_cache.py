@@ -101,20 +101,15 @@ cache, start, count = FrameCache(sys.argv[1], {"weights": "w"}), int(sys.argv[2]
 for i in range(start, start + count):
     name = str(i % 100)
     cache.put(name, Frames(torch.full((400, 64), float(name)), i % 100))
-    print(i, flush=True)
 """
 
 
 def test_two_writers_at_once_and_a_killed_one_leave_whole_entries(tmp_path: Path) -> None:
     command = [sys.executable, "-c", WRITER, str(tmp_path)]
-    writers = [subprocess.Popen([*command, *numbers], stdout=subprocess.PIPE)
-               for numbers in (("0", "1000000"), ("40", "200"))]
-    assert writers[1].wait(120) == 0
-    writers[0].stdout.readline()
-    writers[0].send_signal(signal.SIGKILL)
-    assert writers[0].wait(60) == -signal.SIGKILL
-    for writer in writers:
-        writer.stdout.close()
+    with subprocess.Popen([*command, "0", "1000000"], stdout=subprocess.PIPE) as endless:
+        subprocess.run([*command, "40", "200"], stdout=subprocess.PIPE, timeout=120, check=True)
+        endless.send_signal(signal.SIGKILL)
+    assert endless.wait(60) == -signal.SIGKILL
     cache = FrameCache(tmp_path, {"weights": "w"})
     cache.name = lambda utterance: utterance.id
     for i in range(100):

@@ -129,6 +129,10 @@ def test_batches_hold_examples_of_like_length_in_random_order() -> None:
 def test_sizes_that_do_not_fit_are_refused(n: int, size: int, parts: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         BatchPlan(lengths_of(n), size, parts)
+    sizes = np.array([[100, 20], [10, 200]])
+    with pytest.raises(UserError, match=r"batch_tokens: 419 is too few: 2 micro-batches a step"):
+        TokenPlan(sizes, 419, parts=2)
+    assert sorted(TokenPlan(sizes, 420, parts=2).epoch(0)[0]) == [0, 1]
 
 
 # Batches by tokens
@@ -199,10 +203,3 @@ def test_a_mixture_holds_at_every_step_of_token_batches() -> None:
     ahead = drawn[:, 0].cumsum() - drawn[:, 1].cumsum() / 2
     assert abs(ahead).max() <= 1.5 * drawn[:, 1].max()
     assert abs(ahead[-1]) <= 1
-
-
-def test_a_budget_too_small_for_its_parts_is_refused() -> None:
-    sizes = np.array([[100, 20], [10, 200]])
-    with pytest.raises(UserError, match=r"batch_tokens: 419 is too few: 2 micro-batches a step"):
-        TokenPlan(sizes, 419, parts=2)
-    assert sorted(TokenPlan(sizes, 420, parts=2).epoch(0)[0]) == [0, 1]

@@ -47,18 +47,14 @@ def sound(folder: Path, name: str, samples: np.ndarray | None = None, rate: int 
 
 BROKEN_ROWS: list[tuple[Line, str]] = [
     (b'{"id": "u", "text": "caf\xe9"}', "line: byte"),
-    ("{'id': 'u'}", "line: not valid JSON"),
     ("{}", "id: is missing"),
     ({"id": "good-0"}, "id: 'good-0' is already the id of line 1"),
-    ({"text": ""}, "text: is empty"),
-    ({"sentiment": "Positive"}, "sentiment: unknown key"),
     ({"ner": [["PLACE", 19, 99]]}, "ner[0].end: 99 is outside"),
     ({"segments": {}}, "segments: is missing"),
 ]
 FIRST = {"start": 0, "end": 9, "text": "a"}
 BROKEN_SEGMENTS: list[tuple[list[Any], str]] = [
     ([{"start": 0, "end": 31, "text": "a"}], "segments[0]: has 31.0 s"),
-    ([FIRST | {"ner": [["ORG", 0, 9]]}], "segments[0].ner[0].end: 9 is outside"),
     ([FIRST, {"start": 5, "end": 20, "text": "b"}], "segments[1].start: 5 s is before"),
     (["a"], "segments[0]: must be an object"),
 ]
@@ -72,7 +68,6 @@ def broken_audio(folder: Path) -> list[tuple[dict[str, Any], str]]:
     long = sound(folder, "long.flac", noise(31.0, rate=8000), 8000)
     header = sound(folder, "header.wav", np.zeros(RATE), share=44 / (2 * RATE + 44))
     (folder / "wav/dir.wav").mkdir()
-    (folder / "wav/text.wav").write_text("this is no audio")
     (folder / "wav/zero.wav").write_bytes(b"")
     files = [
         (sound(folder, "cut.flac", share=0.5), "cannot be decoded"),
@@ -81,7 +76,6 @@ def broken_audio(folder: Path) -> list[tuple[dict[str, Any], str]]:
         (header, "truncated (0 of 32000 bytes"),
         (sound(folder, "empty.wav", np.zeros(0)), "holds no samples"),
         ("wav/zero.wav", "cannot be read as audio"),
-        ("wav/text.wav", "cannot be read as audio"),
         ("wav/dir.wav", "not a file"),
         ("wav/gone.wav", "does not exist"),
         ("wav/" + "x" * 300, "does not exist"),
@@ -95,7 +89,6 @@ def broken_audio(folder: Path) -> list[tuple[dict[str, Any], str]]:
         ({"audio": good, "start": 6.5}, "start: *is outside the file"),
         ({"audio": good, "start": 1.0, "end": 9.0}, "end: *is outside the file"),
         ({"audio": good, "duration": 9.0}, "duration: the row says 9 s"),
-        ({"audio": good, "end": 4.0, "duration": 9.0}, "duration: 9 s does not fit"),
     ]
 
 
@@ -236,9 +229,9 @@ def test_tasks_of_ones_own_and_rare_labels(tmp_path: Path) -> None:
     tasks = tmp_path / "tasks.yaml"
     tasks.write_text('- {kind: label, name: topic, marker: "[TOP]", labels: [a, b], '
                      'open: "[T]", close: "[/T]", multi: true}\n')
-    rows: list[Line] = [{"id": str(i), "text": "x", "topic": ["a"]} for i in range(300)]
-    rows += [{"id": "x", "text": "a", "topic": ["b", "a"]}, {"id": "y", "text": "a", "topic": []}]
-    path = write_rows(tmp_path / "m.jsonl", rows)
+    topics = [["a"]] * 300 + [["b", "a"], []]
+    path = write_rows(tmp_path / "m.jsonl", [{"id": str(i), "text": "x", "topic": topic}
+                                             for i, topic in enumerate(topics)])
     report = validate([path], tasks_file=tasks)
     assert report.status() == 0
     assert "topic           302 rows: a 301, b 1" in report.page()

@@ -33,7 +33,6 @@ MIN_SAMPLES = SAMPLE_RATE // 2  # of a shorter clip Whisper makes nothing (trans
 MAX_SECONDS = 30.0  # what Whisper's positions reach
 MAX_SAMPLES = int(MAX_SECONDS * SAMPLE_RATE)
 MAX_MEL_FRAMES = MAX_SAMPLES // HOP
-
 END_SLACK = 0.1  # seconds that a crop may pass the end of its file: corpora round their time stamps
 
 _MAX_PEAK = 100.0  # above it, samples are integers written as floats rather than loud audio
@@ -59,9 +58,8 @@ def load(path: str | Path, start: float = 0.0, end: float | None = None, *,
     """Read a file of any rate, or a stretch of it in seconds: mono `(samples,)` float32 at 16 kHz.
 
     Raises:
-        UserError: the file is missing, unreadable or truncated (which WAV, AIFF, AU, FLAC, Ogg and
-            MP3 show), the stretch is empty, outside or longer than `max_seconds`, or samples are
-            not usable.
+        UserError: the file is missing, unreadable or truncated, the stretch is empty, outside or
+            longer than `max_seconds`, or samples are not usable.
     """
     path = Path(path)
     with open_audio(path) as sound:
@@ -144,11 +142,8 @@ def crop(path: Path, frames: int, rate: int, start: float, end: float | None) ->
 
 
 def read_frames(path: Path, sound: soundfile.SoundFile, first: int, last: int) -> np.ndarray:
-    """`(frames, channels)` float32, usually in -1..1, of frames `first` to `last`.
-
-    Raises:
-        UserError: they cannot be decoded, are fewer than the header says, not finite, or integers.
-    """
+    """`(frames, channels)` float32, usually in -1..1, of frames `first` to `last`; raises
+    UserError: they cannot be decoded, are fewer than the header says, not finite, or integers."""
     skip = min(first, _MP3_PREROLL) if sound.format == "MP3" else 0
     try:
         if first > skip:

@@ -67,8 +67,7 @@ def load_examples(manifests: Sequence[str], registry: TaskRegistry, *, limit: in
 def check_hypotheses(examples: Sequence[Example], model: ModelConfig) -> list[Example]:
     """Training examples with the hypotheses that a model reads: their rows', or the references.
 
-    Raises:
-        UserError: no example has one; or some have none, and the model does not listen.
+    Raises UserError: no example has one; or some have none, and the model does not listen.
     """
     if model.hypothesis == "reference":
         return [Example(replace(e.utterance, hypothesis=e.utterance.text), e.task)
@@ -88,8 +87,7 @@ def check_hypotheses(examples: Sequence[Example], model: ModelConfig) -> list[Ex
 def handle_long(utterances: Sequence[Utterance], registry: TaskRegistry) -> list[Utterance]:
     """Utterances of at most 30 s, in order, with their durations; longer ones are cut.
 
-    Raises:
-        UserError: one for all rows that are too long and cannot be cut; or an unreadable file.
+    Raises UserError: one for all rows that are too long and cannot be cut; or an unreadable file.
     """
     reader = RowReader(registry)
     out, bad = list[Utterance](), list[str]()

@@ -177,11 +177,9 @@ def _as_row(u: Utterance, folder: Path) -> dict[str, Any]:
     labels = {name: value if isinstance(value, str) else
               [v._asdict() if isinstance(v, Span) else v for v in value]
               for name, value in u.labels.items()}
-    row = {"id": u.id, "audio": None if u.audio is None else _relative(u.audio, folder),
-           "text": u.text, **labels, "start": u.start or None, "end": u.end, "speaker": u.speaker,
-           "language": u.language, "corpus": u.corpus if u.corpus != "default" else None,
-           "duration": u.duration, "hypothesis": u.hypothesis, "text_source": u.text_source,
-           "segments": u.segments}
+    row = {key: getattr(u, key) for key in FIELDS} | labels | {
+        "audio": u.audio and _relative(u.audio, folder), "start": u.start or None,
+        "corpus": None if u.corpus == "default" else u.corpus}
     return {key: value for key, value in row.items() if value is not None}
 
 

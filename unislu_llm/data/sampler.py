@@ -1,8 +1,7 @@
 """Which examples form which batch: length buckets, the same on every rank, all from a seed.
 
 A plan is a list of *global* batches, of as many examples each (:class:`BatchPlan`) or of as many
-tokens (:class:`TokenPlan`). How many processes and micro-batches share one does not change what is
-in it: runs on other numbers of processes see the same steps, and as many on every rank.
+tokens (:class:`TokenPlan`). How many processes and micro-batches share one does not change it.
 """
 
 from __future__ import annotations
@@ -73,8 +72,8 @@ class BatchPlan:
     def micro_batches(self, epoch: int, rank: int = 0, world: int = 1) -> list[list[MicroBatch]]:
         """The micro-batches of each step for one rank of `world`, which divides the parts.
 
-        All ranks have the same number of micro-batches of the same kinds in the same order: under
-        DDP and FSDP each pass runs collectives that every process has to take part in.
+        All ranks have as many of the same kinds in the same order: under DDP and FSDP each pass
+        runs collectives that every process has to take part in.
         """
         # Counted over the global batches, so that augmentation is the same on any number of ranks.
         times: defaultdict[int, Iterator[int]] = defaultdict(count)
@@ -119,7 +118,6 @@ class BatchPlan:
         return [self._by_length(chunk) for chunk in chunks]
 
     def _cut(self, order: np.ndarray) -> list[np.ndarray]:
-        """Global batches of an epoch's draw."""
         order = np.concatenate(self._pools(order, self.batch_size * BUCKET))
         batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
         # A rest that cannot give each part an example joins the batch before it.

@@ -210,12 +210,8 @@ def _pace(u: Utterance, seconds: float | None) -> Iterator[Problem]:
 
 
 def _check_audio(u: Utterance, how: AudioCheck) -> tuple[list[Problem], float | None, str]:
-    """What is wrong with the audio of a row; never raises.
-
-    Returns:
-        Problems; seconds of the audio, None where that is not known; and a key that equal audio
-        shares: a digest of the samples after a full check, else path and crop; empty for text.
-    """
+    """What is wrong with the audio of a row; its seconds, None where not known; and a key that
+    equal audio shares: a digest of the samples after a full check, else path and crop."""
     path, stated, faulty = u.audio, u.stated_seconds, "audio"
     if path is None:
         return [], None, ""

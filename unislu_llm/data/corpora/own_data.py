@@ -37,7 +37,6 @@ class Csv:
     audio: Path | None = None
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
-        """Rows of the file."""
         delimiter = "\t" if self.file.suffix == ".tsv" else ","
         span_tasks = [task.name for task in registry if isinstance(task, SpanTask)]
         for where, cells in read_table(self.file, ("id", "text"), delimiter=delimiter, strict=True):
@@ -73,7 +72,6 @@ class Conll:
     task: str = "ner"
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
-        """Rows of the file, one a sentence."""
         if not isinstance(registry[self.task], SpanTask):
             raise UserError(f"task '{self.task}' labels whole utterances; tags need a span task")
         for number, (line, meta, tokens, tags) in enumerate(self._sentences(), 1):

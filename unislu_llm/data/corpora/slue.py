@@ -43,7 +43,6 @@ class _Tsv:
     clip: ClassVar[str]  # its file in `audio`
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
-        """Rows of the file."""
         # Quotation marks in speech are no quoting.
         for where, row in read_table(self.tsv, self.columns, delimiter="\t",
                                      quoting=csv.QUOTE_NONE):
@@ -87,7 +86,6 @@ class SlueHub:
     with_audio: bool = True
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
-        """Rows of the split; their audio is written to `clips`."""
         for i, row in enumerate(load_hub(self.corpus, self.split, self.path)):
             where, clip = f"{self.corpus}[{i}]", row.get("audio") or {}
             # Rows of dialogue acts have no id: the name of the clip has call, start and end in it.

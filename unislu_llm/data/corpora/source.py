@@ -11,7 +11,7 @@ from typing import Any
 from unislu_llm.errors import UserError
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
-"""Rows as a manifest has them, each with its place `file:line`."""
+"""What a source's `rows` gives: rows as a manifest has them, each with its place `file:line`."""
 
 Dropped = defaultdict[str, list[str]]
 """By reason the places of what is not in the manifest: nothing is dropped uncounted."""
