@@ -57,8 +57,8 @@ def dropout(examples: list[Example]) -> HypothesisDropout:
     return HypothesisDropout(train, examples)
 
 
-def test_targets_are_padded_on_the_right(tokenizer: UnifiedTokenizer,
-                                         examples: list[Example]) -> None:
+def test_targets_and_hypotheses_are_padded_on_the_right(tokenizer: UnifiedTokenizer,
+                                                        examples: list[Example]) -> None:
     waves = [load(e.utterance.audio) for e in examples[:4] if e.utterance.audio]
     batch = Collator(tokenizer).from_waves(examples[:4], waves)
     assert batch.kind == "audio"
@@ -76,13 +76,10 @@ def test_targets_are_padded_on_the_right(tokenizer: UnifiedTokenizer,
     assert batch.mel.shape == (4, 80, max(batch.speech_lengths))
     assert batch.durations == pytest.approx([e.utterance.duration for e in examples[:4]])
     assert (batch.hypothesis_ids, batch.hypothesis_lengths, batch.ctc_targets) == (None, (), ())
-
-
-def test_hypotheses_and_ctc_targets(tokenizer: UnifiedTokenizer, examples: list[Example]) -> None:
     bare, empty = (Example(replace(examples[0].utterance, hypothesis=h), None) for h in (None, ""))
     vocabulary = SimpleNamespace(classes=lambda text: [1, len(text)])
     collator = Collator(tokenizer, hypothesis_prompt=[7, 8], ctc_vocabulary=vocabulary)
-    batch = collator.from_waves([examples[0], bare, empty], [torch.zeros(8000)] * 3)
+    batch = collator.from_waves([examples[0], bare, empty], waves[:3])
     written = tokenizer.text_ids(examples[0].utterance.hypothesis or "")
     assert batch.hypothesis_lengths == (2 + len(written), 0, 2)
     assert batch.hypothesis_ids[0].tolist() == [7, 8, *written]

@@ -48,13 +48,14 @@ def problems(tmp_path: Path, *rows: Any, **options: Any) -> list[Problem]:
 
 def test_a_full_row(tmp_path: Path) -> None:
     path = write(tmp_path, row(
-        ner=[{"label": "PLACE", "start": 19, "end": 24}, ["ORG", 4, 11]], sa="Neutral",
-        acts=["thanks", "question"], start=1, end=3.5, duration=2.5, speaker="s1", language="en",
-        corpus="vp", condition="clean", hypothesis=" the  council", text_source="whisper"))
+        ner=[{"label": "PLACE", "start": 19, "end": 24}, ["ORG", 7, 11], ["LAW", 4, 7]],
+        sa="Neutral", acts=["thanks", "question"], start=1, end=3.5, duration=2.5, speaker="s1",
+        language="en", corpus="vp", condition="clean", hypothesis=" the  council",
+        text_source="whisper"))
     assert read_manifest(path, REGISTRY) == [Utterance(
         id="a", audio=tmp_path / "wav/a.flac", text=TEXT, start=1.0, end=3.5, duration=2.5,
-        labels={"ner": (Span("ORG", 4, 11), Span("PLACE", 19, 24)), "sa": "Neutral",
-                "acts": ("question", "thanks")},
+        labels={"ner": (Span("LAW", 4, 7), Span("ORG", 7, 11), Span("PLACE", 19, 24)),
+                "sa": "Neutral", "acts": ("question", "thanks")},
         speaker="s1", language="en", corpus="vp", source=f"{path}:1", hypothesis="the council",
         text_source="whisper")]
 
@@ -84,12 +85,6 @@ def test_blank_lines_crlf_and_byte_order_mark_are_no_problem(tmp_path: Path) -> 
     assert [u.source.rpartition(":")[2] for u in read_manifest(path, REGISTRY)] == ["1", "3", "5"]
 
 
-def test_spans_may_touch_and_come_in_any_order(tmp_path: Path) -> None:
-    spans: list[list[Any]] = [["PLACE", 19, 24], ["ORG", 7, 11], ["LAW", 4, 7]]
-    (u,) = read_manifest(write(tmp_path, row(ner=spans)), REGISTRY)
-    assert u.labels["ner"] == tuple(Span(*s) for s in reversed(spans))
-
-
 def test_a_lookalike_beside_the_field_itself_is_metadata(tmp_path: Path) -> None:
     text = "l'été [applause] 你好 5\u00a0[ner] x]"
     (u,) = read_manifest(write(tmp_path, row(
@@ -114,7 +109,6 @@ def test_parent_folders_are_those_of_the_real_manifest_folder(tmp_path: Path) ->
 BAD_ROWS: list[tuple[dict[str, Any], str, str, str]] = [
     ({"id": None}, "id", "missing", "unique id"),
     ({"id": 7}, "id", "type", "must be a valid string, found 7"),
-    ({"id": " a"}, "id", "value", "blank"),
     ({"text": None}, "text", "missing", "needs a transcript"),
     ({"text": None, "transcript": TEXT}, "text", "missing", "rename 'transcript'"),
     ({"text": ""}, "text", "missing", "is empty"),
@@ -129,20 +123,14 @@ BAD_ROWS: list[tuple[dict[str, Any], str, str, str]] = [
     ({"start": "1.5"}, "start", "type", 'found "1.5"'),
     ({"end": 10**30}, "end", "value", "found 1000"),
     ({"start": 2.0, "end": 2.0}, "end", "value", "2 s is not after start 2 s"),
-    ({"duration": 0}, "duration", "value", "greater than 0"),
     ({"start": 1.0, "end": 2.0, "duration": 9.0}, "duration", "value", "from 1 s to 2 s"),
     ({"sa": "positive"}, "sa", "label", "did you mean 'Positive'"),
-    ({"sa": ["Positive"]}, "sa", "type", "must be a valid string, found"),
     ({"acts": "question"}, "acts", "type", 'must be a valid list, found "question"'),
-    ({"acts": ["question", "qestion"]}, "acts[1]", "label", "did you mean 'question'"),
     ({"acts": ["thanks", "thanks"]}, "acts", "label", "'thanks' is given twice"),
-    ({"ner": {"label": "ORG"}}, "ner", "type", 'must be a valid list, found {"label"'),
     ({"ner": ["ORG"]}, "ner[0]", "type", "[label, start, end]"),
     ({"ner": [{"label": "ORG", "start": 4}]}, "ner[0].end", "missing", "a span has label"),
     ({"ner": [["ORG", 4, 11], ["PLAC", 19, 24]]}, "ner[1].label", "label", "did you mean 'PLACE'"),
-    ({"ner": [[None, 4, 11]]}, "ner[0].label", "type", "found null"),
     ({"ner": [["ORG", 4.0, 11]]}, "ner[0].start", "type", "valid integer, found 4"),
-    ({"ner": [["ORG", -1, 3]]}, "ner[0].start", "span", "-1 is outside the text of 30"),
     ({"ner": [["WHEN", 25, 31]]}, "ner[0].end", "span", "31 is outside the text of 30"),
     ({"ner": [["PLACE", 19, 5]]}, "ner[0].end", "span", "not a length"),
     ({"ner": [["ORG", 3, 11]]}, "ner[0].start", "span", "3 puts a blank at the start"),
