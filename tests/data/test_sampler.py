@@ -213,10 +213,10 @@ def test_a_mixture_holds_at_every_step_of_token_batches() -> None:
 # Mixtures
 
 
-def example(corpus: str, manifest: str = "m", task: str | None = None) -> Example:
+def example(corpus: str, manifest: str = "m") -> Example:
     """An example of a corpus, read from `<manifest>.jsonl`."""
     source = f"data/{manifest}.jsonl:1"
-    return Example(Utterance("u", None, "a", {}, corpus=corpus, source=source), task)
+    return Example(Utterance("u", None, "a", {}, corpus=corpus, source=source), None)
 
 
 def groups_of(**sizes: int) -> list[str]:
@@ -224,26 +224,20 @@ def groups_of(**sizes: int) -> list[str]:
     return [name for name, n in sizes.items() for _ in range(n)]
 
 
-def mixture_of(examples: list[Example], **settings: Any) -> Mixture:
-    mixture = build_mixture(DataConfig(**settings), examples, 1)
-    return mixture
-
-
-def shares_of(examples: list[Example], **settings: Any) -> dict[str, float]:
-    mixture = mixture_of(examples, **settings)
-    return dict(zip(mixture.names, mixture.shares.tolist(), strict=True))
+def mixture_of(examples: list[Example], **options: Any) -> Any:
+    return build_mixture(DataConfig(**options), examples, 1)
 
 
 def test_temperature_goes_from_natural_to_equal() -> None:
     examples = [example("a")] * 90 + [example("b")] * 10
-    assert build_mixture(DataConfig(), examples, 1) is None
-    assert shares_of(examples, epoch_samples=4) == {"a": 0.9, "b": 0.1}
-    assert mixture_of(examples, epoch_samples=4).size == 4
-    assert shares_of(examples, temperature=2) == pytest.approx({"a": 0.75, "b": 0.25})
-    assert shares_of(examples, temperature=float("inf")) == {"a": 0.5, "b": 0.5}
-    weighted = mixture_of(examples, weights={"a": 1, "b": 3}, temperature=5)
-    assert weighted.shares.tolist() == [0.25, 0.75]
-    assert "75.0 %  7.50 passes" in str(weighted)
+    assert mixture_of(examples) is None
+    for options, share in (({"epoch_samples": 4}, 0.9), ({"temperature": 2}, 0.75),
+                           ({"temperature": float("inf")}, 0.5),
+                           ({"weights": {"a": 1, "b": 3}, "temperature": 5}, 0.25)):
+        mixture = mixture_of(examples, **options)
+        assert mixture.shares.tolist() == pytest.approx([share, 1 - share])
+        assert mixture.size == options.get("epoch_samples", 100)
+    assert "75.0 %  7.50 passes" in str(mixture)
 
 
 def test_a_corpus_is_named_by_its_rows_or_by_its_manifest() -> None:
@@ -263,8 +257,7 @@ def test_a_corpus_is_named_by_its_rows_or_by_its_manifest() -> None:
 ])
 def test_bad_weights_are_refused(weights: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        build_mixture(DataConfig(weights=weights), [example("slue", "x"),
-                                                    example("default", "asr")], 1)
+        mixture_of([example("slue", "x"), example("default", "asr")], weights=weights)
 
 
 @settings(deadline=None, max_examples=40)

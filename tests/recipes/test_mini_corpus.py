@@ -75,10 +75,9 @@ def test_builder_prefers_rare_labels_and_skips_what_does_not_fit(maker: ModuleTy
         maker.choose_entities(rows, 60, 0, set())
 
 
-@pytest.mark.parametrize("line", ["hello\tHappy\ttrain", "hello\tPositive\ttest",
-                                  "twice\tNeutral\tdev"])
-def test_builder_refuses_a_line_it_cannot_use(maker: ModuleType, tmp_path: Path, line: str) -> None:
+def test_builder_refuses_lines_it_cannot_use(maker: ModuleType, tmp_path: Path) -> None:
     path = tmp_path / "lines.tsv"
-    path.write_text(f"text\tlabel\tsplit\ntwice\tNeutral\ttrain\n{line}\n", encoding="utf-8")
-    with pytest.raises(UserError, match=r"lines\.tsv:3"):
-        maker.read_lines(path)
+    for line in ("hello\tHappy\ttrain", "hello\tPositive\ttest", "twice\tNeutral\tdev"):
+        path.write_text(f"text\tlabel\tsplit\ntwice\tNeutral\ttrain\n{line}\n")
+        with pytest.raises(UserError, match=r"lines\.tsv:3"):
+            maker.read_lines(path)
