@@ -50,6 +50,7 @@ def test_what_is_read_is_what_was_stored(tmp_path: Path, make_utterances: MakeUt
             assert (length, torch.equal(values, frames_for(cache.name(u)))) == (4, True)
     path = cache.home / f"{cache.name(utterances[0])}.npy"
     assert np.load(path).shape == (5, 8), "files are numpy's"
+    cache.put("bf16", Frames(torch.ones(2, 3, dtype=torch.bfloat16), 2))
 
 
 def test_other_contents_crops_and_encoders_have_no_stale_entries(

@@ -115,7 +115,7 @@ def write_long(folder: Path, **row: Any) -> Path:
 
 
 def test_long_rows_are_cut_at_segments(tmp_path: Path) -> None:
-    path = write_long(tmp_path, corpus="talks", segments=SEGMENTS)
+    path = write_long(tmp_path, corpus="talks", text_source="asr", segments=SEGMENTS)
     short, first, second, third = handle_long(read_manifest(path, REGISTRY), REGISTRY)
     assert short.id == "s"
     assert (first.id, first.start, first.end) == ("t-000", 0.0, 25.0)
@@ -124,8 +124,8 @@ def test_long_rows_are_cut_at_segments(tmp_path: Path) -> None:
     assert (second.start, second.end) == (25.0, 40.0), "a third would pass 30 s"
     assert (second.labels, second.hypothesis) == ({"ner": ()}, None)
     assert (third.start, third.end, third.labels) == (44.0, 50.0, {"sa": "Positive"})
-    assert {(p.corpus, p.audio) for p in (first, second, third)} == {
-        ("talks", tmp_path / "long.wav")}
+    assert {(p.corpus, p.audio, p.text_source) for p in (first, second, third)} == {
+        ("talks", tmp_path / "long.wav", "asr")}
 
 
 @pytest.mark.parametrize(("change", "message"), [

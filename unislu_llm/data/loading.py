@@ -27,7 +27,7 @@ _warn_once = cache(log.warning)  # of a manifest, however many runs are scored o
 
 _MAX_GAP = 1.0  # seconds: in a longer gap there may be speech that nobody transcribed
 _OVERLAP = 0.05  # seconds by which rounded time stamps of neighbours may overlap
-_INHERITED = ("corpus", "speaker", "language")
+_INHERITED = ("corpus", "speaker", "language", "text_source")
 
 
 def load_examples(manifests: Sequence[str], registry: TaskRegistry, *, limit: int = 0,
@@ -126,8 +126,8 @@ def read_segments(u: Utterance, reader: RowReader,
         found, piece = [Problem("", "", "must be an object with start, end and text")], None
         if isinstance(segment, dict):
             # The id is a place-holder: pieces are numbered when it is known which are joined.
-            row: dict[str, Any] = {**inherited, **segment, "id": "segment", "audio": str(u.audio)}
-            piece, found = reader.read(row, u.source)
+            piece, found = reader.read(
+                {**inherited, **segment, "id": "segment", "audio": str(u.audio)}, u.source)
             found += [Problem(key, "", "is missing") for key in ("start", "end")
                       if segment.get(key) is None]
         if piece is not None and piece.end is not None and not found:

@@ -153,13 +153,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return built
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
 def _parse(raw: bytes) -> tuple[dict[str, Any], list[Problem]]:
     """The JSON object of a line, or what is wrong with it."""
     try:
-        row = _DECODER.decode(raw.decode("utf-8"))
+        row = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
         if isinstance(row, dict):
             return row, []
         reason = f"expected a JSON object, found {type(row).__name__}"
