@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,6 @@ from tests.tiny import make_tokenizer
 from unislu_llm.config import AugmentConfig, TrainConfig
 from unislu_llm.data.audio import load, mel_length
 from unislu_llm.data.augment import Augmenter, HypothesisDropout
-from unislu_llm.data.batch import Batch
 from unislu_llm.data.dataset import Collator, SpeechDataset
 from unislu_llm.data.frame_cache import FrameCache, Frames
 from unislu_llm.data.sampler import BatchPlan, MicroBatch
@@ -52,24 +52,13 @@ def injector(tokenizer: UnifiedTokenizer) -> TextInjector:
     return TextInjector(SimulationRates(), classes, 30, 0.06)
 
 
-class Vocabulary:
-    def classes(self, text: str) -> list[int]:
-        return [1, len(text)]
-
-
 def dropout(examples: list[Example]) -> HypothesisDropout:
     train = TrainConfig(hypothesis_dropout=0.2, hypothesis_word_dropout=0.3)
     return HypothesisDropout(train, examples)
 
 
-def everything(batch: Batch) -> dict[str, Any]:
-    """Fields of a batch, tensors as nested lists."""
-    return {name: value.tolist() if isinstance(value, torch.Tensor) else value
-            for name, value in vars(batch).items()}
-
-
-def test_targets_are_padded_on_the_right(tokenizer: UnifiedTokenizer,
-                                         examples: list[Example]) -> None:
+def test_targets_and_hypotheses_are_padded_on_the_right(tokenizer: UnifiedTokenizer,
+                                                        examples: list[Example]) -> None:
     waves = [load(e.utterance.audio) for e in examples[:4] if e.utterance.audio]
     batch = Collator(tokenizer).from_waves(examples[:4], waves)
     assert batch.kind == "audio"
@@ -84,50 +73,40 @@ def test_targets_are_padded_on_the_right(tokenizer: UnifiedTokenizer,
         assert (batch.target_ids[i, n:] == tokenizer.pad_id).all()
         assert (batch.target_parts[i, n:] == NO_PART).all()
     assert batch.speech_lengths == tuple(mel_length(len(wave)) for wave in waves)
-    assert batch.mel is not None
     assert batch.mel.shape == (4, 80, max(batch.speech_lengths))
     assert batch.durations == pytest.approx([e.utterance.duration for e in examples[:4]])
     assert (batch.hypothesis_ids, batch.hypothesis_lengths, batch.ctc_targets) == (None, (), ())
-
-
-def test_hypotheses_and_ctc_targets(tokenizer: UnifiedTokenizer, examples: list[Example]) -> None:
     bare, empty = (Example(replace(examples[0].utterance, hypothesis=h), None) for h in (None, ""))
-    collator = Collator(tokenizer, hypothesis_prompt=[7, 8], ctc_vocabulary=Vocabulary())
-    batch = collator.from_waves([examples[0], bare, empty], [torch.zeros(8000)] * 3)
+    vocabulary = SimpleNamespace(classes=lambda text: [1, len(text)])
+    collator = Collator(tokenizer, hypothesis_prompt=[7, 8], ctc_vocabulary=vocabulary)
+    batch = collator.from_waves([examples[0], bare, empty], waves[:3])
     written = tokenizer.text_ids(examples[0].utterance.hypothesis or "")
     assert batch.hypothesis_lengths == (2 + len(written), 0, 2)
-    assert batch.hypothesis_ids is not None
     assert batch.hypothesis_ids[0].tolist() == [7, 8, *written]
     assert batch.hypothesis_ids[2].tolist() == [7, 8, *[tokenizer.pad_id] * len(written)]
     assert batch.ctc_targets == ((1, len(examples[0].utterance.text)),) * 3
 
 
-def test_kinds_and_lengths_of_input(injector: TextInjector) -> None:
-    speech = Example(Utterance("s", Path("a.wav"), "a", duration=3.0), None)
-    text = Example(Utterance("t", None, "abc", source="half.jsonl:1"), None)
-    plain, cached = SpeechDataset([text]), FrameCache("c", {})
-    assert plain.kind(speech) == "audio"
-    with pytest.raises(UserError, match=r"half\.jsonl:1: field 'audio': the row has no audio"):
-        plain[0, 0]
-    injects = SpeechDataset([], frame_cache=cached, injector=injector)
-    assert [injects.kind(e) for e in (speech, text)] == ["frames", "posteriors"]
-    assert [injects.seconds(e) for e in (speech, text)] == [3.0, injector.seconds(text)]
-    reads = SpeechDataset([], listens=False)
-    assert [reads.kind(e) for e in (speech, text)] == ["text", "text"]
-    assert [reads.seconds(e) for e in (speech, text)] == [3.0, 3 / 15]
-
-
-def test_a_model_that_does_not_listen_reads_no_audio(tokenizer: UnifiedTokenizer) -> None:
-    gone = Example(Utterance("s", Path("gone.wav"), "a", duration=2.5, hypothesis="a"), None)
-    text = Example(Utterance("t", None, "a", hypothesis="b"), None)
-    data = SpeechDataset([gone, text], listens=False)
+def test_kinds_and_lengths_of_input(tokenizer: UnifiedTokenizer, injector: TextInjector) -> None:
+    gone = Example(Utterance("s", Path("gone.wav"), "a", duration=3.0, hypothesis="a"), None)
+    text = Example(Utterance("t", None, "abc", source="half.jsonl:1", hypothesis="b"), None)
+    both, plain = (gone, text), SpeechDataset([gone, text])
+    assert plain.kind(gone) == "audio"
+    for i, message in enumerate((r"s: field 'audio': gone\.wav",
+                                 r"half\.jsonl:1: field 'audio': the row has no audio")):
+        with pytest.raises(UserError, match=message):
+            plain[i, 0]
+    injects = SpeechDataset([], frame_cache=FrameCache("c", {}), injector=injector)
+    assert [injects.kind(e) for e in both] == ["frames", "posteriors"]
+    assert [injects.seconds(e) for e in both] == [3.0, injector.seconds(text)]
+    reads = SpeechDataset(both, listens=False)
+    assert [reads.kind(e) for e in both] == ["text", "text"]
+    assert [reads.seconds(e) for e in both] == [3.0, 3 / 15]
     collator = Collator(tokenizer, hypothesis_prompt=[7], listens=False)
-    batch = collator([data[(0, 0)], data[(1, 0)]])
-    assert (batch.kind, batch.speech_lengths, batch.durations) == ("text", (0, 0), (2.5, 0.0))
+    batch = collator([reads[(0, 0)], reads[(1, 0)]])
+    assert (batch.kind, batch.speech_lengths, batch.durations) == ("text", (0, 0), (3.0, 0.0))
     assert batch.mel is batch.frames is batch.posterior_classes is None
     assert collator.from_waves([gone], [torch.zeros(8000)]).durations == (0.5,)
-    with pytest.raises(UserError, match=r"s: field 'audio': gone\.wav"):
-        SpeechDataset([gone])[(0, 0)]
 
 
 def test_batches_do_not_depend_on_what_is_beside(tokenizer: UnifiedTokenizer,
@@ -144,16 +123,13 @@ def test_batches_do_not_depend_on_what_is_beside(tokenizer: UnifiedTokenizer,
             n = alone.speech_lengths[0]
             assert n == whole.speech_lengths[row]
             assert whole.examples[row] == alone.examples[0]
-            if kind == "audio":
-                torch.testing.assert_close(whole.mel[row, :, :n],  # type: ignore[index]
-                                           alone.mel[0], rtol=1e-5, atol=1e-5)
-            else:
-                assert torch.equal(whole.posterior_shares[row, :n],  # type: ignore[index]
-                                   alone.posterior_shares[0])  # type: ignore[index]
+            heard: Any = [(b.mel.mT if kind == "audio" else b.posterior_shares)
+                          for b in (whole, alone)]
+            torch.testing.assert_close(heard[0][row, :n], heard[1][0], rtol=1e-5, atol=1e-5)
     with pytest.raises(ValueError, match="one kind"):
         collator([data[(0, 0)], data[(4, 0)]])
     first, again = (collator([data[(1, times)]]).mel for times in (0, 1))
-    assert not torch.equal(first, again), "drawn again, heard anew"  # type: ignore[arg-type]
+    assert not torch.equal(first, again), "drawn again, heard anew"
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -173,7 +149,8 @@ def test_a_loader_gives_what_the_plan_says(workers: int, tokenizer: UnifiedToken
         for m, batch in zip(micro, loader, strict=True):
             assert (batch.kind, len(batch), batch.counted) == (m.kind, len(m.members), m.counted)
             direct = collator([replace(data[draw], counted=m.counted) for draw in m.members])
-            assert everything(batch) == everything(direct)
+            assert all(torch.equal(value, getattr(direct, name)) if torch.is_tensor(value)
+                       else value == getattr(direct, name) for name, value in vars(batch).items())
             assert min(batch.target_lengths) > 0
             found = int((batch.target_parts != NO_PART).sum())
             assert found == (sum(batch.target_lengths) if m.counted else 0)
@@ -191,13 +168,11 @@ def test_frames_take_the_place_of_audio(tmp_path: Path, tokenizer: UnifiedTokeni
     data, collator = SpeechDataset(examples, frame_cache=cache), Collator(tokenizer)
     batch = collator([data[(i, 0)] for i in range(3)])
     assert (batch.kind, batch.speech_lengths) == ("frames", (30, 31, 32))
-    assert batch.frames is not None
     assert batch.frames.shape == (3, 42, 8)
     assert batch.durations == pytest.approx([0.9, 1.6, 0.6])
     augmenter = Augmenter(AugmentConfig(time_masks=2))
     masked = collator(SpeechDataset(examples, frame_cache=cache, augmenter=augmenter).__getitems__(
         MicroBatch("frames", ((0, 0), (1, 0), (2, 0)))))
-    assert masked.frames is not None
     hidden = (masked.frames == 0) & (batch.frames != 0)
     assert hidden.any()
     assert torch.equal(masked.frames, batch.frames.masked_fill(hidden, 0.0))

@@ -13,13 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from unislu_llm.data.manifest import (
-    iter_rows,
-    manifest_name,
-    moved,
-    read_manifest,
-    write_manifest,
-)
+from unislu_llm.data.manifest import iter_rows, manifest_name, moved, read_manifest, write_manifest
 from unislu_llm.data.row_reader import Problem
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import NER, SA, LabelTask, Span, SpanTask, TaskRegistry
@@ -45,25 +39,8 @@ def write(tmp_path: Path, *rows: Any) -> Path:
     return path
 
 
-def read_one(tmp_path: Path, **changes: Any) -> Utterance:
-    (utterance,) = read_manifest(write(tmp_path, row(**changes)), REGISTRY)
-    return utterance
-
-
 def problems(tmp_path: Path, *rows: Any, **options: Any) -> list[Problem]:
     return [p for r in iter_rows(write(tmp_path, *rows), REGISTRY, **options) for p in r.problems]
-
-
-def only_problem(tmp_path: Path, line: Any) -> Problem:
-    """The one problem of a row that stands on line 2, between two good ones that are both read."""
-    path = write(tmp_path, row(id="before"), line, row(id="after"))
-    rows = list(iter_rows(path, REGISTRY))
-    assert [r.utterance.id for r in rows if r.utterance] == ["before", "after"]
-    (problem,) = (p for r in rows for p in r.problems)
-    assert problem.file == path
-    assert problem.line == 2
-    assert str(problem) == f"{path}:2: {problem.field}: {problem.message}"
-    return problem
 
 
 # What is read
@@ -71,59 +48,49 @@ def only_problem(tmp_path: Path, line: Any) -> Problem:
 
 def test_a_full_row(tmp_path: Path) -> None:
     path = write(tmp_path, row(
-        ner=[{"label": "PLACE", "start": 19, "end": 24}, ["ORG", 4, 11]], sa="Neutral",
-        acts=["thanks", "question"], start=1, end=3.5, duration=2.5, speaker="s1", language="en",
-        corpus="vp", condition="clean", hypothesis=" the  council", text_source="whisper"))
+        ner=[{"label": "PLACE", "start": 19, "end": 24}, ["ORG", 7, 11], ["LAW", 4, 7]],
+        sa="Neutral", acts=["thanks", "question"], start=1, end=3.5, duration=2.5, speaker="s1",
+        language="en", corpus="vp", condition="clean", hypothesis=" the  council",
+        text_source="whisper"))
     assert read_manifest(path, REGISTRY) == [Utterance(
         id="a", audio=tmp_path / "wav/a.flac", text=TEXT, start=1.0, end=3.5, duration=2.5,
-        labels={"ner": (Span("ORG", 4, 11), Span("PLACE", 19, 24)), "sa": "Neutral",
-                "acts": ("question", "thanks")},
+        labels={"ner": (Span("LAW", 4, 7), Span("ORG", 7, 11), Span("PLACE", 19, 24)),
+                "sa": "Neutral", "acts": ("question", "thanks")},
         speaker="s1", language="en", corpus="vp", source=f"{path}:1", hypothesis="the council",
         text_source="whisper")]
 
 
 def test_the_old_name_of_a_hypothesis_is_read_with_one_warning(tmp_path: Path) -> None:
-    path = write(tmp_path, row(draft="the consul"), row(id="b", draft=""), row(id="c"),
+    path = write(tmp_path, row(draft="the consul"), row(id="b", draft=""),
                  row(id="d", draft="old", hypothesis="new"))
     with pytest.warns(UserWarning, match=r"m\.jsonl:1: 'draft' is an old name") as caught:
-        read = read_manifest(path, REGISTRY)
+        assert [u.hypothesis for u in read_manifest(path, REGISTRY)] == ["the consul", "", "new"]
     assert len(caught) == 1
-    assert [u.hypothesis for u in read] == ["the consul", "", None, "new"]
 
 
-def test_not_annotated_differs_from_annotated_and_empty(tmp_path: Path) -> None:
-    assert read_one(tmp_path).labels == {}
-    assert read_one(tmp_path, ner=[], acts=[]).labels == {"ner": (), "acts": ()}
+def test_what_a_row_leaves_out(tmp_path: Path) -> None:
+    """Not annotated differs from annotated and empty; the corpus may be the caller's."""
     nulls = {"ner": None, "end": None, "audio": None, "hypothesis": None}
-    (utterance,) = read_manifest(write(tmp_path, row() | nulls), REGISTRY)
-    assert (utterance.labels, utterance.end, utterance.audio) == ({}, None, None)
-
-
-def test_tasks_are_the_registrys_and_the_corpus_the_rows_own_or_the_callers(tmp_path: Path) -> None:
-    path = write(tmp_path, row(ner=[], sa="Neutral"), row(id="b", corpus="own"))
-    assert read_manifest(path, TaskRegistry([SA]))[0].labels == {"sa": "Neutral"}
-    assert [u.corpus for u in read_manifest(path, REGISTRY)] == ["default", "own"]
+    path = write(tmp_path, row() | nulls, row(id="b", corpus="own", sa="Neutral", ner=[], acts=[]))
+    bare, empty = read_manifest(path, REGISTRY)
+    assert (bare.labels, bare.end, bare.audio, bare.corpus) == ({}, None, None, "default")
+    assert (empty.labels, empty.corpus) == ({"ner": (), "acts": (), "sa": "Neutral"}, "own")
+    assert read_manifest(path, TaskRegistry([SA]))[1].labels == {"sa": "Neutral"}
     assert [u.corpus for u in read_manifest(path, REGISTRY, corpus="mine")] == ["mine", "own"]
 
 
 def test_blank_lines_crlf_and_byte_order_mark_are_no_problem(tmp_path: Path) -> None:
-    path = tmp_path / "m.jsonl"
     lines = [json.dumps(row(id=name)).encode() for name in "abc"]
-    path.write_bytes(b"\xef\xbb\xbf" + lines[0] + b"\r\n\r\n" + lines[1] + b"\n\n" + lines[2])
+    path = write(tmp_path, b"\xef\xbb\xbf" + lines[0] + b"\r\n\r", lines[1] + b"\n", lines[2])
     assert [u.source.rpartition(":")[2] for u in read_manifest(path, REGISTRY)] == ["1", "3", "5"]
 
 
-def test_spans_may_touch_and_come_in_any_order(tmp_path: Path) -> None:
-    spans: list[list[Any]] = [["PLACE", 19, 24], ["ORG", 7, 11], ["LAW", 4, 7]]
-    assert read_one(tmp_path, ner=spans).labels["ner"] == tuple(Span(*s) for s in reversed(spans))
-
-
 def test_a_lookalike_beside_the_field_itself_is_metadata(tmp_path: Path) -> None:
-    u = read_one(tmp_path, speaker="s1", speaker_id=17, path="/x.wav", transcript="The council.",
-                 condition="x", split="x", gender="x", raw_text="x", segment="x",
-                 text="l'été [applause] 你好 5\u00a0[ner] x]")
-    assert u.text == "l'été [applause] 你好 5\u00a0[ner] x]"
-    assert u.speaker == "s1"
+    text = "l'été [applause] 你好 5\u00a0[ner] x]"
+    (u,) = read_manifest(write(tmp_path, row(
+        speaker="s1", speaker_id=17, path="/x.wav", transcript="The council.", condition="x",
+        split="x", gender="x", raw_text="x", segment="x", text=text)), REGISTRY)
+    assert (u.text, u.speaker) == (text, "s1")
 
 
 def test_parent_folders_are_those_of_the_real_manifest_folder(tmp_path: Path) -> None:
@@ -132,6 +99,8 @@ def test_parent_folders_are_those_of_the_real_manifest_folder(tmp_path: Path) ->
     (tmp_path / "link").symlink_to(tmp_path / "corpus/lists")
     path = write(tmp_path / "link", row(audio="../a.wav"))
     assert read_manifest(path, REGISTRY, check_audio=True)[0].audio == tmp_path / "corpus/a.wav"
+    assert manifest_name(path) == "m"
+    assert manifest_name(path.with_name("train.jsonl")) == "lists", "behind the link"
 
 
 # What is refused: the changes to a valid row, field, kind, part of the message
@@ -140,110 +109,83 @@ def test_parent_folders_are_those_of_the_real_manifest_folder(tmp_path: Path) ->
 BAD_ROWS: list[tuple[dict[str, Any], str, str, str]] = [
     ({"id": None}, "id", "missing", "unique id"),
     ({"id": 7}, "id", "type", "must be a valid string, found 7"),
-    ({"id": " a"}, "id", "value", "blank"),
-    ({"id": "a\nb"}, "id", "value", "control character '\\n'"),
     ({"text": None}, "text", "missing", "needs a transcript"),
     ({"text": None, "transcript": TEXT}, "text", "missing", "rename 'transcript'"),
     ({"text": ""}, "text", "missing", "is empty"),
     ({"text": " the"}, "text", "text", "starts or ends with a blank"),
     ({"text": "the  council"}, "text", "text", "two blanks"),
     ({"text": "the\tcouncil"}, "text", "text", "control character '\\t' at character 3"),
-    ({"text": "the\u2028council"}, "text", "text", "control character"),
     ({"text": "the\ud800council"}, "text", "text", "control character"),
     ({"text": "the [NER] council"}, "text", "marker", "[NER]"),
-    ({"text": "so [A] council"}, "text", "marker", "[A]"),
     ({"audio": ""}, "audio", "value", "leave the key out"),
-    ({"speaker": 12}, "speaker", "type", "must be a valid string, found 12"),
-    ({"corpus": ""}, "corpus", "value", "is empty"),
     ({"start": -1}, "start", "value", "greater than or equal to 0, found -1"),
     ({"start": float("nan")}, "start", "value", "must be a finite number"),
     ({"start": "1.5"}, "start", "type", 'found "1.5"'),
     ({"end": 10**30}, "end", "value", "found 1000"),
     ({"start": 2.0, "end": 2.0}, "end", "value", "2 s is not after start 2 s"),
-    ({"duration": 0}, "duration", "value", "greater than 0"),
     ({"start": 1.0, "end": 2.0, "duration": 9.0}, "duration", "value", "from 1 s to 2 s"),
     ({"sa": "positive"}, "sa", "label", "did you mean 'Positive'"),
-    ({"sa": ["Positive"]}, "sa", "type", "must be a valid string, found"),
     ({"acts": "question"}, "acts", "type", 'must be a valid list, found "question"'),
-    ({"acts": ["question", "qestion"]}, "acts[1]", "label", "did you mean 'question'"),
     ({"acts": ["thanks", "thanks"]}, "acts", "label", "'thanks' is given twice"),
-    ({"ner": {"label": "ORG"}}, "ner", "type", 'must be a valid list, found {"label"'),
     ({"ner": ["ORG"]}, "ner[0]", "type", "[label, start, end]"),
     ({"ner": [{"label": "ORG", "start": 4}]}, "ner[0].end", "missing", "a span has label"),
     ({"ner": [["ORG", 4, 11], ["PLAC", 19, 24]]}, "ner[1].label", "label", "did you mean 'PLACE'"),
-    ({"ner": [[None, 4, 11]]}, "ner[0].label", "type", "found null"),
     ({"ner": [["ORG", 4.0, 11]]}, "ner[0].start", "type", "valid integer, found 4"),
-    ({"ner": [["ORG", False, 3]]}, "ner[0].start", "type", "valid integer, found false"),
-    ({"ner": [["ORG", -1, 3]]}, "ner[0].start", "span", "-1 is outside the text of 30"),
     ({"ner": [["WHEN", 25, 31]]}, "ner[0].end", "span", "31 is outside the text of 30"),
     ({"ner": [["PLACE", 19, 5]]}, "ner[0].end", "span", "not a length"),
-    ({"ner": [["PLACE", 19, 19]]}, "ner[0].end", "span", "not after start"),
     ({"ner": [["ORG", 3, 11]]}, "ner[0].start", "span", "3 puts a blank at the start"),
     ({"ner": [["ORG", 4, 12]]}, "ner[0].end", "span", "12 puts a blank at the end"),
     ({"ner": [["ORG", 4, 15], ["LAW", 12, 18]]}, "ner", "overlap", "ORG 4..15 and LAW 12..18"),
-    ({"ner": [["ORG", 4, 11], ["ORG", 4, 11]]}, "ner", "overlap", "flat"),
     ({"nre": []}, "nre", "unknown_key", "did you mean 'ner'"),
     ({"sentiment": "Positive"}, "sentiment", "unknown_key", "did you mean 'sa'"),
-    ({"speakr": "s"}, "speakr", "unknown_key", "did you mean 'speaker'"),
     ({"audio": None, "wav": "a.wav"}, "wav", "unknown_key", "did you mean 'audio'"),
     ({"hypotesis": "a"}, "hypotesis", "unknown_key", "did you mean 'hypothesis'"),
     ({"hypothesis": "the [NER] council"}, "hypothesis", "marker", "[NER]"),
-    ({"hypothesis": 3}, "hypothesis", "type", "must be a valid string"),
-    ({"sa": "NEUTRAL"}, "sa", "label", "did you mean 'Neutral'"),
 ]
 
 
-@pytest.mark.parametrize(("changes", "field", "kind", "message"), BAD_ROWS)
-def test_a_bad_row_gives_one_problem(tmp_path: Path, changes: dict[str, Any], field: str, kind: str,
-                                     message: str) -> None:
-    problem = only_problem(tmp_path, row(**changes))
+BAD_LINES: list[tuple[str | bytes, str, str, str]] = [
+    ("{'id': 'a'}", "line", "json", "not valid JSON at column 2"),
+    ('{"id": "a"} {"id": "b"}', "line", "json", "one JSON object a line"),
+    ('["a", "b"]', "line", "json", "expected a JSON object, found list"),
+    ('{"id": "a", "text": "b", "ner": [{"label": "ORG", "label": "LAW"}]}', "line", "json",
+     "key 'label' is given twice"),
+    (b'{"id": "a", "text": "caf\xe9"}', "line", "encoding", "byte 25 is not UTF-8"),
+    ("[" * 200_000, "line", "json", "not usable JSON"),
+    ('{"id": "a", "end": ' + "9" * 5000 + "}", "line", "json", "not usable JSON"),
+]
+
+
+@pytest.mark.parametrize(("bad", "field", "kind", "message"), [*BAD_ROWS, *BAD_LINES])
+def test_a_bad_row_between_good_ones_gives_one_problem(
+        tmp_path: Path, bad: dict[str, Any] | str | bytes, field: str, kind: str,
+        message: str) -> None:
+    path = write(tmp_path, row(id="before"), row(**bad) if isinstance(bad, dict) else bad,
+                 row(id="after"))
+    rows = list(iter_rows(path, REGISTRY))
+    assert [r.utterance.id for r in rows if r.utterance] == ["before", "after"]
+    (problem,) = (p for r in rows for p in r.problems)
     assert (problem.field, problem.kind) == (field, kind)
     assert message in problem.message
+    assert str(problem) == f"{path}:2: {field}: {problem.message}"
 
 
-@pytest.mark.parametrize(("line", "kind", "message"), [
-    ("{'id': 'a'}", "json", "not valid JSON at column 2"),
-    ('{"id": "a", "text": "b"', "json", "not valid JSON"),
-    ('{"id": "a"} {"id": "b"}', "json", "one JSON object a line"),
-    ('["a", "b"]', "json", "expected a JSON object, found list"),
-    ("null", "json", "expected a JSON object"),
-    ('{"id": "a", "text": "b", "text": "c"}', "json", "key 'text' is given twice"),
-    ('{"id": "a", "text": "b", "ner": [{"label": "ORG", "label": "LAW"}]}', "json",
-     "key 'label' is given twice"),
-    (b'{"id": "a", "text": "caf\xe9"}', "encoding", "byte 25 is not UTF-8"),
-    ("[" * 200_000, "json", "not usable JSON"),
-    ('{"id": "a", "end": ' + "9" * 5000 + "}", "json", "not usable JSON"),
-])
-def test_a_bad_line_gives_one_problem(tmp_path: Path, line: str | bytes, kind: str,
-                                      message: str) -> None:
-    problem = only_problem(tmp_path, line)
-    assert (problem.field, problem.kind) == ("line", kind)
-    assert message in problem.message
-
-
-def test_ids_are_unique_also_among_bad_rows(tmp_path: Path) -> None:
-    found = problems(tmp_path, row(), row(id="b", sa="x"), row(id="b"), row())
-    assert [(p.line, p.field, p.kind) for p in found] == [
-        (2, "sa", "label"), (3, "id", "duplicate_id"), (4, "id", "duplicate_id")]
-    assert "line 2" in found[1].message
-    assert "line 1" in found[2].message
-
-
-def test_all_problems_of_a_row_are_given(tmp_path: Path) -> None:
+def test_all_problems_are_given_and_ids_are_unique_also_among_bad_rows(tmp_path: Path) -> None:
     spans = [["ORG", 0, 99], ["NOPE", 1, 2]]
-    found = problems(tmp_path, row(text="x ", start=-1, sa="x", ner=spans))
-    assert {p.field for p in found} == {"text", "start", "sa", "ner[0].end", "ner[1].label"}
+    found = problems(tmp_path, row(), row(id="b", text="x ", start=-1, sa="x", ner=spans),
+                     row(id="b"), row())
+    assert [(p.line, p.field) for p in sorted(found, key=lambda p: (p.line, p.field))] == [
+        *((2, field) for field in ("ner[0].end", "ner[1].label", "sa", "start", "text")),
+        (3, "id"), (4, "id")]
+    assert [p.message for p in found[-2:]] == [
+        f"'{name}' is already the id of line {line}; ids must be unique in a manifest"
+        for name, line in (("b", 2), ("a", 1))]
 
 
 @pytest.mark.parametrize("content", [b"", b"\n\n  \n", b"\xef\xbb\xbf"])
 def test_an_empty_manifest_is_refused(tmp_path: Path, content: bytes) -> None:
-    path = tmp_path / "m.jsonl"
-    path.write_bytes(content)
-    (found,) = iter_rows(path, REGISTRY)
-    assert found.problems == (
-        Problem("file", "empty", "the manifest has no rows; give one a line", file=path),)
     with pytest.raises(UserError, match=r"m\.jsonl: file: the manifest has no rows"):
-        read_manifest(path, REGISTRY)
+        read_manifest(write(tmp_path, content), REGISTRY)
 
 
 def test_missing_audio_is_a_problem_only_when_asked_for(tmp_path: Path) -> None:
@@ -272,11 +214,6 @@ def test_read_manifest_raises_one_error_with_the_first_ten_and_the_count(tmp_pat
     assert lines[10:] == ["... and 3 more"]
 
 
-def test_a_corpus_is_called_after_its_manifest_or_its_folder(tmp_path: Path) -> None:
-    assert manifest_name(tmp_path / "voices" / "train.jsonl") == "voices"
-    assert manifest_name(tmp_path / "voices" / "calls_train.jsonl") == "calls_train"
-
-
 def test_rows_without_text_are_read_where_a_recogniser_is_to_write_it(tmp_path: Path) -> None:
     spans = [["PLACE", "paris"], {"label": "ORG", "phrase": " the  council"}]
     path = write(tmp_path, row(text=None, ner=spans, sa="Neutral"),
@@ -296,21 +233,14 @@ def test_rows_without_text_are_read_where_a_recogniser_is_to_write_it(tmp_path: 
 # Size
 
 
-def test_large_manifests_are_streamed_fast(tmp_path: Path) -> None:
-    good = [json.dumps(row(id=f"u{i}", ner=[["ORG", 4, 11]], condition="x")) for i in range(10_000)]
-    path = write(tmp_path, *good)
-    started = time.process_time()
-    assert sum(r.utterance is not None for r in iter_rows(path, REGISTRY)) == 10_000
-    assert 10_000 / (time.process_time() - started) > 5_000  # rows a second
-
-
-def test_a_row_with_very_many_keys_is_checked_in_linear_time(tmp_path: Path) -> None:
-    for line in (row(**{f"k{i}": i for i in range(20_000)}),
-                 row(id=None, text=None, **{f"textt{i}": i for i in range(20_000)})):
-        path = write(tmp_path, line)
-        started = time.process_time()
-        list(iter_rows(path, REGISTRY))
-        assert time.process_time() - started < 5.0  # seconds; comparing all pairs takes many more
+def test_many_rows_and_many_keys_are_read_fast(tmp_path: Path) -> None:
+    rows = [row(id=f"u{i}", ner=[["ORG", 4, 11]], condition="x") for i in range(10_000)]
+    keys = [row(id="a", **{f"k{i}": i for i in range(20_000)}),
+            row(id=None, text=None, **{f"textt{i}": i for i in range(20_000)})]
+    for lines, good, seconds in ((rows, 10_000, 2.0), (keys, 1, 10.0)):  # pairs take many more
+        path, started = write(tmp_path, *lines), time.process_time()
+        assert sum(r.utterance is not None for r in iter_rows(path, REGISTRY)) == good
+        assert time.process_time() - started < seconds
 
 
 # Writing
@@ -333,7 +263,7 @@ def utterances(draw: st.DrawFn) -> Utterance:
     end = draw(st.none() | st.floats(0.01, 30).map(lambda length: start + length))
     duration = end - start if end is not None else draw(st.none() | st.floats(0.01, 30))
     word = st.none() | st.text(st.characters(exclude_categories=("C", "Zl", "Zp")), min_size=1)
-    names = ["a.wav", "wav/ü b.flac", "../other/a.ogg", "/data/a.mp3", "..a"]
+    names = ["lists/a.wav", "lists/wav/ü b.flac", "other/a.ogg", "/data/a.mp3", "lists/..a"]
     return Utterance(
         id="", audio=draw(st.none() | st.sampled_from(names).map(Path)), text=" ".join(words),
         labels=labels, start=start, end=end, speaker=draw(word), language=draw(word),
@@ -356,24 +286,19 @@ def _draw_spans(draw: st.DrawFn, words: list[str]) -> Iterator[Span]:
 def test_written_manifests_read_back_equal(tmp_path: Path, drawn: list[Utterance]) -> None:
     root = tmp_path.resolve()
     path = root / "lists" / "m.jsonl"
-    originals = [replace(u, id=f"u{i}", audio=_placed(u.audio, root)) for i, u in enumerate(drawn)]
-    assert write_manifest(path, originals) == len(originals)
+    originals = [replace(u, id=f"u{i}", audio=u.audio and root / u.audio)
+                 for i, u in enumerate(drawn)]
+    write_manifest(path, originals)
     assert [replace(u, source="") for u in read_manifest(path, REGISTRY)] == originals
 
 
-def _placed(audio: Path | None, root: Path) -> Path | None:
-    if audio is None or audio.is_absolute():
-        return audio
-    return root / "other/a.ogg" if audio.parts[0] == ".." else root / "lists" / audio
-
-
 def test_written_audio_paths_move_with_the_folder(tmp_path: Path) -> None:
+    places = ["lists/a.wav", "wav/b.wav"]
     write_manifest(tmp_path / "old/lists/m.jsonl", [
-        Utterance("a", tmp_path / "old/lists/a.wav", "x"),
-        Utterance("b", tmp_path / "old/wav/b.wav", "x")])
+        Utterance(place, tmp_path / "old" / place, "x") for place in places])
     (tmp_path / "old").rename(tmp_path / "new")
     read = read_manifest(tmp_path / "new/lists/m.jsonl", REGISTRY)
-    assert [u.audio for u in read] == [tmp_path / "new/lists/a.wav", tmp_path / "new/wav/b.wav"]
+    assert [u.audio for u in read] == [tmp_path / "new" / place for place in places]
 
 
 def test_only_the_audio_path_of_a_moved_row_changes(tmp_path: Path) -> None:

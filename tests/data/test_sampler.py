@@ -1,9 +1,11 @@
-"""Batch plans: every example once an epoch, the same steps for any number of processes."""
+"""Batch plans: every example once an epoch, or in the shares of a mixture; the same steps for any
+number of processes."""
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -11,9 +13,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from unislu_llm.data.mixture import Mixture
+from unislu_llm.config import DataConfig
+from unislu_llm.data.mixture import Mixture, build_mixture
 from unislu_llm.data.sampler import BatchPlan, MicroBatch, TokenPlan
 from unislu_llm.errors import UserError
+from unislu_llm.tokenizer import Example
+from unislu_llm.utterance import Utterance
 
 KINDS: Any = ("audio", "posteriors")
 Plans = tuple[int, int, BatchPlan]
@@ -30,7 +35,7 @@ def members(micro: MicroBatch) -> list[int]:
 
 def counted(steps: list[MicroBatch]) -> list[int]:
     """Indices that weigh in a step's loss."""
-    return [i for micro in steps if micro.counted for i in members(micro)]
+    return sorted(i for micro in steps if micro.counted for i in members(micro))
 
 
 @st.composite
@@ -59,8 +64,7 @@ def test_ranks_share_a_global_batch_and_run_micro_batches_of_the_same_kinds(
         case: Plans, epoch: int, seed: int) -> None:
     """As many micro-batches of one kind each, none empty: no rank waits for another for ever."""
     world, accumulation, plain = case
-    for shares in zip(*(plain.micro_batches(epoch, rank, world) for rank in range(world)),
-                      strict=True):
+    for shares in zip(*(plain.micro_batches(epoch, r, world) for r in range(world)), strict=True):
         sizes = [len(m.members) for micro in shares for m in micro]
         assert len(sizes) == plain.parts
         assert max(sizes) - min(sizes) <= 1
@@ -69,30 +73,22 @@ def test_ranks_share_a_global_batch_and_run_micro_batches_of_the_same_kinds(
     plan = BatchPlan(plain.lengths.tolist(), plain.batch_size, plain.parts, plain.seed, kinds=kinds)
     assert plan.epoch(epoch) == plain.epoch(epoch), "what is in a global batch stays as it is"
     ranks = [plan.micro_batches(epoch, rank, world) for rank in range(world)]
-    alone = BatchPlan(plan.lengths.tolist(), plan.batch_size, 1, plan.seed, kinds=kinds)
     for step, batch in enumerate(plan.epoch(epoch)):
         for steps in ranks:
             assert [m.kind for m in steps[step]] == [m.kind for m in ranks[0][step]]
             assert len(steps[step]) <= len(KINDS) * accumulation
         micro = [m for steps in ranks for m in steps[step]]
         assert all({kinds[i] for i in members(m)} == {m.kind} for m in micro)
-        assert sorted(counted(micro)) == sorted(batch), "each weighs once over all ranks"
+        assert counted(micro) == sorted(batch), "each weighs once over all ranks"
         assert all(len(m.members) == 1 for m in micro if not m.counted)
         assert all(i in batch for m in micro for i in members(m))
-    if plan.epoch(epoch) == alone.epoch(epoch):
-        assert [sorted(counted([m for steps in ranks for m in steps[i]]))
-                for i in range(plan.steps(1))] == [
-            sorted(counted(step)) for step in alone.micro_batches(epoch)]
-        assert all(m.counted for step in alone.micro_batches(epoch) for m in step)
 
 
 def test_a_seed_keeps_its_plan() -> None:
     """What runs drew before: a change here makes every published seed another run."""
-    plan = BatchPlan(lengths_of(64), 8, seed=1)
-    first = plan.epoch(0)
-    assert {frozenset(b) for b in plan.epoch(1)} != {frozenset(b) for b in first}
+    first = BatchPlan(lengths_of(64), 8, seed=1).epoch(0)
+    assert BatchPlan(lengths_of(64), 8, seed=1).epoch(1) != first
     assert BatchPlan(lengths_of(64), 8, seed=2).epoch(0) != first
-    assert plan.epoch(0) == BatchPlan(lengths_of(64), 8, seed=1).epoch(0) == first
     groups = ["a" if i % 3 else "b" for i in range(50)]
     sizes = np.stack([np.array(lengths_of(50)) * 10, np.array(lengths_of(50)) + 8], 1)
     plans: list[BatchPlan] = []
@@ -109,13 +105,11 @@ def test_global_batches_do_not_depend_on_how_many_share_them(n: int, size: int,
                                                              parts: int) -> None:
     one = BatchPlan(lengths_of(n), size, 1, seed=5).epoch(0)
     many = BatchPlan(lengths_of(n), size, parts, seed=5).epoch(0)
-    rest = n % size
-    if rest == 0 or rest >= parts or n < size:
+    if n < size or n % size == 0 or n % size >= parts:
         assert many == one
     else:  # a rest too small to give each part an example joins another; all others stay
         same = {frozenset(batch) for batch in one} & {frozenset(batch) for batch in many}
-        assert len(many) == len(one) - 1
-        assert len(same) == len(many) - 1
+        assert len(same) == len(many) - 1 == len(one) - 2
 
 
 def test_batches_hold_examples_of_like_length_in_random_order() -> None:
@@ -127,11 +121,9 @@ def test_batches_hold_examples_of_like_length_in_random_order() -> None:
     batches = BatchPlan(lengths, 8).epoch(0)
     free = np.random.default_rng(0).permutation(400).reshape(-1, 8).tolist()
     assert waste(batches) < 0.4 * waste(free)
-    assert all([lengths[i] for i in b] == sorted(lengths[i] for i in b) for b in batches), \
-        "so that micro-batches are alike"
-    longest = [max(lengths[i] for i in batch) for batch in batches]
-    assert longest != sorted(longest)
-    assert longest != sorted(longest, reverse=True)
+    inside = [[lengths[i] for i in batch] for batch in batches]
+    assert inside == [sorted(batch) for batch in inside], "so that micro-batches are alike"
+    assert abs(np.corrcoef([b[-1] for b in inside], np.arange(len(inside)))[0, 1]) < 0.4
 
 
 @pytest.mark.parametrize(("n", "size", "parts", "message"), [
@@ -142,6 +134,10 @@ def test_batches_hold_examples_of_like_length_in_random_order() -> None:
 def test_sizes_that_do_not_fit_are_refused(n: int, size: int, parts: int, message: str) -> None:
     with pytest.raises(UserError, match=message):
         BatchPlan(lengths_of(n), size, parts)
+    sizes = np.array([[100, 20], [10, 200]])
+    with pytest.raises(UserError, match=r"batch_tokens: 419 is too few: 2 micro-batches a step"):
+        TokenPlan(sizes, 419, parts=2)
+    assert sorted(TokenPlan(sizes, 420, parts=2).epoch(0)[0]) == [0, 1]
 
 
 # Batches by tokens
@@ -175,28 +171,18 @@ def token_plans(draw: st.DrawFn) -> tuple[int, int, TokenPlan]:
 @given(token_plans(), st.integers(0, 3))
 def test_token_batches_hold_every_example_once_within_the_budget(
         case: tuple[int, int, TokenPlan], epoch: int) -> None:
-    _, _, plan = case
+    world, accumulation, plan = case
     batches = plan.epoch(epoch)
     assert sorted(i for batch in batches for i in batch) == list(range(len(plan.sizes)))
     assert plan.steps(epoch + 1) - plan.steps(epoch) == len(batches)
-    assert all(len(batch) >= plan.parts for batch in batches)
     over = [b for b in batches if plan.cost(b) > plan.batch_tokens]
     assert all(len(b) < 2 * plan.parts for b in over), "only a rest that cannot be shared out"
-    again = TokenPlan(plan.sizes, plan.batch_tokens, plan.parts, plan.seed, mixture=plan.mixture)
-    assert again.epoch(epoch) == batches
     alone = TokenPlan(plan.sizes, plan.batch_tokens, 1, plan.seed, mixture=plan.mixture)
     if min(map(len, alone.epoch(epoch))) >= plan.parts:
         assert sorted(map(sorted, alone.epoch(epoch))) == sorted(map(sorted, batches))
-
-
-@settings(deadline=None)
-@given(token_plans(), st.integers(0, 3))
-def test_ranks_share_token_batches(case: tuple[int, int, TokenPlan], epoch: int) -> None:
-    world, accumulation, plan = case
     ranks = [plan.micro_batches(epoch, rank, world) for rank in range(world)]
-    assert {len(steps) for steps in ranks} == {len(plan.epoch(epoch))}
     assert {len(step) for steps in ranks for step in steps} == {accumulation}
-    for step, batch in enumerate(plan.epoch(epoch)):
+    for step, batch in enumerate(batches):
         parts = [members(m) for steps in ranks for m in steps[step]]
         assert all(parts)
         assert sorted(i for part in parts for i in part) == sorted(batch)
@@ -224,8 +210,106 @@ def test_a_mixture_holds_at_every_step_of_token_batches() -> None:
     assert abs(ahead[-1]) <= 1
 
 
-def test_a_budget_too_small_for_its_parts_is_refused() -> None:
-    sizes = np.array([[100, 20], [10, 200]])
-    with pytest.raises(UserError, match=r"batch_tokens: 419 is too few: 2 micro-batches a step"):
-        TokenPlan(sizes, 419, parts=2)
-    assert sorted(TokenPlan(sizes, 420, parts=2).epoch(0)[0]) == [0, 1]
+# Mixtures
+
+
+def example(corpus: str, manifest: str = "m") -> Example:
+    """An example of a corpus, read from `<manifest>.jsonl`."""
+    source = f"data/{manifest}.jsonl:1"
+    return Example(Utterance("u", None, "a", {}, corpus=corpus, source=source), None)
+
+
+def groups_of(**sizes: int) -> list[str]:
+    """Group names of corpora one after another."""
+    return [name for name, n in sizes.items() for _ in range(n)]
+
+
+def mixture_of(examples: list[Example], **options: Any) -> Any:
+    return build_mixture(DataConfig(**options), examples, 1)
+
+
+def test_temperature_goes_from_natural_to_equal() -> None:
+    examples = [example("a")] * 90 + [example("b")] * 10
+    assert mixture_of(examples) is None
+    for options, share in (({"epoch_samples": 4}, 0.9), ({"temperature": 2}, 0.75),
+                           ({"temperature": float("inf")}, 0.5),
+                           ({"weights": {"a": 1, "b": 3}, "temperature": 5}, 0.25)):
+        mixture = mixture_of(examples, **options)
+        assert mixture.shares.tolist() == pytest.approx([share, 1 - share])
+        assert mixture.size == options.get("epoch_samples", 100)
+    assert "75.0 %  7.50 passes" in str(mixture)
+
+
+def test_a_corpus_is_named_by_its_rows_or_by_its_manifest() -> None:
+    examples = [example("slue", "x"), example("slue", "y"), example("default", "asr")]
+    assert mixture_of(examples, temperature=2).names == ["slue", "asr"]
+    assert mixture_of(examples, weights={"x": 1, "y": 1, "asr": 2}).names == ["x", "y", "asr"]
+    assert mixture_of(examples, weights={"slue": 1, "asr": 2}).names == ["slue", "asr"]
+
+
+@pytest.mark.parametrize(("weights", "message"), [
+    ({"slu": 1, "asr": 1}, r"'slu' is no corpus .*; did you mean 'slue'\?; known: slue, x, asr"),
+    ({"qqqqq": 1}, r"'qqqqq' is no corpus .*; known: slue, x, asr"),
+    ({"slue": 1}, r"no weight for asr"),
+    ({"slue": 1, "x": 1, "asr": 1}, r"'x' .* all of its examples have another weight; known"),
+    ({"slue": 0, "asr": 0}, "all weights are 0"),
+    ({"slue": -1, "asr": 1}, r"weights\.slue"),
+])
+def test_bad_weights_are_refused(weights: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        mixture_of([example("slue", "x"), example("default", "asr")], weights=weights)
+
+
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.integers(1, 40), min_size=1, max_size=5), st.integers(1, 60), st.integers(0, 5),
+       st.data())
+def test_walks_do_not_repeat_and_shares_add_up(sizes: list[int], per_epoch: int, seed: int,
+                                               data: st.DataObject) -> None:
+    weights = [data.draw(st.floats(0.05, 1)) for _ in sizes]
+    groups = groups_of(**{str(i): n for i, n in enumerate(sizes)})
+    shares = {str(i): weight / sum(weights) for i, weight in enumerate(weights)}
+    mixture = Mixture(groups, shares, per_epoch, seed)
+    seen: Counter[int] = Counter()
+    for epoch in range(6):
+        drawn = mixture.epoch(epoch)
+        assert len(drawn) == per_epoch == mixture.size
+        seen.update(drawn.tolist())
+        for name, members in zip(mixture.names, mixture.members, strict=True):
+            times = [seen[i] for i in members.tolist()]
+            assert max(times) - min(times) <= 1, "none comes again before all others"
+            assert abs(sum(times) - shares[name] * per_epoch * (epoch + 1)) < len(sizes) + 1
+    later = Mixture(groups, shares, per_epoch, seed)
+    assert np.array_equal(later.epoch(4), mixture.epoch(4)), "also when it is asked for first"
+    left_out = Mixture(["a", "b", "a"], {"a": 1.0, "b": 0.0}, seed=seed)
+    assert sorted(left_out.epoch(0).tolist()) == [0, 2]
+
+
+def test_realised_shares_over_200_steps_are_within_one_percent() -> None:
+    """The worst case: corpora so different in length that most batches hold one corpus only."""
+    rng = np.random.default_rng(0)
+    groups = groups_of(short=4000, medium=700, long=90)
+    lengths = np.concatenate([rng.uniform(*r, n) for r, n in (((1, 3), 4000), ((5, 9), 700),
+                                                              ((15, 29), 90))])
+    asked = {"short": 0.5, "medium": 0.3, "long": 0.2}
+    plan = BatchPlan(lengths.tolist(), 8, seed=1, mixture=Mixture(groups, asked, 2500, 1))
+    steps = [batch for epoch in range(3) for batch in plan.epoch(epoch)]
+    for first in (0, 57, 300, 700):
+        drawn = Counter(groups[i] for batch in steps[first:first + 200] for i in batch)
+        for name, share in asked.items():
+            assert drawn[name] / drawn.total() == pytest.approx(share, abs=0.01), (first, name)
+    spread = np.mean([np.ptp(lengths[batch]) for batch in steps])
+    assert spread < 3, "batches are of like length; free shuffling gives about 10"
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_processes_share_the_same_draws(world: int) -> None:
+    mixture = Mixture(groups_of(a=30, b=3), {"a": 0.5, "b": 0.5}, 48, 2)
+    plan = BatchPlan(list(range(33)), 8, 4, seed=2, mixture=mixture)
+    whole = [[draw for micro in step for draw in micro.members] for step in plan.micro_batches(1)]
+    ranks = [plan.micro_batches(1, rank, world) for rank in range(world)]
+    assert [[draw for steps in ranks for micro in steps[i] for draw in micro.members]
+            for i in range(len(whole))] == whole
+    draws = [draw for step in whole for draw in step]
+    assert len(set(draws)) == len(draws) == 48, "an example drawn again is told from its first draw"
+    assert max(times for _, times in draws) == 7, "3 examples drawn 24 times"
+    assert sorted(i for i, _ in draws) == sorted(mixture.epoch(1).tolist())

@@ -11,7 +11,6 @@ import pytest
 
 from unislu_llm.config import Config, ModelConfig
 from unislu_llm.config_file import load_config, read_preset
-from unislu_llm.tasks import TaskRegistry
 from unislu_llm.training.stages import stage_configs
 
 ROOT = Path(__file__).parents[2]
@@ -36,11 +35,6 @@ def test_a_config_loads_and_finds_its_data(name: str, tmp_path: Path) -> None:
         assert (Path(config.train.init) / "model.safetensors").is_file()
     lines = (CONFIGS / name).read_text(encoding="utf-8").splitlines()
     assert any(line.startswith("#   accelerate launch recipes/train_") for line in lines[:10])
-
-
-@pytest.mark.parametrize("name", ["tasks_hvb.yaml", "tasks_ontonotes.yaml"])
-def test_a_list_of_tasks_loads(name: str) -> None:
-    assert len(TaskRegistry.from_yaml(CONFIGS / name)) > 1
 
 
 @pytest.mark.parametrize("path", PRESETS, ids=lambda path: path.stem)

@@ -151,10 +151,10 @@ def test_the_table_has_a_row_a_system(experiment: Callable[..., Any],
 
 def test_configs_are_laid_over_each_other_and_checked(runner: ModuleType, tmp_path: Path,
                                                       experiment: Callable[..., Any]) -> None:
-    configs = {job.name: job.config() for job in runner.jobs(experiment())}
-    assert configs["l-s1"]["train"] == {"epochs": 2, "lr": {"lora": 1e-3, "projector": 1e-2},
-                                        "seed": 1}
-    assert configs["x-s1"]["train"] == configs["l-s1"]["train"] | {"init": f"{tmp_path}/runs/l-s1"}
+    configs = {job.name: job.config()["train"] for job in runner.jobs(experiment())}
+    lr = {"lora": 1e-3, "projector": 1e-2}
+    assert configs["l-s1"] == {"epochs": 2, "lr": lr, "seed": 1}
+    assert configs["x-s1"] == configs["l-s1"] | {"init": f"{tmp_path}/runs/l-s1"}
     full = {"base": "exp.yaml", "title": "full", "output": "runs/full",
             "common": {"train": {"epochs": 9}},
             "systems": [{"name": "x", "seeds": [1, 2], "config": {"train": {"init": None}}},
@@ -162,8 +162,7 @@ def test_configs_are_laid_over_each_other_and_checked(runner: ModuleType, tmp_pa
     (tmp_path / "full.yaml").write_text(yaml.safe_dump(full))
     found = runner.jobs(runner.read_experiment(tmp_path / "full.yaml", "corpora"))
     assert [job.name for job in found] == [*configs, "x-s2", "y-s1"]
-    assert found[-2].config()["train"] == {"epochs": 9, "seed": 2,
-                                           "lr": {"lora": 1e-3, "projector": 1e-2}}
+    assert found[-2].config()["train"] == {"epochs": 9, "seed": 2, "lr": lr}
     assert found[-1].config()["train"] == {"epochs": 9, "seed": 1}
 
 

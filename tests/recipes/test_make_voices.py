@@ -53,8 +53,7 @@ def voice(recipe: Callable[[str], ModuleType]) -> Callable[..., list[Any]]:
     return run
 
 
-@pytest.mark.parametrize("snr", [-3, 7.5, 20])
-@pytest.mark.parametrize("kind", ["pink", "babble"])
+@pytest.mark.parametrize(("kind", "snr"), [("pink", -3), ("babble", 7.5), ("pink", 20)])
 def test_noise_is_added_at_the_asked_ratio(kind: str, snr: float,
                                            recipe: Callable[[str], ModuleType]) -> None:
     noise, rng = recipe("noise"), np.random.default_rng(3)

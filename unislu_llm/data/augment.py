@@ -1,9 +1,8 @@
 """What training does to its examples: speed, gain, noise, silence and SpecAugment masks of audio;
 hypotheses that are left out or spoilt, so that a model listens too. Off by default.
 
-What happens to an example follows from (seed, epoch, index, times drawn before) alone: loader
-processes, the number of processes and a resumed run change nothing. Each effect has random numbers
-of its own, so that switching one on leaves the others as they were.
+What happens to an example follows from its :class:`Key` alone. Each effect has random numbers of
+its own, so that switching one on leaves the others as they were.
 """
 
 from __future__ import annotations
@@ -47,7 +46,6 @@ class Key(NamedTuple):
     times: int = 0  # that the epoch has drawn it before
 
     def rng(self, effect: int) -> np.random.Generator:
-        """Random numbers for one effect on this example."""
         return np.random.default_rng((*self, effect))
 
 
@@ -65,7 +63,7 @@ class Masks:
         valid = mel[:, :length]
         mean = valid.mean()
         for _ in range(self.freq):
-            valid[_stretch(rng, len(mel), min(_FREQ_BINS, len(mel)))] = mean
+            valid[_stretch(rng, len(mel), _FREQ_BINS)] = mean
         longest = int(min(_TIME_SECONDS * audio.MEL_RATE, _TIME_SHARE * length))
         for _ in range(self.time):
             valid[:, _stretch(rng, length, longest)] = mean
@@ -102,10 +100,7 @@ class Augmenter:
         self.noises = _scan(Path(config.noise)) if config.noise else []
 
     def clip(self, example: Example, wave: Tensor, key: Key) -> tuple[Example, Tensor]:
-        """Speed, gain and noise on samples `(S,)` at 16 kHz.
-
-        A share of the clips is replaced: no speech, an empty transcript and no task.
-        """
+        """Speed, gain and noise on samples `(S,)` at 16 kHz; or no speech, no text and no task."""
         c = self.config
         # First, since nothing else matters to a clip without speech.
         if c.silence_share and key.rng(_SILENCE).random() < c.silence_share:
@@ -178,11 +173,8 @@ def _scan(folder: Path) -> list[tuple[Path, int]]:
 
 
 class HypothesisDropout:
-    """Leaves out hypotheses and spoils words of those that stay.
-
-    Of the spoilt words one half is deleted and one half replaced by other words of the examples'
-    hypotheses, in proportion to how often they occur.
-    """
+    """Leaves out hypotheses and spoils words of those that stay: one half is deleted, one half
+    replaced by words of the examples' hypotheses, in proportion to how often they occur."""
 
     def __init__(self, train: TrainConfig, examples: Sequence[Example]) -> None:
         self.share, self.words = train.hypothesis_dropout, train.hypothesis_word_dropout

@@ -39,8 +39,7 @@ class Item:
 class SpeechDataset(Dataset[Item]):
     """Examples with their input, asked by `(index, times drawn before)` or by a micro-batch.
 
-    What is random about an item follows from seed, epoch and these two numbers alone. Access
-    raises UserError: audio is missing, unreadable or too long, or frames are lost.
+    Access raises UserError: audio is missing, unreadable or too long, or frames are lost.
     """
 
     examples: Sequence[Example]
@@ -51,9 +50,6 @@ class SpeechDataset(Dataset[Item]):
     dropout: HypothesisDropout | None = None
     seed: int = 0
     epoch: int = 0
-
-    def __len__(self) -> int:
-        return len(self.examples)
 
     def kind(self, example: Example) -> InputKind:
         """Kind of input that an example will be."""
@@ -72,7 +68,7 @@ class SpeechDataset(Dataset[Item]):
 
     def __getitem__(self, draw: Draw) -> Item:
         example, key = self.examples[draw[0]], Key(self.seed, self.epoch, *draw)
-        kind, masks = self.kind(example), None
+        kind, augmenter = self.kind(example), self.augmenter
         found: Tensor | Frames | SparsePosteriors | None = None
         if kind == "posteriors" and self.injector is not None:
             found = self.injector(example, key)
@@ -83,10 +79,9 @@ class SpeechDataset(Dataset[Item]):
                                 "its frames; start the run again, which computes them")
         elif kind == "audio":
             found = load_clip(example.utterance)
-            if self.augmenter is not None:
-                example, found = self.augmenter.clip(example, found, key)
-        if self.augmenter is not None and kind in ("audio", "frames"):
-            masks = self.augmenter.masks(key)
+            if augmenter is not None:
+                example, found = augmenter.clip(example, found, key)
+        masks = augmenter.masks(key) if augmenter and kind in ("audio", "frames") else None
         # Last: a clip made silent has an empty hypothesis, which may go as well.
         if self.dropout is not None:
             example = self.dropout(example, key)
@@ -166,8 +161,7 @@ class Collator:
                      "posterior_shares": pad_sequence([p.shares for p in inputs], True),
                      "speech_lengths": tuple(len(p.shares) for p in inputs)}
         utterances = [item.example.utterance for item in items]
-        return found | {"durations": tuple(0.0 if u.audio is None else u.seconds
-                                           for u in utterances)}
+        return found | {"durations": tuple(u.seconds if u.audio else 0.0 for u in utterances)}
 
     def _padded(self, rows: Sequence[Sequence[int]]) -> Tensor:
         """Ids `(batch, longest)`, filled with the pad id."""

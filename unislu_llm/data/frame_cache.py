@@ -1,9 +1,8 @@
 """Encoder frames on disk: a frozen encoder hears every clip once, for all epochs and runs.
 
 One file a clip, `<folder>/<encoder>/<clip>.npy`. The encoder's name follows from its weights and
-front end, the clip's from what the audio file *contains* and the crop. So nothing stale can be
-read: whatever changes has another name. Files are written whole and renamed into place; any number
-of processes may read and write at once, at worst two compute the same clip.
+front end, the clip's from what the audio file *contains* and the crop: nothing stale is read. Any
+number of processes may read and write at once, at worst two compute the same clip.
 """
 
 from __future__ import annotations
@@ -84,8 +83,8 @@ class FrameCache:
 
     def put(self, name: str, frames: Frames) -> None:
         """Store frames under the name of their clip; raises UserError: they cannot be written."""
-        # Half of the space of fp32, and finer than the bf16 of most training. It holds them: the
-        # encoder's last layer norm leaves numbers of some tens at most.
+        # Half of the space of fp32, and finer than bf16. The encoder's last layer norm leaves
+        # numbers of some tens at most.
         values = frames.values.detach().to("cpu", torch.float16).numpy()
         stream = io.BytesIO()
         np.save(stream, values, allow_pickle=False)

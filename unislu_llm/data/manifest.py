@@ -4,9 +4,8 @@
      "ner": [{"label": "ORG", "start": 4, "end": 11}]}
 
 `docs/data.md` lists the keys. A task of the registry stands under its name: spans (objects, or
-`[label, start, end]`), a label, or a list of labels; `[]` says "annotated, there is none", a
-missing task or `null` "not annotated". Any other key is metadata and ignored, unless it looks like
-a misspelt field that the row lacks: its content would be lost in silence.
+`[label, start, end]`), a label, or a list of labels; `null` is "not annotated". Any other key is
+metadata, unless it looks like a misspelt field that the row lacks.
 """
 
 from __future__ import annotations
@@ -21,8 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unislu_llm.data.manifest_row import FIELDS, shorten
-from unislu_llm.data.row_reader import Problem, RowReader, resolve
+from unislu_llm.data.row_reader import FIELDS, Problem, RowReader, resolve, shorten
 from unislu_llm.errors import UserError
 from unislu_llm.io import atomic
 from unislu_llm.tasks import Span, TaskRegistry
@@ -49,10 +47,8 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
               without_text: bool = False) -> Iterator[Row]:
     """The rows of a manifest in one pass, good ones and bad ones, as :class:`RowReader` reads them.
 
-    Memory grows by the ids only: `ids` are those of manifests read before, to find repetitions.
-
-    Raises:
-        UserError: there is no such file, or a task is named like a manifest field.
+    `ids` are those of manifests read before, to find repetitions. Raises UserError: there is no
+    such file, or a task is named like a manifest field.
     """
     path, ids = Path(path), {} if ids is None else ids
     if not path.is_file():
@@ -60,13 +56,13 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
     if clash := [name for name in registry.names if name in FIELDS]:
         raise UserError(f"task '{clash[0]}' has the name of a manifest field; rename the task")
     reader = RowReader(registry, path.parent, corpus or "default", check_audio, without_text)
-    empty, warned = True, False
+    line, warned = 0, False
     with path.open("rb") as handle:
-        for line, raw in enumerate(handle, 1):
+        for number, raw in enumerate(handle, 1):
             raw = raw.removeprefix(codecs.BOM_UTF8)  # some editors begin a file with it
             if not raw.strip():
                 continue
-            empty, utterance = False, None
+            line, utterance = number, None
             content, problems = _parse(raw)
             if not problems:
                 utterance, problems = reader.read(content, f"{path}:{line}")
@@ -77,16 +73,15 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
                     warnings.warn(f"{path}:{line}: 'draft' is an old name; call it 'hypothesis'")
             yield Row(line, content, None if problems else utterance,
                       tuple(problem._replace(file=path, line=line) for problem in problems))
-    if empty:
+    if not line:
         nothing = Problem("file", "empty", "the manifest has no rows; give one a line", file=path)
         yield Row(0, problems=(nothing,))
 
 
 def read_rows(path: str | Path, registry: TaskRegistry, **options: Any) -> list[Row]:
-    """All rows of a manifest, each with its utterance; see :func:`iter_rows` for the arguments.
+    """All rows of a manifest, each with its utterance; `options` are those of :func:`iter_rows`.
 
-    Raises:
-        UserError: one for the whole file, with its number of problems and the first ten.
+    Raises UserError: one for the whole file, with its number of problems and the first ten.
     """
     rows = list(iter_rows(path, registry, **options))
     if problems := [str(problem) for row in rows for problem in row.problems]:
@@ -108,24 +103,20 @@ def first_ten(lines: Sequence[str]) -> str:
     return "\n".join(lines[:10]) + more
 
 
-def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> int:
-    """Write utterances as a manifest, whole or not at all; the number of rows.
+def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
+    """Write utterances as a manifest, whole or not at all.
 
-    :func:`read_manifest` reads them back equal but for `source`. Audio paths are relative.
-
-    Raises:
-        UserError: a value cannot be written (a number that is not finite, text not Unicode).
+    :func:`read_manifest` reads them back equal but for `source`. Audio paths are relative. Raises
+    UserError: a value cannot be written (a number that is not finite, text not Unicode).
     """
-    path, count = Path(path), 0
+    path = Path(path)
     with atomic(path) as handle:
         for u in utterances:
-            count += 1
             try:  # JSON has no word for a number that is not finite
                 row = json.dumps(_as_row(u, path.parent), ensure_ascii=False, allow_nan=False)
                 handle.write(row + "\n")
             except ValueError as error:
                 raise UserError(f"{path}: row '{u.id}' cannot be written: {error}") from error
-    return count
 
 
 def manifest_name(path: str | Path) -> str:
@@ -162,13 +153,10 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return built
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
 def _parse(raw: bytes) -> tuple[dict[str, Any], list[Problem]]:
     """The JSON object of a line, or what is wrong with it."""
     try:
-        row = _DECODER.decode(raw.decode("utf-8"))
+        row = json.loads(raw.decode("utf-8"), object_pairs_hook=_object)
         if isinstance(row, dict):
             return row, []
         reason = f"expected a JSON object, found {type(row).__name__}"
@@ -186,11 +174,9 @@ def _as_row(u: Utterance, folder: Path) -> dict[str, Any]:
     labels = {name: value if isinstance(value, str) else
               [v._asdict() if isinstance(v, Span) else v for v in value]
               for name, value in u.labels.items()}
-    row = {"id": u.id, "audio": None if u.audio is None else _relative(u.audio, folder),
-           "text": u.text, **labels, "start": u.start or None, "end": u.end, "speaker": u.speaker,
-           "language": u.language, "corpus": u.corpus if u.corpus != "default" else None,
-           "duration": u.duration, "hypothesis": u.hypothesis, "text_source": u.text_source,
-           "segments": u.segments}
+    row = {key: getattr(u, key) for key in FIELDS} | labels | {
+        "audio": u.audio and _relative(u.audio, folder), "start": u.start or None,
+        "corpus": None if u.corpus == "default" else u.corpus}
     return {key: value for key, value in row.items() if value is not None}
 
 

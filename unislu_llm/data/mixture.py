@@ -1,9 +1,7 @@
 """Corpora mixed by weight or by temperature: which examples an epoch draws, and in what shares.
 
-Natural mixing draws every example once an epoch, so that a large corpus drowns a small one. Weights
-say the share of each corpus; a temperature T draws a corpus of n examples in proportion to
-`n ** (1 / T)` (as multilingual BERT and mT5 mix languages): 1 is natural, infinity makes all equal.
-The unit is the example: an utterance with two annotated tasks is two.
+A temperature T draws a corpus of n examples in proportion to `n ** (1 / T)` (as multilingual BERT
+and mT5 mix languages): 1 is natural, infinity makes all equal.
 """
 
 from __future__ import annotations
@@ -25,9 +23,8 @@ _WALK, _INTERLEAVE = 101, 102  # last number of a seed, so that no two kinds of 
 class Mixture:
     """Which examples each epoch draws.
 
-    Every corpus is walked along permutations of its own, one after another: no example comes again
-    before all the others of its corpus have come, and the next epoch goes on where this one
-    stopped. Where the walk stands follows from the epoch's number, so there is no state to save.
+    Every corpus is walked along permutations of its own, one after another, and the next epoch goes
+    on where this one stopped. Where it stands follows from the epoch's number: no state to save.
 
     Args:
         groups: group of each example, by name.
@@ -121,8 +118,7 @@ def build_mixture(data: DataConfig, examples: Sequence[Example], seed: int) -> M
     groups = _groups(examples, data.weights)
     raw = {name: data.weights[name] if data.weights else n ** (1 / data.temperature)
            for name, n in Counter(groups).items()}
-    total = sum(raw.values())
-    if not total:
+    if not (total := sum(raw.values())):
         raise UserError("data.weights: all weights are 0; give at least one corpus a share")
     shares = {name: value / total for name, value in raw.items()}
     return Mixture(groups, shares, data.epoch_samples, seed)

@@ -1,16 +1,16 @@
 """Which examples form which batch: length buckets, the same on every rank, all from a seed.
 
 A plan is a list of *global* batches, of as many examples each (:class:`BatchPlan`) or of as many
-tokens (:class:`TokenPlan`). How many processes and micro-batches share one does not change what is
-in it: runs on other numbers of processes see the same steps, and as many on every rank.
+tokens (:class:`TokenPlan`). How many processes and micro-batches share one does not change it.
 """
 
 from __future__ import annotations
 
 import sys
-from collections import Counter
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, ClassVar, get_args
 
 import numpy as np
@@ -40,7 +40,7 @@ class BatchPlan:
     lengths: Any  # of each example, in any unit
     batch_size: int  # examples of a global batch
     parts: int = 1  # shares of a global batch: processes times accumulation steps
-    seed: int = 0  # of the shuffling
+    seed: int = 0
     mixture: Mixture | None = None  # says which examples an epoch draws; None: every example once
     kinds: Sequence[InputKind] = ()  # kind of input of each example; empty: all are audio
     window: ClassVar[int] = BUCKET  # batches that a mixture arranges among themselves
@@ -72,17 +72,14 @@ class BatchPlan:
     def micro_batches(self, epoch: int, rank: int = 0, world: int = 1) -> list[list[MicroBatch]]:
         """The micro-batches of each step for one rank of `world`, which divides the parts.
 
-        All ranks have the same number of micro-batches of the same kinds in the same order: under
-        DDP and FSDP each pass runs collectives that every process has to take part in.
+        All ranks have as many of the same kinds in the same order: under DDP and FSDP each pass
+        runs collectives that every process has to take part in.
         """
         # Counted over the global batches, so that augmentation is the same on any number of ranks.
-        before: Counter[int] = Counter()
+        times: defaultdict[int, Iterator[int]] = defaultdict(count)
         turns, steps = self.parts // world, []
         for batch in self.epoch(epoch):
-            draws: list[Draw] = []
-            for i in batch:
-                draws.append((i, before[i]))
-                before[i] += 1
+            draws = [(i, next(times[i])) for i in batch]
             parts = [[draws[place] for place in part] for part in self._deal(batch)]
             steps.append([micro for turn in range(turns)
                           for micro in self._by_kind(parts[turn::turns], rank)])
@@ -105,8 +102,9 @@ class BatchPlan:
         """Global batches of an epoch by length, and what their order is drawn from."""
         # Of the epoch alone: one that is resumed needs no generator's state.
         rng = np.random.default_rng((self.seed, epoch))
-        return self._cut(rng.permutation(len(self.lengths)) if self.mixture is None
-                         else self.mixture.epoch(epoch)), rng
+        order = (rng.permutation(len(self.lengths)) if self.mixture is None
+                 else self.mixture.epoch(epoch))
+        return self._cut(order), rng
 
     def _by_length(self, members: np.ndarray) -> np.ndarray:
         # Stable: which of two alike comes first must not depend on the sorting algorithm.
@@ -120,7 +118,6 @@ class BatchPlan:
         return [self._by_length(chunk) for chunk in chunks]
 
     def _cut(self, order: np.ndarray) -> list[np.ndarray]:
-        """Global batches of an epoch's draw."""
         order = np.concatenate(self._pools(order, self.batch_size * BUCKET))
         batches = np.split(order, range(self.batch_size, len(order), self.batch_size))
         # A rest that cannot give each part an example joins the batch before it.
@@ -136,10 +133,8 @@ class BatchPlan:
 class TokenPlan(BatchPlan):
     """Global batches by a budget of tokens: many short examples or few long ones, at equal cost.
 
-    The cost of a batch is its padded size in positions of a decoder that reads speech and text one
-    after the other: `examples x most tokens of an example`. A pool is cut into as few batches as
-    the budget allows, and these are made as equal as they can be, and so are the parts of each, so
-    that no process waits long for another.
+    A batch costs its padded size, `examples x most tokens of an example`. A pool is cut into as few
+    batches as the budget allows, as equal as they can be, and so are the parts of each.
 
     Args:
         sizes: `(examples, 2)` speech and text tokens of each; the text includes the prompt.
@@ -215,7 +210,7 @@ class TokenPlan(BatchPlan):
         # It may need fewer; no part may be empty, so the largest are halved.
         counts = [len(part) for part in parts][::-1]
         while len(counts) < self.parts:
-            widest = max(range(len(counts)), key=counts.__getitem__)
+            widest = counts.index(max(counts))
             half = counts[widest] // 2
             counts[widest:widest + 1] = [half, counts[widest] - half]
         return np.split(np.arange(len(batch)), np.cumsum(counts)[:-1])

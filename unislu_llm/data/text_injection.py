@@ -1,10 +1,10 @@
 """Text injection: posteriors of a CTC projector, simulated from text, so that text without audio
 trains a speech model (TASU, arXiv 2511.03310; TASU2, arXiv 2604.08384).
 
-What CTC makes of speech is near-text: each token holds a frame or two, blanks lie between, some
-tokens are replaced by confusable ones, lost or invented, and each frame has some mass beside its
-best token. A simulation draws all of that, at rates fitted on what a projector makes of real
-speech. Everything here is in classes of the CTC vocabulary: 0 is blank, token i is class i + 1.
+Each token holds a frame or two, blanks lie between, some tokens are replaced by confusable ones,
+lost or invented, and each frame has some mass beside its best token, at rates fitted on what a
+projector makes of real speech. All is in classes of the CTC vocabulary: 0 is blank, token i is
+class i + 1.
 """
 
 from __future__ import annotations

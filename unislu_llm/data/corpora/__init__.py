@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -47,7 +48,7 @@ def prepare(source: Source, out: Path, *, tasks_file: Path | None = None,
     registry = TaskRegistry.from_yaml(tasks_file)
     tested = [u for path in exclude for u in read_manifest(path, registry)]
     # What a model is tested on must not train it, as text either.
-    ids, texts = {u.id for u in tested}, {_plain(u.text) for u in tested}
+    tested_ids, tested_texts = {u.id for u in tested}, {_plain(u.text) for u in tested}
     reader, dropped, wrong = RowReader(registry), Dropped(list), list[str]()
     rows: dict[str, Utterance] = {}
     n_read, with_audio = 0, False
@@ -63,7 +64,7 @@ def prepare(source: Source, out: Path, *, tasks_file: Path | None = None,
         seconds, reason = _measured(u)
         if u.id in rows:
             reason = "id comes again"
-        elif u.id in ids or _plain(u.text) in texts:
+        elif u.id in tested_ids or _plain(u.text) in tested_texts:
             reason = "in an excluded manifest"
         if reason:
             dropped[f"row dropped: {reason}"].append(f"{where}: '{u.id}' ({u.audio or 'text'})")
@@ -82,23 +83,23 @@ def prepare(source: Source, out: Path, *, tasks_file: Path | None = None,
 
 
 def _counts(dropped: Dropped) -> str:
-    lines = []
+    lines = ""
     for reason, places in sorted(dropped.items(), key=lambda item: -len(item[1])):
-        shown = places[:10] if reason.startswith("row") else []
-        lines += [f"{len(places):>8} {reason}", *(f"{'':>10} {place}" for place in shown)]
-    return "".join(f"{line}\n" for line in lines)
+        lines += f"{len(places):>8} {reason}\n"
+        if reason.startswith("row"):
+            lines += "".join(f"{'':>10} {place}\n" for place in places[:10])
+    return lines
 
 
 def _measured(u: Utterance) -> tuple[float | None, str]:
     """Length of the audio in seconds, to the millisecond; and why the row is dropped, or ""."""
     if u.audio is None:
         return u.duration, ""
-    if not u.audio.is_file():
-        return None, "missing audio file"
     try:
         seconds = count_samples(u.audio, u.start, u.end) / SAMPLE_RATE
     except UserError:
-        return None, "audio cannot be read or has no such stretch"
+        return None, ("audio cannot be read or has no such stretch" if os.path.isfile(u.audio)
+                      else "missing audio file")
     return round(seconds, 3), f"longer than {MAX_SECONDS:g} s" * (seconds > MAX_SECONDS)
 
 

@@ -26,8 +26,7 @@ _META = re.compile(r"#\s*(\w+)\s*=\s*(.*\S)\s*$")
 class Csv:
     """Own rows in CSV (or, by the suffix .tsv, tab-separated), a column a key and a task.
 
-    Spans and label sets are JSON, as a manifest has them. An empty cell is "not annotated", `[]` is
-    "annotated, there is none". Blanks of a text are tidied where no span counts them.
+    Spans and label sets are JSON, as a manifest has them; an empty cell is "not annotated".
 
     Args:
         file: Columns id, text, audio, start, end, speaker, ... and one for each task.
@@ -38,13 +37,12 @@ class Csv:
     audio: Path | None = None
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
-        """Rows of the file."""
         delimiter = "\t" if self.file.suffix == ".tsv" else ","
         span_tasks = [task.name for task in registry if isinstance(task, SpanTask)]
         for where, cells in read_table(self.file, ("id", "text"), delimiter=delimiter, strict=True):
             row = {key: _read_cell(key, value, registry, where) for key, value in cells.items()
                    if value.strip()}
-            # Where spans count the blanks the text stays, and the check of the row names it.
+            # Blanks are tidied where no span counts them; else the check of the row names them.
             if "text" in row and not any(row.get(name) for name in span_tasks):
                 row["text"] = " ".join(row["text"].split())
             yield where, _with_audio(row, self.audio, self.file)
@@ -74,15 +72,14 @@ class Conll:
     task: str = "ner"
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
-        """Rows of the file, one a sentence."""
         if not isinstance(registry[self.task], SpanTask):
             raise UserError(f"task '{self.task}' labels whole utterances; tags need a span task")
         for number, (line, meta, tokens, tags) in enumerate(self._sentences(), 1):
             where = f"{self.file}:{line}"
-            row: dict[str, Any] = {"id": f"{self.file.stem}-{number}"}
-            row |= {key: _read_cell(key, value, registry, where) for key, value in meta.items()
-                    if key in ("id", "audio", "speaker") or key in registry}
-            row |= {"text": " ".join(tokens), self.task: _spans(tokens, tags)}
+            row = {key: _read_cell(key, value, registry, where) for key, value in meta.items()
+                   if key in ("id", "audio", "speaker") or key in registry}
+            row = {"id": f"{self.file.stem}-{number}"} | row | {
+                "text": " ".join(tokens), self.task: _spans(tokens, tags)}
             yield where, _with_audio(row, self.audio, self.file)
 
     def _sentences(self) -> Iterator[tuple[int, dict[str, str], list[str], list[str]]]:
@@ -99,15 +96,17 @@ class Conll:
             if not line.strip() or line.startswith("-DOCSTART-"):
                 continue  # comments above a blank line belong to the sentence that follows
             columns = [c.strip() for c in line.split("\t")] if "\t" in line else line.split()
-            reach = range(-len(columns), len(columns))
-            tag = columns[self.tag_column] if self.tag_column in reach else ""
+            try:
+                token, tag = columns[self.token_column], columns[self.tag_column]
+            except IndexError:
+                token = tag = ""
             found, good = _META.match(line), len(columns) > 1 and _TAG.fullmatch(tag)
             # A `#` may also be a token: then a tag follows it.
             if line.startswith("#") and not tokens and (found or not good):
                 meta |= {found[1]: found[2]} if found else {}
-            elif good and self.token_column in reach:
+            elif good:
                 first = first if tokens else number
-                tokens.append(columns[self.token_column])
+                tokens.append(token)
                 tags.append(tag)
             else:
                 raise UserError(f"{self.file}:{number}: expected a token (column "

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from unislu_llm.data.corpora.source import Dropped, Rows, read_table
 from unislu_llm.errors import UserError
@@ -24,50 +24,49 @@ Corpus = Literal["voxpopuli", "voxceleb", "hvb"]
 
 _HUB = {"voxpopuli": "asapp/slue", "voxceleb": "asapp/slue", "hvb": "asapp/slue-phase-2"}
 _TASKS = {"voxpopuli": "ner", "voxceleb": "sa", "hvb": "da"}
-# Quotation marks in speech are no quoting.
-_TSV: dict[str, Any] = {"delimiter": "\t", "quoting": csv.QUOTE_NONE}
 
 
 @dataclass(frozen=True)
-class SlueVoxPopuli:
+class _Tsv:
+    """A corpus in its original layout.
+
+    Args:
+        tsv: slue-<corpus>_<split>.tsv.
+        audio: Folder with <split>/<id>.ogg (VoxPopuli) or <split>_raw/<id>.flac (VoxCeleb);
+            without it: text alone.
+    """
+
+    tsv: Path
+    audio: Path | None = None
+    corpus: ClassVar[Corpus]
+    columns: ClassVar[tuple[str, ...]] = ("id", "normalized_text")
+    clip: ClassVar[str]  # its file in `audio`
+
+    def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
+        # Quotation marks in speech are no quoting.
+        for where, row in read_table(self.tsv, self.columns, delimiter="\t",
+                                     quoting=csv.QUOTE_NONE):
+            audio = self.audio and self.audio / self.clip.format(**{"split": "", **row})
+            yield where, _row(self.corpus, row, audio, where, registry, dropped)
+
+
+class SlueVoxPopuli(_Tsv):
     """Entities of SLUE-VoxPopuli, original layout.
 
     Their labels are the seven combined ones, or where the tasks have them (tasks_ontonotes.yaml)
     the 18 raw ones.
-
-    Args:
-        tsv: slue-voxpopuli_<split>.tsv.
-        audio: Folder with <split>/<id>.ogg; without it: text alone.
     """
 
-    tsv: Path
-    audio: Path | None = None
-
-    def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
-        """Rows of the file."""
-        for where, row in read_table(self.tsv, ("id", "normalized_text"), **_TSV):
-            audio = self.audio and self.audio / row.get("split", "") / f"{row['id']}.ogg"
-            yield where, _row("voxpopuli", row, audio, where, registry, dropped)
+    corpus = "voxpopuli"
+    clip = "{split}/{id}.ogg"
 
 
-@dataclass(frozen=True)
-class SlueVoxCeleb:
-    """Sentiment of SLUE-VoxCeleb, original layout; the audio is cropped by the manifest.
+class SlueVoxCeleb(_Tsv):
+    """Sentiment of SLUE-VoxCeleb, original layout; the audio is cropped by the manifest."""
 
-    Args:
-        tsv: slue-voxceleb_<split>.tsv.
-        audio: Folder with <split>_raw/<id>.flac; without it: text alone.
-    """
-
-    tsv: Path
-    audio: Path | None = None
-
-    def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
-        """Rows of the file."""
-        columns = ("id", "normalized_text", "start_second", "end_second")
-        for where, row in read_table(self.tsv, columns, **_TSV):
-            audio = self.audio and self.audio / f"{row.get('split')}_raw" / f"{row['id']}.flac"
-            yield where, _row("voxceleb", row, audio, where, registry, dropped)
+    corpus = "voxceleb"
+    columns = ("id", "normalized_text", "start_second", "end_second")
+    clip = "{split}_raw/{id}.flac"
 
 
 @dataclass(frozen=True)
@@ -78,7 +77,7 @@ class SlueHub:
         corpus: voxpopuli (entities), voxceleb (sentiment) or hvb (dialogue acts: tasks_hvb.yaml).
         split: Split on the hub: train, validation or test.
         path: A copy on this machine: the folder with the hub's parquet files of the corpus.
-        with_audio: Write the audio beside the manifest; otherwise text alone.
+        with_audio: Whether the audio is written beside the manifest; otherwise text alone.
     """
 
     corpus: Corpus
@@ -87,7 +86,6 @@ class SlueHub:
     with_audio: bool = True
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
-        """Rows of the split; their audio is written to `clips`."""
         for i, row in enumerate(load_hub(self.corpus, self.split, self.path)):
             where, clip = f"{self.corpus}[{i}]", row.get("audio") or {}
             # Rows of dialogue acts have no id: the name of the clip has call, start and end in it.
@@ -103,8 +101,7 @@ class SlueHub:
 def load_hub(corpus: Corpus, split: str, path: Path | None = None) -> Iterable[Mapping[str, Any]]:
     """Rows of a split of the hub's data set or of a copy, audio undecoded; see :class:`SlueHub`.
 
-    Raises:
-        UserError: no package `datasets`, no agreement with the hub, or no such split.
+    Raises UserError: no package `datasets`, no agreement with the hub, or no such split.
     """
     try:
         datasets = import_module("datasets")
@@ -130,8 +127,7 @@ def _save_clip(audio: Mapping[str, Any], folder: Path, name: str) -> Path | None
     if data is None:
         return Path(path) if path else None
     target = folder / (re.sub(r"[^A-Za-z0-9._-]+", "-", name) + Path(path or "").suffix)
-    # Written as they are, and once: a later call finds the file.
-    if not (target.is_file() and target.stat().st_size == len(data)):
+    if not (target.is_file() and target.stat().st_size == len(data)):  # by an earlier call
         with atomic(target, "wb") as handle:
             handle.write(data)
     return target
@@ -139,7 +135,7 @@ def _save_clip(audio: Mapping[str, Any], folder: Path, name: str) -> Path | None
 
 def _row(corpus: Corpus, row: Mapping[str, Any], audio: Path | None, where: str,
          registry: TaskRegistry, dropped: Dropped) -> dict[str, Any]:
-    """A row of the corpus as a manifest has it; what it could not have is found by who reads it."""
+    """A row of the corpus as a manifest has it; who reads it finds what is wrong with it."""
     task = registry[_TASKS[corpus]]
     text = str(row["text" if corpus == "hvb" else "normalized_text"] or "")
     # The TSV files write `None`, pandas writes `nan` where a speaker is not known.
@@ -166,27 +162,25 @@ def _number(value: Any) -> Any:
 
 
 def _entities(value: Any, where: str, task: Task, dropped: Dropped) -> list[list[Any]] | None:
-    """Entities of any layout as spans; None where there is no annotation.
-
-    The TSV has `[['GPE', 37, 10]]`, `[]`, `None` or `nan` (none there) as text, the hub has
-    `{"type": [...], "start": [...], "length": [...]}`. Third is a length, not an end.
-    """
+    """Entities of any layout as spans; None where there is no annotation."""
     if value == "":
         return None
+    found, spans = value, []
     try:
-        found = value
-        if isinstance(value, str):
-            found = ast.literal_eval(value) if value != "nan" else None
+        # The TSV has `[['GPE', 37, 10]]`, `[]`, `None` or `nan` (none there) as text, the hub has
+        # `{"type": [...], "start": [...], "length": [...]}`. Third is a length, not an end.
         if isinstance(value, Mapping):
             found = zip(value["type"], value["start"], value["length"], strict=True)
-        spans = [[label, int(start), int(start) + int(n)] for label, start, n in found or ()]
-        # Tasks with the raw labels keep them.
-        names = {label: label if label in task.labels else RAW_TO_COMBINED.get(label, label)
-                 for label, _, _ in spans}
+        elif isinstance(value, str):
+            found = ast.literal_eval(value) if value != "nan" else None
+        for raw, start, length in found or ():
+            # Tasks with the raw labels keep them.
+            label = raw if raw in task.labels else RAW_TO_COMBINED.get(raw, raw)
+            if label is None:
+                dropped[f"span dropped: label {raw} (not scored in SLUE)"].append(where)
+            else:
+                spans.append([label, int(start), int(start) + int(length)])
     except (ValueError, SyntaxError, TypeError, KeyError) as error:
         raise UserError(f"{where}: normalized_ner: {str(value)[:80]!r} is not [[tag, start, "
                         f"length], ...] ({error})") from error
-    for label, _, _ in spans:
-        if names[label] is None:
-            dropped[f"span dropped: label {label} (not scored in SLUE)"].append(where)
-    return [[names[label], *place] for label, *place in spans if names[label] is not None]
+    return spans

@@ -11,7 +11,7 @@ from typing import Any
 from unislu_llm.errors import UserError
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
-"""Rows as a manifest has them, each with its place `file:line`."""
+"""What a source's `rows` gives: rows as a manifest has them, each with its place `file:line`."""
 
 Dropped = defaultdict[str, list[str]]
 """By reason the places of what is not in the manifest: nothing is dropped uncounted."""
@@ -22,8 +22,8 @@ def read_table(path: Path, needed: Sequence[str], **dialect: Any) -> Iterator[
     """Rows of a CSV file, each with its place `file:line`; `dialect` is that of `csv.DictReader`.
 
     Raises:
-        UserError: no such file, a column that is `needed` is missing or a column is there twice, or
-            a row has another number of cells.
+        UserError: no such file, a `needed` column is missing or any is there twice, or a row has
+            another number of cells.
     """
     try:
         with path.open(encoding="utf-8-sig", newline="") as handle:
@@ -35,8 +35,7 @@ def read_table(path: Path, needed: Sequence[str], **dialect: Any) -> Iterator[
                                     f"{', '.join(header) or 'none'}")
             for cells in reader:
                 where = f"{path}:{reader.line_num}"
-                # So `csv` marks cells too many and too few.
-                if None in cells or None in cells.values():
+                if None in cells or None in cells.values():  # so `csv` marks too many and too few
                     raise UserError(f"{where}: another number of cells than the header; is there a "
                                     "separator inside of one?")
                 yield where, cells
