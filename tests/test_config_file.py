@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from unislu_llm.config import Config
-from unislu_llm.config_file import config_from_dict, config_from_file, load_config, to_yaml
+from unislu_llm.config_file import config_from_file, load_config, to_yaml
 from unislu_llm.errors import UserError
 
 
@@ -77,6 +77,14 @@ def test_options_belong_to_their_projector(files: tuple[Path, Path]) -> None:
     ("data:\n  train: a.jsonl\n", r"c\.yaml:2: data\.train: .*list"),
     ("augment:\n  speeds:\n    - 1.0\n    - 9\n", r"c\.yaml:4: augment\.speeds\[1\]"),
     ("train: {epochs: 0}\n", r"c\.yaml:1: train\.epochs.*greater than or equal to 1, found 0"),
+    ('model:\n  projector_options: {stack: "5"}\n',
+     r"c\.yaml:2: model\.projector_options\.stack: must be a number.*found '5'"),
+    ("model:\n  projector_options: {strides: [2, true]}\n", r"c\.yaml:2: .*\.strides: .*number"),
+    ('train: {epochs: "5"}\n', r"c\.yaml:1: train\.epochs: should be a valid integer, found '5'"),
+    ("train: {epochs: true}\n", r"c\.yaml:1: train\.epochs: .*integer, found True"),
+    ('train: {lr: {lora: "1e-4"}}\n', r"c\.yaml:1: train\.lr\.lora: .*number, found '1e-4'"),
+    ("decode: {temperature: true}\n", r"c\.yaml:1: decode\.temperature: .*number, found True"),
+    ("augment: {snr: [3, .nan]}\n", r"c\.yaml:1: augment\.snr\[1\]: .*finite number"),
     ("train: {epochs: 3\n", r"c\.yaml:2: not valid YAML"),
     ("- 3\n", r"c\.yaml:1: expected a mapping"),
     ("train: {epochs: 2}\ndata: {}\ntrain: {seed: 2}\n", r"c\.yaml:3: .*key .train. .*twice"),
@@ -127,10 +135,12 @@ def test_help_shows_the_settings_with_what_they_are_now(
 
 
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
-    config = config_from_dict({"data": {"train": ["a.jsonl"], "weights": {"a": 1}},
-                               "train": {"lr": {"lora": "3e-4"}, "max_grad_norm": 0},
-                               "stages": [{"name": "one", "train": {"epochs": 2}}]})
-    assert config.train.lr.lora == 3e-4
-    (tmp_path / "config.yaml").write_text(to_yaml(config), encoding="utf-8")
-    assert config_from_file(tmp_path / "config.yaml", resolve=False) == config
+    file = tmp_path / "config.yaml"
+    file.write_text("output: '1e5'\ndata: {train: [a.jsonl], weights: {a: 1}}\n"
+                    "train: {lr: {lora: 3e-4, markers: 2.5E+1}, max_grad_norm: 0}\n"
+                    "stages: [{name: one, train: {epochs: 2}}]\n")
+    config = config_from_file(file, resolve=False)
+    assert (config.train.lr.lora, config.train.lr.markers) == (3e-4, 25)
+    file.write_text(to_yaml(config), encoding="utf-8")
+    assert config_from_file(file, resolve=False) == config
 

@@ -1,8 +1,7 @@
-"""Config files, presets and flags to one checked :class:`Config`.
+"""Config files, presets and flags to one checked :class:`Config`; later ones win.
 
-Later wins: defaults, the preset of the LLM (`adapters/*.yaml`), the config file (`--config`),
-flags. Every source is checked by itself before they are laid over each other, so that a message
-can name the file and line, or the flag, that is at fault.
+Every source is checked by itself before they are laid over each other, so that a message can name
+the file and line, or the flag, that is at fault.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -83,7 +83,8 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
              if (value := getattr(chosen, key)) is not None}
     if presets is not None:
         llm = flags.get("llm") or values.get("model", {}).get("llm") or ModelConfig().llm
-        preset = chosen.adapter or find_preset(llm, presets)
+        preset = chosen.adapter or next((path for path in sorted(presets.glob("*.yaml"))
+                                         if YamlFile.read(path).values.get("llm") == llm), None)
         below = read_preset(preset) if preset else {}
         if chosen.adapter and "llm" in below["model"]:
             flags.setdefault("llm", below["model"]["llm"])  # an explicit preset names its LLM
@@ -109,13 +110,8 @@ def config_from_dict(values: Mapping[str, Any], where: str = "config") -> Config
 
 def to_yaml(config: Config) -> str:
     """A configuration as a file holds it, every setting written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def find_preset(llm: str, folder: Path) -> Path | None:
-    """The file of `folder/*.yaml` whose `llm` is this one; None where there is no preset."""
-    files = sorted(folder.glob("*.yaml"))
-    return next((p for p in files if YamlFile.read(p).values.get("llm") == llm), None)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False,
+                     allow_unicode=True)
 
 
 def read_preset(path: Path) -> Values:
@@ -181,6 +177,16 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+# To YAML 1.1 `1e-4` is text, for want of a point; everybody who writes it means the number.
+for kind in (_Loader, _Dumper):
+    kind.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"),
+                               list("-+0123456789"))
+
+
 @dataclass(frozen=True)
 class YamlFile:
     """A YAML mapping that knows on which line each value stands."""
@@ -196,7 +202,7 @@ class YamlFile:
             raise UserError(f"config file {path} does not exist")
         try:
             text = path.read_text(encoding="utf-8")
-            node, values = yaml.compose(text, Loader=_Loader), yaml.safe_load(text)
+            node, values = yaml.compose(text, Loader=_Loader), yaml.load(text, Loader=_Loader)
         except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
             mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
             place = f":{mark.line + 1}" if mark else ""

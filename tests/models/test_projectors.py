@@ -155,10 +155,3 @@ def test_frames_of_a_half_precision_encoder_are_taken(name: str, options: dict[s
 def test_bad_names_and_options_are_named(name: str, options: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         build_projector(name, D, H, 1.0, options)
-
-
-def test_a_number_in_quotes_is_that_number() -> None:
-    """As everywhere in a configuration."""
-    projector = build("linear", {"stack": "5"})
-    assert projector.output_length(11) == 3
-    assert projector(random_frames([11]), [11]).lengths == (3,)
