@@ -236,17 +236,28 @@ class DecodeConfig(Section):
         return min(self.max_new_tokens, 24 + int(self.tokens_per_second * seconds))
 
 
-class Config(Section):
+class Sections(Section):
+    """What a run and each of its stages set."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+    decode: DecodeConfig = DecodeConfig()
+
+
+class Stage(Sections):
+    """An entry of `stages`: a name, and sections that are laid over the rest of the config."""
+
+    name: str
+
+
+class Config(Sections):
     """One training run."""
 
     output: str = ""
     """Run folder, never overwritten; default: runs/<recipe>-<date-time>."""
     resume: bool = False
     """Go on with the run in `output` from its last checkpoint."""
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    augment: AugmentConfig = AugmentConfig()
-    train: TrainConfig = TrainConfig()
-    decode: DecodeConfig = DecodeConfig()
     stages: Annotated[list[dict[str, Any]], _JSON] = []
     """Stages in order, each a mapping with a `name` and sections laid over this config."""

@@ -21,16 +21,7 @@ import tyro
 import yaml
 from pydantic import ValidationError
 
-from unislu_llm.config import (
-    AugmentConfig,
-    Config,
-    DataConfig,
-    DecodeConfig,
-    ModelConfig,
-    Precision,
-    Section,
-    TrainConfig,
-)
+from unislu_llm.config import Config, ModelConfig, Precision, Section, Stage
 from unislu_llm.errors import Place, UserError, dotted, explain
 
 Values = dict[str, Any]
@@ -47,20 +38,9 @@ class Preset(ModelConfig):
     precision: Precision = "fp32"  # default of train.precision
 
 
-class Stage(Section):
-    """An entry of `stages`: a name, and sections that are laid over the rest of the config."""
-
-    name: str
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    augment: AugmentConfig = AugmentConfig()
-    train: TrainConfig = TrainConfig()
-    decode: DecodeConfig = DecodeConfig()
-
-
 def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | None,
                 description: str) -> Config:
-    """The configuration of a run from a config file, a preset and flags.
+    """The configuration of a run; later wins: defaults, preset, config file, flags.
 
     Args:
         argv: command line without the program; None takes the process's own.
@@ -118,9 +98,8 @@ def read_preset(path: Path) -> Values:
     """The values of a preset as those of a config file."""
     file = YamlFile.read(path)
     check(Preset, file.values, file.where)
-    model = dict(file.values)
-    train = {"precision": model.pop("precision")} if "precision" in model else {}
-    return {"model": model, "train": train}
+    train = {key: file.values.pop(key) for key in ("precision",) if key in file.values}
+    return {"model": file.values, "train": train}
 
 
 def read_layer(path: Path, *, resolve: bool = True) -> Values:
@@ -215,28 +194,23 @@ class YamlFile:
     def where(self, place: Place, outer: Place = ()) -> str:
         """`file:line: outer.place`; of what is missing, the line of what should hold it."""
         place = (*outer, *place)
-        node, line = self.node, self.node.start_mark.line + 1
+        node, line = self.node, self.node.start_mark.line
         for part in place:
-            found = next((child for child in _children(node) if child[0] == part), None)
-            if found is None:
+            # Of a mapping the line of the key: its value may begin on the next one.
+            children = ({key.value: (key, value) for key, value in node.value}
+                        if isinstance(node, yaml.MappingNode) else
+                        {i: (item, item) for i, item in enumerate(node.value)}
+                        if isinstance(node, yaml.SequenceNode) else {})
+            if part not in children:
                 break
-            _, line, node = found
-        return f"{self.path}:{line}: {dotted(place)}"
-
-
-def _children(node: yaml.Node) -> list[tuple[Any, int, yaml.Node]]:
-    """Key or index, line, and node of everything in a mapping or a list."""
-    if isinstance(node, yaml.MappingNode):
-        # The line of the key: its value may begin on the next one.
-        return [(key.value, key.start_mark.line + 1, value) for key, value in node.value]
-    if isinstance(node, yaml.SequenceNode):
-        return [(i, item.start_mark.line + 1, item) for i, item in enumerate(node.value)]
-    return []
+            begins, node = children[part]
+            line = begins.start_mark.line
+        return f"{self.path}:{line + 1}: {dotted(place)}"
 
 
 def _resolve_paths(values: Values, folder: Path) -> None:
     for name, keys in _PATHS.items():
-        section = values.get(name) or {}
+        section = values.get(name, {})
         for key in keys:
             value = section.get(key)
             if isinstance(value, list):

@@ -78,9 +78,7 @@ class Run:
 def find_run(path: str | Path, checkpoint: str | None = None) -> Run:
     """The model in a run folder, or in a model folder (`RUN/best`, `RUN/last` count as their run).
 
-    Args:
-        path: folder.
-        checkpoint: `best` or `last`; default: best, or last where there is no best.
+    `checkpoint` is `best` or `last`; default: best, or last where there is no best.
 
     Raises:
         UserError: no such folder, it is neither, or it lacks the checkpoint.
@@ -163,8 +161,8 @@ def is_run(folder: Path) -> bool:
 
 
 def write_finished(folder: Path, values: Mapping[str, Any]) -> None:
-    """Note that a run came to its end, and its last figures."""
-    write_json(folder / _FINISHED, dict(values))
+    """Note that a run came to its end, and how it stood then."""
+    write_json(folder / _FINISHED, values)
 
 
 def read_finished(folder: Path) -> dict[str, Any]:
@@ -179,21 +177,16 @@ def versions() -> dict[str, Any]:
     for name in ("unislu_llm", "torch", "transformers", "accelerate", "peft", "soundfile", "jiwer"):
         try:
             packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+        except importlib.metadata.PackageNotFoundError:  # run from its source tree
             packages[name] = "not installed"
-    cuda = torch.cuda.is_available()
-    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "python": platform.python_version(), "packages": packages, "git": _git_revision(),
-            "machine": platform.machine(),
-            "device": torch.cuda.get_device_name() if cuda else "cpu"}
-
-
-def _git_revision() -> str:
-    """Commit of the source tree, `+dirty` when it has changes; `unknown` outside one."""
-    # `describe` alone says both at once; tags are excluded, for they are no commits.
+    # The commit, `+dirty` where files have changed; tags are excluded, for they are no commits.
     git = ["git", "-C", str(Path(__file__).resolve().parents[1]), "describe", "--always",
            "--exclude=*", "--abbrev=40", "--dirty=+dirty"]
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        revision = "unknown"
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "python": platform.python_version(), "packages": packages, "git": revision,
+            "machine": platform.machine(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}

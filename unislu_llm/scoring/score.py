@@ -72,7 +72,7 @@ def flat_scores(results: Mapping[str, Any], protocol: Protocol = "whisper") -> d
     """
     block = results["protocols"][protocol]
     flat = {f"wer_{corpus}": wer["wer"] for corpus, wer in block["wer"]["by_corpus"].items()}
-    flat["wer"] = block["wer"]["overall"]["wer"]
+    flat |= {"wer": block["wer"]["overall"]["wer"]}
     flat |= {name: block[name] for name in ("hypothesis_wer", "ctc_wer") if name in block}
     for name, task in block["tasks"].items():
         if "macro_f1" in task:

@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from unislu_llm.config import Config, TrainConfig
 from unislu_llm.data.batch import Batch
 from unislu_llm.data.sampler import BatchPlan
 from unislu_llm.errors import UserError
-from unislu_llm.io import append_json, read_json_lines, write_json, write_text
+from unislu_llm.io import append_json, write_json, write_text
 from unislu_llm.models.base import SLUModel
 from unislu_llm.tasks import ASR
 from unislu_llm.tokenizer import Example
@@ -131,17 +130,3 @@ def _parameters(model: SLUModel, train: TrainConfig) -> list[str]:
                              for name, size in sizes.items()),
             f"  {'trained':<10} {trained / 1e6:9.3f} M   of {total / 1e6:.1f} M; "
             f"{memory / 2**30:.2f} GiB a process, plus activations"]
-
-
-def loss_summary(metrics: Path) -> str:
-    """Mean losses over the first and the last tenth of a run's logged steps, as one line."""
-    rows = [row for row in read_json_lines(metrics) if row["part"] == "train"]
-    tenth, shown = max(1, len(rows) // 10), []
-    for name in sorted({key for row in rows for key in row if key.startswith("loss")}):
-        # A step has the loss of a task only where an example of it was drawn.
-        found = [[row[name] for row in part if name in row]
-                 for part in (rows[:tenth], rows[-tenth:])]
-        if any(found):
-            first, last = (f"{fmean(some):.3f}" if some else "not drawn" for some in found)
-            shown.append(f"{name} {first} -> {last}")
-    return "losses, first and last tenth of the steps: " + ", ".join(shown)

@@ -12,8 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from unislu_llm.config import Config
-from unislu_llm.config_file import Stage, check, config_from_dict, merge
+from unislu_llm.config import Config, Stage
+from unislu_llm.config_file import check, config_from_dict, merge
 from unislu_llm.errors import UserError, dotted
 from unislu_llm.run_folder import (
     BEST,

@@ -35,14 +35,7 @@ from unislu_llm.training import checkpoint
 from unislu_llm.training.build import build_model, fitted_rates
 from unislu_llm.training.checkpoint import Progress
 from unislu_llm.training.data import batches, build_dataset, build_plan, deal
-from unislu_llm.training.log import (
-    Log,
-    Window,
-    batch_counts,
-    check_trackers,
-    describe_run,
-    loss_summary,
-)
+from unislu_llm.training.log import Log, Window, batch_counts, check_trackers, describe_run
 from unislu_llm.training.objectives import OBJECTIVES
 from unislu_llm.training.optim import build_optimizer, group_rates, set_rates
 from unislu_llm.training.process import HostSum, from_main, peak_memory, processes, use_threads
@@ -232,7 +225,6 @@ class Trainer:
     def _finish(self) -> None:
         p = self.progress
         if self.main:
-            print(loss_summary(self.run / "metrics.jsonl"))
             best = self.run / BEST if p.best_step >= 0 else self.run / LAST
             rates = self.objective.finish(self.model, best, self.dev, self.dataset.frame_cache)
             if rates is not None:
