@@ -13,50 +13,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import PreTrainedTokenizerFast, WhisperForConditionalGeneration
-from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from tests import tiny
-from unislu_llm.models.speech_llm import SpeechLLM
-from unislu_llm.models.whisper_slu import WhisperSLU
 from unislu_llm.utterance import Utterance
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer() -> Callable[..., PreTrainedTokenizerFast]:
-    """Factory: :func:`tests.tiny.make_tokenizer`."""
-    return tiny.make_tokenizer
+def _factory(make: Callable[..., Any]) -> Any:
+    """A fixture that gives a function."""
+    return pytest.fixture(scope="session")(lambda: make)
 
 
-@pytest.fixture(scope="session")
-def tiny_whisper() -> Callable[..., tuple[WhisperForConditionalGeneration,
-                                          PreTrainedTokenizerFast]]:
-    """Factory: :func:`tests.tiny.make_whisper`, a whole Whisper and its tokenizer."""
-    return tiny.make_whisper
-
-
-@pytest.fixture(scope="session")
-def tiny_whisper_encoder() -> Callable[..., WhisperEncoder]:
-    """Factory: :func:`tests.tiny.make_whisper_encoder`."""
-    return tiny.make_whisper_encoder
-
-
-@pytest.fixture(scope="session")
-def tiny_llm() -> Callable[..., Any]:
-    """Factory: :func:`tests.tiny.make_llm`."""
-    return tiny.make_llm
-
-
-@pytest.fixture(scope="session")
-def tiny_speech_llm() -> Callable[..., SpeechLLM]:
-    """Factory: :func:`tests.tiny.make_speech_llm`."""
-    return tiny.make_speech_llm
-
-
-@pytest.fixture(scope="session")
-def tiny_whisper_slu() -> Callable[..., WhisperSLU]:
-    """Factory: :func:`tests.tiny.make_whisper_slu`."""
-    return tiny.make_whisper_slu
+tiny_tokenizer = _factory(tiny.make_tokenizer)
+tiny_whisper = _factory(tiny.make_whisper)
+tiny_whisper_encoder = _factory(tiny.make_whisper_encoder)
+tiny_llm = _factory(tiny.make_llm)
+tiny_speech_llm = _factory(tiny.make_speech_llm)
+tiny_whisper_slu = _factory(tiny.make_whisper_slu)
 
 
 @pytest.fixture

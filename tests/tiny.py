@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from unislu_llm.config import ModelConfig
+from unislu_llm.config import Config, ModelConfig
 from unislu_llm.models.projectors import NONE
 from unislu_llm.models.speech_llm import SpeechLLM
 from unislu_llm.models.whisper_slu import WhisperSLU
@@ -40,12 +40,8 @@ TEXTS = (
 )
 WHISPER_TOKENS = ("<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>")
 LLM_CONFIGS: dict[str, Any] = {
-    "llama": LlamaConfig,
-    "gemma3_text": Gemma3TextConfig,
-    "qwen2": Qwen2Config,
-    "qwen3": Qwen3Config,
-    "mistral": MistralConfig,
-}
+    "llama": LlamaConfig, "gemma3_text": Gemma3TextConfig, "qwen2": Qwen2Config,
+    "qwen3": Qwen3Config, "mistral": MistralConfig}
 SAMPLE_RATE = 16_000
 
 
@@ -54,15 +50,9 @@ def make_tokenizer(*, specials: Sequence[str] = (), metaspace: str | None = None
                    pad: str | None = "<pad>", size: int = 400) -> PreTrainedTokenizerFast:
     """A BPE tokenizer trained on a few sentences; it spells any text.
 
-    Args:
-        specials: further special tokens, e.g. `<|im_start|>`.
-        metaspace: SentencePiece's way: words start with `▁`; `always`, `first` (Llama 2) or `never`
-            (Gemma) is whether a text does. Default: byte level, as GPT-2.
-        add_bos: put `bos` before every text, as Llama and Gemma do.
-        bos: None for a tokenizer that has none.
-        eos: end of text.
-        pad: None for a tokenizer that has none.
-        size: of the vocabulary, at most.
+    With `metaspace`, SentencePiece's way, words start with `▁`; `always`, `first` (Llama 2) or
+    `never` (Gemma) is whether a text does. Default: byte level, as GPT-2. `add_bos` puts `bos`
+    before every text, as Llama and Gemma do.
     """
     names = list(dict.fromkeys(t for t in (pad, bos, eos, *specials) if t))
     tokenizer = Tokenizer(models.BPE())
@@ -94,13 +84,7 @@ def make_tokenizer(*, specials: Sequence[str] = (), metaspace: str | None = None
 
 def make_whisper(tokenizer: PreTrainedTokenizerFast | None = None, *, seed: int = 0, **options: Any,
                  ) -> tuple[WhisperForConditionalGeneration, PreTrainedTokenizerFast]:
-    """A random Whisper, two layers on either side, and the tokenizer that fits it.
-
-    Args:
-        tokenizer: default: one with Whisper's special tokens.
-        seed: of the weights.
-        options: of `WhisperConfig`.
-    """
+    """A random Whisper, two layers on either side, and its tokenizer; `options` of its config."""
     tokenizer = tokenizer or make_tokenizer(specials=WHISPER_TOKENS, bos=None, pad=None,
                                             eos="<|endoftext|>")
     eos, start = tokenizer.eos_token_id, tokenizer.get_vocab()[WHISPER_TOKENS[0]]
@@ -124,14 +108,9 @@ def make_whisper_encoder(*, seed: int = 0, **options: Any) -> WhisperEncoder:
 
 def make_llm(arch: str = "llama", tokenizer: PreTrainedTokenizerFast | None = None, *,
              tied: bool = True, seed: int = 0, **options: Any) -> Any:
-    """A random causal LM of an architecture: 32-dimensional, two layers, grouped-query attention.
+    """A random causal LM, 32-dimensional, two layers, grouped-query attention.
 
-    Args:
-        arch: key of :data:`LLM_CONFIGS`.
-        tokenizer: it must cover; default: :func:`make_tokenizer`'s.
-        tied: output layer tied to the embedding.
-        seed: of the weights.
-        options: of the architecture's configuration class.
+    `tied`: its output layer is the embedding; `options` are of its architecture's configuration.
     """
     tokenizer = tokenizer or make_tokenizer()
     sizes: dict[str, Any] = {
@@ -223,14 +202,7 @@ def train_tiny_run(kind: str, folder: Path, checkpoints: dict[str, str]) -> None
     seconds = (0.9, 1.6, 0.6, 1.2, 0.7, 0.8, 1.0, 0.5)
     write_manifest(folder / "corpus" / "dev.jsonl",
                    write_utterances(folder / "corpus" / "audio", seconds=seconds))
-    Trainer(kind, tiny_run_config(checkpoints)).fit()
-
-
-def tiny_run_config(checkpoints: dict[str, str]) -> Any:
-    """The :class:`Config` of :func:`train_tiny_run`."""
-    from unislu_llm.config import Config
-
-    return Config.model_validate({
+    config = Config.model_validate({
         "output": "runs/tiny",
         "model": {"encoder": checkpoints["whisper"], "llm": checkpoints["llm"],
                   "projector_options": {"stack": 5, "hidden": 32},
@@ -238,3 +210,4 @@ def tiny_run_config(checkpoints: dict[str, str]) -> Any:
         "data": {"train": ["corpus/dev.jsonl"], "dev": ["corpus/dev.jsonl"]},
         "train": {"max_steps": 2, "batch_size": 8, "trackers": [], "threads": 1},
         "decode": {"max_new_tokens": 12, "batch_size": 3}})
+    Trainer(kind, config).fit()
