@@ -36,8 +36,8 @@ def build_dataset(config: Config, model: SLUModel, examples: Sequence[Example],
     """
     cache = None
     if config.data.frame_cache and model.encoder is not None:
-        settings = encoder_settings(model.encoder, config.train.precision)
-        cache = FrameCache(Path(config.data.frame_cache), settings)
+        cache = FrameCache(Path(config.data.frame_cache),
+                           encoder_settings(model.encoder, config.train.precision))
     augmenter = (Augmenter(config.augment, cached=cache is not None)
                  if config.augment.active else None)
     return SpeechDataset(examples, listens=model.listens, frame_cache=cache, augmenter=augmenter,

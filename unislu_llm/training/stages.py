@@ -7,10 +7,8 @@ like any other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from unislu_llm.config import Config, Stage
 from unislu_llm.config_file import check, config_from_dict, merge
@@ -42,12 +40,7 @@ def train(kind: str, config: Config, name: str = "run") -> Path:
         UserError: bad configuration (before anything is written) or data, or a loss that is not
             finite.
     """
-    if not config.stages:
-        trainer = Trainer(kind, config, name)
-        trainer.fit()
-        run = trainer.run
-    else:
-        run = _train_stages(kind, config, name)
+    run = _train_stages(kind, config, name) if config.stages else Trainer(kind, config, name).fit()
     if processes().is_main_process:
         best = find_model(run) or run
         print(f"{best.name}: {best}\nscore it: python eval/evaluate.py {run}")
@@ -109,7 +102,10 @@ def stage_configs(config: Config, run: Path) -> list[tuple[str, Config]]:
     stages: list[tuple[str, Config]] = []
     for i, values in enumerate(config.stages):
         where = f"stages[{i}]"
-        name = _checked_name(values, where)
+        name = check(Stage, values, lambda place, where=where: f"{where}.{dotted(place)}").name
+        if not name or Path(name).name != name or name in (BEST, LAST, "predictions"):
+            raise UserError(f"{where}.name: '{name}' cannot be the name of a folder in the run; "
+                            "choose another")
         if name in dict(stages):
             raise UserError(f"{where}.name: there are two stages '{name}'; rename one")
         common = config.model_dump() | {"stages": [], "output": str(run / name), "resume": False}
@@ -118,11 +114,3 @@ def stage_configs(config: Config, run: Path) -> list[tuple[str, Config]]:
         sections = {key: value for key, value in values.items() if key != "name"}
         stages.append((name, config_from_dict(merge(Config, common, sections), where)))
     return stages
-
-
-def _checked_name(values: Mapping[str, Any], where: str) -> str:
-    name = check(Stage, values, lambda place: f"{where}.{dotted(place)}").name
-    if not name or Path(name).name != name or name in (BEST, LAST, "predictions"):
-        raise UserError(f"{where}.name: '{name}' cannot be the name of a folder in the run; "
-                        "choose another")
-    return name

@@ -163,8 +163,12 @@ class Trainer:
                 self.accelerator.backward(loss * self.world)
             self.window.sums += sums
 
-    def fit(self) -> None:
-        """Train to the end; raises UserError as :meth:`step`, and for audio that cannot be read."""
+    def fit(self) -> Path:
+        """Train to the end; returns the run folder.
+
+        Raises:
+            UserError: as :meth:`step`, and for audio that cannot be read.
+        """
         p = self.progress
         self.log = Log(self.run, self.accelerator, self.config.train.trackers)
         if self.main:
@@ -187,6 +191,7 @@ class Trainer:
         self.wrapped = self.model
         self.accelerator.free_memory()
         gc.collect()
+        return self.run
 
     def _epoch(self, bar: Any) -> None:
         p, every = self.progress, self.config.train.save_every
