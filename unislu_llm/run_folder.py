@@ -26,15 +26,7 @@ from unislu_llm import models
 from unislu_llm.config import Config, Precision
 from unislu_llm.config_file import config_from_file, to_yaml
 from unislu_llm.errors import UserError
-from unislu_llm.io import (
-    MODEL_FILE,
-    WEIGHTS_FILE,
-    is_saved_model,
-    read_json,
-    restore_folder,
-    write_json,
-    write_text,
-)
+from unislu_llm.io import is_saved_model, read_json, restore_folder, write_json, write_text
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.saved import Description
 from unislu_llm.tasks import TaskRegistry
@@ -89,8 +81,8 @@ def find_run(path: str | Path, checkpoint: str | None = None) -> Run:
                         "or the folder of a saved model")
     if not is_run(path):
         if not is_saved_model(path):
-            raise UserError(f"{path} is neither a run folder ({_CONFIG}) nor a saved model "
-                            f"({MODEL_FILE}, {WEIGHTS_FILE})")
+            raise UserError(f"{path} is neither a run folder (config.yaml) nor a saved model "
+                            "(config.json, model.safetensors)")
         full = path.resolve()
         if full.name not in (BEST, LAST) or not is_run(full.parent):
             return Run(full.name, path, MODEL, path, None)
@@ -126,7 +118,7 @@ def load_model(run: Run, precision: Precision = "fp32") -> SLUModel:
 
 
 def create_run(config: Config, name: str) -> Path:
-    """Make the run folder (`<name>-<date-time>` by default), unless the run is resumed.
+    """Make the run folder (by default `runs/<name>-<date-time>`), unless the run is resumed.
 
     Raises:
         UserError: the folder exists (runs are never overwritten), or holds nothing to resume.

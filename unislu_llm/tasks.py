@@ -235,10 +235,9 @@ def _from_row(row: Mapping[str, Any], where: str) -> Task:
     if kind is None:
         raise UserError(f"{where}.kind: must be 'span' or 'label', found {row.get('kind')!r}")
     try:
-        task: Task = TypeAdapter(kind).validate_python(values)
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         raise explain(error, kind, lambda place: f"{where}.{dotted(place)}") from None
-    return task
 
 
 def _builtin(row: Mapping[str, Any], where: str) -> Task:

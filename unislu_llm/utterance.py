@@ -36,7 +36,7 @@ class Utterance:
 
     @cached_property
     def seconds(self) -> float:
-        """Length after the crop: what the manifest says, else what the audio header says.
+        """Length after the crop: the manifest's, else the audio header's.
 
         Raises:
             UserError: the header cannot be read.
