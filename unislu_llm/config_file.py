@@ -48,8 +48,7 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
         presets: folder of presets, looked up by LLM name; None where there is no LLM.
         description: shown by `--help`.
 
-    Raises:
-        UserError: a file that is missing or no YAML, an unknown key, a value out of bounds.
+    Raises UserError: a file that is missing or no YAML, an unknown key, a value out of bounds.
     """
     # These four decide what the defaults of all other flags are, so they are read before them.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -85,7 +84,12 @@ def config_from_file(path: str | Path, *, resolve: bool = True) -> Config:
 
 def config_from_dict(values: Mapping[str, Any], where: str = "config") -> Config:
     """A configuration from plain values; `where` is what messages call them."""
-    return check(Config, values, lambda place: f"{where}.{dotted(place)}")
+    return check(Config, values, inside(where))
+
+
+def inside(where: str) -> Callable[[Place], str]:
+    """How :func:`check` names places in what is called `where`."""
+    return lambda place: f"{where}.{dotted(place)}"
 
 
 def to_yaml(config: Config) -> str:
@@ -197,10 +201,11 @@ class YamlFile:
         node, line = self.node, self.node.start_mark.line
         for part in place:
             # Of a mapping the line of the key: its value may begin on the next one.
-            children = ({key.value: (key, value) for key, value in node.value}
-                        if isinstance(node, yaml.MappingNode) else
-                        {i: (item, item) for i, item in enumerate(node.value)}
-                        if isinstance(node, yaml.SequenceNode) else {})
+            children: dict[Any, tuple[yaml.Node, yaml.Node]] = (
+                {key.value: (key, value) for key, value in node.value}
+                if isinstance(node, yaml.MappingNode) else
+                {i: (item, item) for i, item in enumerate(node.value)}
+                if isinstance(node, yaml.SequenceNode) else {})
             if part not in children:
                 break
             begins, node = children[part]

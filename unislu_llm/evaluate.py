@@ -133,8 +133,7 @@ def evaluate(options: Options) -> int:
 def make_job(path: Path, options: Options) -> Job:
     """What `options` mean for one run.
 
-    Raises:
-        UserError: no such run or checkpoint, no manifest to score it on, or a bad option.
+    Raises UserError: no such run or checkpoint, no manifest to score it on, or a bad option.
     """
     run = find_run(path, options.checkpoint)
     manifests = options.manifest or [Path(p) for p in (run.config.data.dev if run.config else [])]

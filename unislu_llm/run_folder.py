@@ -70,10 +70,8 @@ class Run:
 def find_run(path: str | Path, checkpoint: str | None = None) -> Run:
     """The model in a run folder, or in a model folder (`RUN/best`, `RUN/last` count as their run).
 
-    `checkpoint` is `best` or `last`; default: best, or last where there is no best.
-
-    Raises:
-        UserError: no such folder, it is neither, or it lacks the checkpoint.
+    `checkpoint` is `best` or `last`; default: best, or last where there is no best. Raises
+    UserError: no such folder, it is neither, or it lacks the checkpoint.
     """
     path = Path(path)
     if not path.is_dir():
@@ -120,8 +118,7 @@ def load_model(run: Run, precision: Precision = "fp32") -> SLUModel:
 def create_run(config: Config, name: str) -> Path:
     """Make the run folder (by default `runs/<name>-<date-time>`), unless the run is resumed.
 
-    Raises:
-        UserError: the folder exists (runs are never overwritten), or holds nothing to resume.
+    Raises UserError: it exists (runs are never overwritten), or holds nothing to resume.
     """
     folder = Path(config.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if config.resume:

@@ -146,8 +146,7 @@ RAW_TO_COMBINED: dict[str, str | None] = {
 class TaskRegistry:
     """The tasks of a system, by name. Iterates in order of registration.
 
-    Raises:
-        UserError: a name or marker is used twice, or is not well formed.
+    Raises UserError: a name or marker is used twice, or is not well formed.
     """
 
     def __init__(self, tasks: Iterable[Task] = (NER, SA)) -> None:
@@ -168,9 +167,6 @@ class TaskRegistry:
     def __iter__(self) -> Iterator[Task]:
         return iter(self._tasks.values())
 
-    def __len__(self) -> int:
-        return len(self._tasks)
-
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._tasks)
@@ -189,10 +185,6 @@ class TaskRegistry:
                 return task.meaning(marker)
         raise UserError(f"unknown marker '{marker}'; known: {' '.join(self.markers)}")
 
-    def by_marker(self, marker: str) -> Task | None:
-        """The task whose control token is `marker`."""
-        return next((t for t in self if t.marker == marker), None)
-
     def to_dict(self) -> list[dict[str, Any]]:
         """Plain data, the inverse of :meth:`from_dict`; stored with every model."""
         return [{"kind": "span" if isinstance(task, SpanTask) else "label"}
@@ -209,8 +201,7 @@ class TaskRegistry:
     def from_yaml(cls, path: str | Path | None) -> TaskRegistry:
         """Read a YAML list of tasks; without a file: the built-in ones.
 
-        Raises:
-            UserError: unreadable file, unknown key, duplicate name or marker.
+        Raises UserError: unreadable file, unknown key, duplicate name or marker.
         """
         if not path:
             return cls()

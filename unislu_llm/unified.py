@@ -62,8 +62,7 @@ class Parsed:
 def encode(utterance: Utterance, task: Task | None) -> list[Piece]:
     """Pieces of the target of `utterance` for one annotated task, or for its transcript alone.
 
-    Raises:
-        UserError: the task is not annotated, a span does not fit the text, or a label is unknown.
+    Raises UserError: the task is not annotated, a span does not fit the text, or an unknown label.
     """
     pieces = [Piece(utterance.text, "asr", False)] if utterance.text else []
     if task is None:
@@ -151,7 +150,7 @@ def parse(text: str, registry: TaskRegistry, task: str | None = None) -> Parsed:
         problems += ["missing_separator"] if asked else []
         return Parsed(" ".join(words), problems=tuple(problems))
     transcript, first = " ".join(words), next(stream, None)
-    spec = registry.by_marker(first[0]) if first and first[1] else None
+    spec = next((t for t in registry if first == (t.marker, True)), None)
     if spec is None:
         return Parsed(transcript, problems=(*problems, "missing_task"))
     if asked and spec.name != asked:

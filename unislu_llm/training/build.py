@@ -33,9 +33,8 @@ def build_model(kind: str, config: Config, registry: TaskRegistry,
         texts: training transcripts, of which a new `ctc` projector learns its vocabulary.
         device: that it will train on.
 
-    Raises:
-        UserError: a checkpoint that cannot be had, an unknown projector or parameter group, a LoRA
-            target that matches nothing, or a `train.init` that does not fit.
+    Raises UserError: a checkpoint that cannot be had, an unknown projector or parameter group, a
+    LoRA target that matches nothing, or a `train.init` that does not fit.
     """
     train = config.train
     # Before anything is drawn: every process must begin with the same new weights.
@@ -63,8 +62,7 @@ def build_model(kind: str, config: Config, registry: TaskRegistry,
 def start_from(model: SLUModel, folder: Path) -> None:
     """Lay the trained weights of a saved model, or of a run's best, over a new model.
 
-    Raises:
-        UserError: no such model, or one that does not fit.
+    Raises UserError: no such model, or one that does not fit.
     """
     found = _saved(folder)
     # Vocabularies of one size have weights of one shape, which would load and mean other tokens.

@@ -11,8 +11,8 @@ from functools import partial
 from pathlib import Path
 
 from unislu_llm.config import Config, Stage
-from unislu_llm.config_file import check, config_from_dict, merge
-from unislu_llm.errors import UserError, dotted
+from unislu_llm.config_file import check, config_from_dict, inside, merge
+from unislu_llm.errors import UserError
 from unislu_llm.run_folder import (
     BEST,
     LAST,
@@ -36,9 +36,8 @@ def train(kind: str, config: Config, name: str = "run") -> Path:
         config: of the run; with `resume`, finished stages are kept and a stopped one goes on.
         name: start of the default run folder's name.
 
-    Raises:
-        UserError: bad configuration (before anything is written) or data, or a loss that is not
-            finite.
+    Raises UserError: bad configuration (before anything is written) or data, or a loss that is not
+    finite.
     """
     run = _train_stages(kind, config, name) if config.stages else Trainer(kind, config, name).fit()
     if processes().is_main_process:
@@ -96,13 +95,12 @@ def _resumable(folder: Path) -> bool:
 def stage_configs(config: Config, run: Path) -> list[tuple[str, Config]]:
     """Name and full configuration of every stage; each begins with the model of the one before.
 
-    Raises:
-        UserError: a stage without a name, two of one name, an unknown key or a bad value.
+    Raises UserError: a stage without a name, two of one name, an unknown key or a bad value.
     """
     stages: list[tuple[str, Config]] = []
     for i, values in enumerate(config.stages):
         where = f"stages[{i}]"
-        name = check(Stage, values, lambda place, where=where: f"{where}.{dotted(place)}").name
+        name = check(Stage, values, inside(where)).name
         if not name or Path(name).name != name or name in (BEST, LAST, "predictions"):
             raise UserError(f"{where}.name: '{name}' cannot be the name of a folder in the run; "
                             "choose another")
