@@ -177,13 +177,10 @@ class TaskRegistry:
         return (SEPARATOR, *(m for task in self for m in task.markers))
 
     def meaning(self, marker: str) -> str:
-        """Plain words that a marker stands for."""
+        """Plain words that one of the markers stands for."""
         if marker == SEPARATOR:
             return "transcript end labels"
-        for task in self:
-            if marker in task.markers:
-                return task.meaning(marker)
-        raise UserError(f"unknown marker '{marker}'; known: {' '.join(self.markers)}")
+        return next(task.meaning(marker) for task in self if marker in task.markers)
 
     def to_dict(self) -> list[dict[str, Any]]:
         """Plain data, the inverse of :meth:`from_dict`; stored with every model."""

@@ -54,12 +54,12 @@ class Objective(ABC):
     """All that the one trainer knows of an objective; raises UserError: it cannot train the model.
 
     The loss of a step is a sum over its global batch, divided by numbers that the host knows
-    (:meth:`counts`): so accumulation and distribution change nothing. What the log says of a loss
-    stays on the device as sums, because reading a number there makes the host wait for all work
-    before it.
+    (:meth:`counts`): so accumulation and distribution change nothing.
     """
 
-    sum_names: tuple[str, ...] = ("loss",)  # of the sums that :meth:`loss` gives, the loss first
+    # Of the sums that `loss` gives, the loss first. They stay on the device until they are logged,
+    # because reading a number there makes the host wait for all work before it.
+    sum_names: tuple[str, ...] = ("loss",)
     caches_dev = False  # whether :meth:`decode` wants the frames of dev clips from the cache
 
     def __init__(self, config: Config, registry: TaskRegistry) -> None:
