@@ -167,6 +167,9 @@ class TaskRegistry:
     def __iter__(self) -> Iterator[Task]:
         return iter(self._tasks.values())
 
+    def __len__(self) -> int:
+        return len(self._tasks)
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._tasks)
