@@ -24,7 +24,8 @@ import yaml
 from experiment_table import write_table
 from pydantic import BaseModel, ValidationError
 
-from unislu_llm.config_file import Stage, YamlFile, check, config_from_dict
+from unislu_llm.config import Stage
+from unislu_llm.config_file import YamlFile, check, config_from_dict
 from unislu_llm.errors import UserError, dotted, explain, hint, reported
 from unislu_llm.io import is_saved_model, write_text
 

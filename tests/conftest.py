@@ -18,24 +18,15 @@ from tests import tiny
 from unislu_llm.utterance import Utterance
 
 
-@pytest.fixture(scope="session")
-def tiny_tokenizer() -> Callable[..., Any]:
-    return tiny.make_tokenizer
+def _factory(make: Callable[..., Any]) -> Any:
+    """A fixture that gives a function."""
+    return pytest.fixture(scope="session")(lambda: make)
 
 
-@pytest.fixture(scope="session")
-def tiny_whisper_encoder() -> Callable[..., Any]:
-    return tiny.make_whisper_encoder
-
-
-@pytest.fixture(scope="session")
-def tiny_speech_llm() -> Callable[..., Any]:
-    return tiny.make_speech_llm
-
-
-@pytest.fixture(scope="session")
-def tiny_whisper_slu() -> Callable[..., Any]:
-    return tiny.make_whisper_slu
+tiny_tokenizer = _factory(tiny.make_tokenizer)
+tiny_whisper_encoder = _factory(tiny.make_whisper_encoder)
+tiny_speech_llm = _factory(tiny.make_speech_llm)
+tiny_whisper_slu = _factory(tiny.make_whisper_slu)
 
 
 @pytest.fixture

@@ -2,28 +2,22 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[1] / "eval" / "benchmark.py"
+from eval.benchmark import main
 
 
 @pytest.mark.parametrize(("what", "names"), [("train", ["batch 2"]),
                                              ("decode", ["batch 1", "batch 2"])])
 def test_it_measures(what: str, names: list[str], tmp_path: Path,
                      capsys: pytest.CaptureFixture[str]) -> None:
-    spec = importlib.util.spec_from_file_location("benchmark", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     out = tmp_path / "speed.json"
-    module.main([what, "--encoder", "tiny", "--llm", "tiny", "--clips", "3", "--rounds", "1",
-                 "--batch-size", "2", "--batch-sizes", "1", "2", "--new-tokens", "24", "--threads",
-                 "1", "--device", "cpu", "--no-memory", "--out", str(out)])
+    main([what, "--encoder", "tiny", "--llm", "tiny", "--clips", "3", "--rounds", "1",
+          "--batch-size", "2", "--batch-sizes", "1", "2", "--new-tokens", "24", "--threads", "1",
+          "--device", "cpu", "--no-memory", "--out", str(out)])
     found = json.loads(out.read_text())[what]
     assert list(found) == names
     assert all(row["clips_per_s"] > 0 and row["tokens_per_s"] > 0 for row in found.values())

@@ -162,8 +162,7 @@ def test_a_manifest_is_prepared_and_validated(unislu: Run, tmp_path: Path) -> No
     assert f"{out}:2: sa: " in printed
 
 
-def test_frames_are_stored_once(unislu: Run,
-                                                   tiny_run: Callable[..., Path]) -> None:
+def test_frames_are_stored_once(unislu: Run, tiny_run: Callable[..., Path]) -> None:
     run = tiny_run()
     assert "give --folder" in unislu("cache", run)[2][0]
     args = ("cache", run, "--folder", "frames")
@@ -172,20 +171,14 @@ def test_frames_are_stored_once(unislu: Run,
     assert len(list(Path("frames").glob("*/*.npy"))) == 8
 
 
-@pytest.mark.parametrize(("args", "expected"), [
-    (["predit"], "unknown command 'predit'; did you mean 'predict'?"),
-    (["prepare", "csvv"], "unknown command 'csvv'; did you mean 'csv'?"),
-])
-def test_a_mistyped_command_gets_the_nearest(args: list[str], expected: str, unislu: Run) -> None:
-    status, _, errors = unislu(*args)
-    assert status == 2
-    assert expected in errors[0]
-
-
-def test_help_and_version(unislu: Run) -> None:
+def test_help_version_and_mistyped_commands(unislu: Run) -> None:
     for args in ((), ("--help",)):
         status, out, _ = unislu(*args)
         assert status == 0
         assert all(name in out for name in ("predict", "transcribe", "validate", "prepare",
                                             "cache", "export"))
     assert unislu("--version")[1].startswith("unislu_llm ")
+    for words, known in ((("predit",), "predict"), (("prepare", "csvv"), "csv")):
+        status, _, errors = unislu(*words)
+        assert status == 2
+        assert f"unknown command '{words[-1]}'; did you mean '{known}'?" in errors[0]

@@ -118,6 +118,11 @@ def test_interrupted_evaluation_goes_on(tiny_run: Runs, decoded: list[list[str]]
     # A kill in the middle of a line.
     partial.write_text(partial.read_text() + '{"seconds": 1.0, "predictions": [{"id": "u')
     monkeypatch.setattr(module, "predict", real)
+    whole = partial.read_text()
+    partial.write_text(f"{{]\n{whole}")
+    assert evaluate(options(run)) == 2
+    assert f"{partial}:1: not JSON" in capsys.readouterr().err
+    partial.write_text(whole)
     assert evaluate(options(run)) == 0
     assert "3 examples were decoded before" in capsys.readouterr().out
     assert sorted(decoded[1] + done) == sorted(decoded[0])
@@ -137,6 +142,7 @@ def test_one_bad_run_does_not_cost_the_others(tiny_run: Runs, capsys: Printed) -
     assert [e.split()[1] for e in errors] == ["runs/empty:", "runs/gone:", "runs/tiny:", "3"]
     assert {p.name for p in Path("results").iterdir()} == {"tiny.json", "other-last.json"}
     assert printed.out.count("| other-last ") == 2
+
 
 def test_what_cannot_be_scored_is_said_before_decoding(tiny_run: Runs, decoded: list[list[str]],
                                                        capsys: Printed) -> None:

@@ -9,25 +9,15 @@ import pytest
 import yaml
 
 from unislu_llm.errors import UserError
-from unislu_llm.tasks import ASR, NER, SA, SEPARATOR, LabelTask, SpanTask, TaskRegistry
+from unislu_llm.tasks import NER, SA, SEPARATOR, LabelTask, SpanTask, TaskRegistry
 from unislu_llm.unified import encode, parse, render
 from unislu_llm.utterance import Utterance
 
-SLOTS = {
-    "kind": "span",
-    "name": "slots",
-    "marker": "[SLOTS]",
-    "labels": ["CITY", "TIME"],
-    "words": {"CITY": "town"}}
-ACTS = {
-    "kind": "label",
-    "name": "acts",
-    "marker": "[DA]",
-    "labels": ["question", "greeting", "thanks a lot"],
-    "open": "[A]",
-    "close": "[/A]",
-    "multi": True,
-    "words": {"[A]": "greeting thanks"}}
+SLOTS = {"kind": "span", "name": "slots", "marker": "[SLOTS]", "labels": ["CITY", "TIME"],
+         "words": {"CITY": "town"}}
+ACTS = {"kind": "label", "name": "acts", "marker": "[DA]", "open": "[A]", "close": "[/A]",
+        "labels": ["question", "greeting", "thanks a lot"], "multi": True,
+        "words": {"[A]": "greeting thanks"}}
 
 
 def write(path: Path, rows: Any) -> Path:
@@ -51,19 +41,6 @@ def test_unknown_task_is_named_with_the_known_ones() -> None:
     assert "nerr" not in TaskRegistry()
 
 
-def test_a_registry_is_a_collection_in_order_of_registration() -> None:
-    registry = TaskRegistry([SA, NER])
-    assert list(registry) == [SA, NER]
-    assert registry.names == ("sa", "ner")
-    assert len(registry) == 2
-    assert "sa" in registry
-    assert ASR not in registry
-    assert registry["ner"] is NER
-    assert registry.by_marker("[SA]") is SA
-    assert registry.by_marker("[S]") is None
-    assert registry.markers[0] == SEPARATOR
-
-
 def test_every_marker_has_a_meaning_in_plain_words() -> None:
     registry = TaskRegistry.from_dict([SLOTS, ACTS, {"builtin": "ner"}, {"builtin": "sa"}])
     meanings = {m: registry.meaning(m) for m in registry.markers}
@@ -76,8 +53,6 @@ def test_every_marker_has_a_meaning_in_plain_words() -> None:
     assert "town" in meanings["[/CITY]"]
     assert "time" in meanings["[TIME]"]
     assert "thanks" in meanings["[A]"]
-    with pytest.raises(UserError, match=r"unknown marker '\[X\]'"):
-        registry.meaning("[X]")
 
 
 @pytest.mark.parametrize(("task", "message"), [
@@ -107,17 +82,11 @@ def test_a_task_that_cannot_be_told_apart_is_refused(task: SpanTask | LabelTask,
         TaskRegistry([NER, SA, task])
 
 
-def test_yaml_round_trip(tmp_path: Path) -> None:
-    registry = TaskRegistry.from_dict([{"builtin": "sa"}, SLOTS, ACTS, {"builtin": "ner"}])
-    again = TaskRegistry.from_yaml(write(tmp_path / "tasks.yaml", registry.to_dict()))
-    assert list(again) == list(registry)
-    assert again.markers == registry.markers
-    assert [again.meaning(m) for m in again.markers] == [
-        registry.meaning(m) for m in registry.markers]
-
-
 def test_a_new_task_comes_from_yaml_alone(tmp_path: Path) -> None:
-    registry = TaskRegistry.from_yaml(write(tmp_path / "tasks.yaml", [{"builtin": "ner"}, ACTS]))
+    made = TaskRegistry.from_dict([{"builtin": "sa"}, SLOTS, ACTS, {"builtin": "ner"}])
+    assert made.names == ("sa", "slots", "acts", "ner")
+    registry = TaskRegistry.from_yaml(write(tmp_path / "tasks.yaml", made.to_dict()))
+    assert list(registry) == list(made)
     utterance = Utterance("1", None, "hello how are you",
                           {"acts": ("greeting", "question"), "ner": ()})
     text = render(encode(utterance, registry["acts"]))
@@ -156,10 +125,6 @@ def test_a_bad_task_file_is_named(tmp_path: Path, rows: Any, message: str) -> No
     path = write(tmp_path / "tasks.yaml", rows)
     with pytest.raises(UserError, match=message):
         TaskRegistry.from_yaml(path)
-
-
-def test_a_file_that_is_not_yaml_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "tasks.yaml"
     path.write_text("- name: [", encoding="utf-8")
     with pytest.raises(UserError, match=r"(?s)tasks\.yaml.*line 1"):
         TaskRegistry.from_yaml(path)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
+from tokenizers import decoders
+from transformers import AddedToken, AutoTokenizer
 
 from unislu_llm import weights
 from unislu_llm.errors import UserError
@@ -22,13 +21,10 @@ from unislu_llm.utterance import Utterance
 
 ACTS = LabelTask("acts", "[DA]", ("yes", "thank you", "naïve 東"), "[A]", "[/A]", multi=True)
 REGISTRY = TaskRegistry([NER, SA, ACTS])
-BYTE_LEVEL: dict[str, dict[str, Any]] = {
-    "byte-level": {},
-    "byte-level, bos": {"add_bos": True},
-    "byte-level, pad is eos": {"pad": None}}
-SENTENCEPIECE = {
-    "sentencepiece, prefix (Llama 2)": "first",
-    "sentencepiece, no prefix (Gemma)": "never"}
+KINDS: dict[str, dict[str, Any]] = {
+    "byte-level": {}, "byte-level, bos": {"add_bos": True}, "byte-level, pad is eos": {"pad": None},
+    "sentencepiece, prefix (Llama 2)": {"metaspace": "first"},
+    "sentencepiece, no prefix (Gemma)": {"metaspace": "never"}}
 CHARACTERS = st.one_of(
     st.sampled_from("abcde   .,'?-[]<>/é東🙂"),
     st.characters(exclude_categories=("Cc", "Cs", "Zl", "Zp", "Zs"), exclude_characters="▁"))
@@ -38,33 +34,14 @@ TEXTS = (
     .filter(lambda text: text and find_marker(text, REGISTRY) is None))
 
 
-def sentencepiece_like(scheme: str) -> PreTrainedTokenizerFast:
-    """A SentencePiece BPE with byte fallback; with `first`, any text starts with a blank."""
-    trained = Tokenizer(models.BPE())
-    trained.pre_tokenizer = pre_tokenizers.Metaspace()
-    alphabet = [chr(c) for c in range(33, 127)]
-    trained.train_from_iterator(
-        ["the council met in paris on monday", "we thank the council"],
-        trainers.BpeTrainer(vocab_size=200, initial_alphabet=alphabet, show_progress=False))
-    model = json.loads(trained.to_str())["model"]
-    names = ["<pad>", "<s>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *model["vocab"]]
-    tokenizer = Tokenizer(
-        models.BPE({name: i for i, name in enumerate(names)}, [tuple(m) for m in model["merges"]],
-                   byte_fallback=True))
-    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=scheme)
-    steps: list[Any] = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
-    tokenizer.decoder = decoders.Sequence(
-        [*steps, decoders.Strip(" ", 1, 0)] if scheme == "first" else steps)
-    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>",
-                                   pad_token="<pad>")
-
-
-@pytest.fixture(scope="module", params=[*BYTE_LEVEL, *SENTENCEPIECE])
+@pytest.fixture(scope="module", params=KINDS)
 def tokenizer(request: pytest.FixtureRequest,
               tiny_tokenizer: Callable[..., Any]) -> UnifiedTokenizer:
-    name = request.param
-    made = (tiny_tokenizer(**BYTE_LEVEL[name]) if name in BYTE_LEVEL
-            else sentencepiece_like(SENTENCEPIECE[name]))
+    made = tiny_tokenizer(**KINDS[request.param])
+    if "Llama 2" in request.param:
+        made.backend_tokenizer.decoder = decoders.Sequence([
+            decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(),
+            decoders.Strip(" ", 1, 0)])
     return UnifiedTokenizer(made, REGISTRY)
 
 
@@ -76,18 +53,10 @@ def test_every_marker_is_one_id_and_ids_are_contiguous(tokenizer: UnifiedTokeniz
     for marker, i in tokenizer.marker_ids.items():
         assert tokenizer.base(marker, add_special_tokens=False)["input_ids"] == [i]
         assert tokenizer.base(f"a{marker}b", add_special_tokens=False)["input_ids"].count(i) == 1
-        assert tokenizer.base.decode([i], skip_special_tokens=True) == marker, (
-            "a marker must survive decoding")
-
-
-def test_adding_markers_again_changes_nothing(tiny_tokenizer: Callable[..., Any]) -> None:
-    base = tiny_tokenizer()
-    first = UnifiedTokenizer(base, REGISTRY).marker_ids
-    size, text = len(base), "the council met in paris"
-    ids = base(text)["input_ids"]
-    assert UnifiedTokenizer(base, REGISTRY).marker_ids == first
-    assert len(base) == size
-    assert base(text)["input_ids"] == ids
+        assert tokenizer.base.decode([i], skip_special_tokens=True) == marker
+    # Adding them again changes nothing.
+    assert UnifiedTokenizer(tokenizer.base, REGISTRY).marker_ids == tokenizer.marker_ids
+    assert len(tokenizer.base) == ids[-1] + 1
 
 
 def test_text_is_tokenised_as_before(tiny_tokenizer: Callable[..., Any]) -> None:
@@ -96,28 +65,18 @@ def test_text_is_tokenised_as_before(tiny_tokenizer: Callable[..., Any]) -> None
     assert ids == tiny_tokenizer()(" " + text)["input_ids"]
 
 
-def test_a_marker_that_the_tokenizer_knows_otherwise_is_refused(
-    tiny_tokenizer: Callable[..., Any],
-) -> None:
-    base = tiny_tokenizer()
-    base.add_tokens([AddedToken("[ORG]")])
+def test_a_tokenizer_that_does_not_fit_is_refused(tiny_tokenizer: Callable[..., Any]) -> None:
+    known, other, endless = (tiny_tokenizer() for _ in range(3))
+    known.add_tokens([AddedToken("[ORG]")])
     with pytest.raises(UserError, match=r"already has a token '\[ORG\]'"):
-        UnifiedTokenizer(base, REGISTRY)
-
-
-def test_markers_in_another_order_are_refused(tiny_tokenizer: Callable[..., Any]) -> None:
-    base = tiny_tokenizer()
-    UnifiedTokenizer(base, TaskRegistry([NER, SA]))
+        UnifiedTokenizer(known, REGISTRY)
+    UnifiedTokenizer(other, TaskRegistry([NER, SA]))
     with pytest.raises(UserError, match="another order"):
-        UnifiedTokenizer(base, TaskRegistry([SA, NER]))
-
-
-def test_a_tokenizer_without_end_of_text_is_refused(tiny_tokenizer: Callable[..., Any]) -> None:
-    base = tiny_tokenizer()
-    end, base.eos_token = base.eos_token_id, None
+        UnifiedTokenizer(other, TaskRegistry([SA, NER]))
+    end, endless.eos_token = endless.eos_token_id, None
     with pytest.raises(UserError, match="end-of-text"):
-        UnifiedTokenizer(base, REGISTRY)
-    assert UnifiedTokenizer(base, REGISTRY, eos_id=end).eos_id == end
+        UnifiedTokenizer(endless, REGISTRY)
+    assert UnifiedTokenizer(endless, REGISTRY, eos_id=end).eos_id == end
 
 
 @st.composite
@@ -137,41 +96,40 @@ def utterances(draw: st.DrawFn) -> Utterance:
 
 @settings(deadline=None, max_examples=60)
 @given(utterances())
-def test_ids_decode_to_the_unified_string(tokenizer: UnifiedTokenizer,
-                                          utterance: Utterance) -> None:
+def test_ids_decode_to_the_unified_string_and_have_their_parts(
+        tokenizer: UnifiedTokenizer, utterance: Utterance) -> None:
     for task in (None, *REGISTRY):
         target = tokenizer.target(Example(utterance, None if task is None else task.name))
         unified = render(encode(utterance, task))
-        assert tokenizer.decode(target.ids) == unified
-        assert tokenizer.decode(target.ids[:-1]) == unified, "the end of text adds nothing"
-        assert tokenizer.decode([*target.ids, *target.ids]) == unified, (
-            "what follows the end of text does not count")
+        # The end of text adds nothing, and what follows it does not count.
+        for ids in (target.ids, target.ids[:-1], [*target.ids, *target.ids]):
+            assert tokenizer.decode(ids) == unified
         assert parse(unified, REGISTRY, task.name if task else None).problems == ()
-
-
-@settings(deadline=None, max_examples=60)
-@given(utterances())
-def test_parts_and_the_end_of_text(tokenizer: UnifiedTokenizer, utterance: Utterance) -> None:
-    markers = set(tokenizer.marker_ids.values())
-    for task in (None, *REGISTRY):
-        target = tokenizer.target(Example(utterance, None if task is None else task.name))
         assert len(target) == len(target.ids) == len(target.parts)
         assert target.ids[-1] == tokenizer.eos_id
         assert target.ids.count(tokenizer.eos_id) == 1
         assert list(target.parts) == sorted(target.parts), "the transcript comes first"
         if task is None:
             assert set(target.parts) == {ASR_PART}
-            assert not markers & set(target.ids)
+            assert target.ids[:-1] == tuple(tokenizer.text_ids(utterance.text))
             continue
+        # Without any entity the end of text alone is the task part.
         transcript = target.ids[:target.parts.index(TASK_PART)]
         control = tokenizer.marker_ids["[T/L]"], tokenizer.marker_ids[task.marker]
         assert transcript == (*tokenizer.text_ids(utterance.text), *control)
-        assert sum(i in markers for i in target.ids) == sum(
-            piece.marker for piece in encode(utterance, task))
+        markers = sum(i in tokenizer.marker_ids.values() for i in target.ids)
+        assert markers == sum(piece.marker for piece in encode(utterance, task))
 
 
-def contains(ids: tuple[int, ...], phrase: tuple[int, ...]) -> bool:
-    return any(ids[i:i + len(phrase)] == phrase for i in range(len(ids)))
+def check_phrase(tokenizer: UnifiedTokenizer, utterance: Utterance) -> None:
+    """The one entity has the tokens that it has in the transcript."""
+    target = tokenizer.target(Example(utterance, "ner"))
+    split = target.parts.index(TASK_PART)
+    before, phrase = target.ids[:split], target.ids[split + 1:-2]
+    assert target.ids[split] == tokenizer.marker_ids["[ORG]"]
+    assert target.ids[-2:] == (tokenizer.marker_ids["[/ORG]"], tokenizer.eos_id)
+    assert phrase
+    assert any(before[i:i + len(phrase)] == phrase for i in range(split))
 
 
 WORDS = st.lists(st.text("abcdeéo'", min_size=1, max_size=6), min_size=1, max_size=8)
@@ -190,13 +148,7 @@ def test_a_phrase_has_the_tokens_that_it_has_in_the_transcript(
     phrase = " ".join(words[first:last + 1])
     assert text[start:start + len(phrase)] == phrase
     spans = (Span("ORG", start, start + len(phrase)),)
-    target = tokenizer.target(Example(Utterance("u", None, text, {"ner": spans}), "ner"))
-    split = target.parts.index(TASK_PART)
-    inside = target.ids[split + 1:-2]
-    assert target.ids[split] == tokenizer.marker_ids["[ORG]"]
-    assert target.ids[-2:] == (tokenizer.marker_ids["[/ORG]"], tokenizer.eos_id)
-    assert inside
-    assert contains(target.ids[:split], inside)
+    check_phrase(tokenizer, Utterance("u", None, text, {"ner": spans}))
 
 
 @pytest.mark.parametrize("special", ["</s>", "<s>", "<pad>"])
@@ -241,6 +193,4 @@ def test_real_tokenizers_spell_targets_back(name: str) -> None:
                 ids = tokenizer.target(Example(u, task.name)).ids
                 assert tokenizer.decode(ids) == render(encode(u, task))
                 assert ids.count(tokenizer.eos_id) == 1
-            entity = tokenizer.target(Example(u, "ner"))
-            split = entity.parts.index(TASK_PART)
-            assert contains(entity.ids[:split], entity.ids[split + 1:-2])
+            check_phrase(tokenizer, u)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -46,24 +47,25 @@ def make_tokenizer(*, specials: Sequence[str] = (), metaspace: str | None = None
     (Gemma) is whether a text does. Default: byte level, as GPT-2.
     """
     names = list(dict.fromkeys(t for t in (pad, bos, eos, *specials) if t))
+    tokenizer = Tokenizer(models.BPE())
     if metaspace is not None:
-        tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token=eos, fuse_unk=True))
         tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme=metaspace)
         tokenizer.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse(),
                                                decoders.Metaspace(prepend_scheme=metaspace)])
-        names += [f"<0x{i:02X}>" for i in range(256)]
-        trainer = trainers.BpeTrainer(
-            vocab_size=656, initial_alphabet=[chr(c) for c in range(33, 127)],
-            special_tokens=names, show_progress=False)
+        alphabet = [chr(c) for c in range(33, 127)]
     else:
-        tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
-        trainer = trainers.BpeTrainer(
-            vocab_size=400, special_tokens=names, show_progress=False,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
+        alphabet = pre_tokenizers.ByteLevel.alphabet()
     lead = " " if metaspace in (None, "never") else ""
-    tokenizer.train_from_iterator([lead + text for text in TEXTS], trainer)
+    tokenizer.train_from_iterator([lead + text for text in TEXTS], trainers.BpeTrainer(
+        vocab_size=400, special_tokens=names, show_progress=False, initial_alphabet=alphabet))
+    if metaspace is not None:
+        # Bytes are no special tokens, which decoding would leave out.
+        trained = json.loads(tokenizer.to_str())["model"]
+        vocab = trained["vocab"] | {f"<0x{i:02X}>": len(trained["vocab"]) + i for i in range(256)}
+        tokenizer.model = models.BPE(vocab, [tuple(pair) for pair in trained["merges"]],
+                                     byte_fallback=True, unk_token=eos, fuse_unk=True)
     if add_bos and bos is not None:
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", special_tokens=[(bos, tokenizer.token_to_id(bos))])

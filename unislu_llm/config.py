@@ -11,18 +11,31 @@ import json
 from typing import Annotated, Any, Literal
 
 import tyro
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from unislu_llm.loss import LossMode
 
 Precision = Literal["fp32", "bf16"]
 _JSON = tyro.conf.arg(constructor=json.loads, metavar="JSON")  # a flag whose value is JSON
-Options = Annotated[dict[str, Any], _JSON]
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
-Share = Annotated[float, Field(ge=0.0, le=1.0)]
+# Strict: otherwise `"5"` and `true` would pass for numbers.
+Count = Annotated[int, Field(ge=0, strict=True)]
+Positive = Annotated[int, Field(ge=1, strict=True)]
 # Pydantic takes `.inf` and `.nan` of YAML for numbers; as a rate they would end in NaN losses.
-Rate = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
+Rate = Annotated[Number, Field(ge=0.0)]
+Share = Annotated[Number, Field(ge=0.0, le=1.0)]
+
+
+def _no_text(value: Any) -> Any:
+    # What else an option may be only its owner knows, who has no file and line to name.
+    items = value if isinstance(value, list) else [value]
+    if any(isinstance(item, str | bool) for item in items):
+        raise ValueError(f"must be a number or a list of numbers, found {value!r}")
+    return value
+
+
+Options = Annotated[dict[str, Annotated[Any, AfterValidator(_no_text)]], _JSON]
+"""Further arguments of what a setting chooses."""
 
 
 class Section(BaseModel):
@@ -95,7 +108,7 @@ class DataConfig(Section):
     """YAML list of tasks; default: named entities and sentiment."""
     weights: Annotated[dict[str, Rate], _JSON] = {}
     """Share of each corpus (or manifest, by its stem) in training; overrides the temperature."""
-    temperature: Annotated[float, Field(gt=0)] = 1.0
+    temperature: Annotated[Number, Field(gt=0)] = 1.0
     """Draw a corpus of n samples in proportion to n ** (1 / temperature); 1 is natural mixing."""
     epoch_samples: Count = 0
     """Samples drawn an epoch; 0: as many as there are."""
@@ -116,13 +129,13 @@ class AugmentConfig(Section):
     """SpecAugment: frequency masks a clip, of up to 27 mel bins (cached frames: a tenth)."""
     time_masks: Count = 0
     """SpecAugment: time masks a clip, of up to 0.5 s and a tenth of it (cached: 0.4 s in 5 s)."""
-    speeds: list[Annotated[float, Field(ge=0.5, le=2.0)]] = []
+    speeds: list[Annotated[Number, Field(ge=0.5, le=2.0)]] = []
     """Speed (and pitch) factors, drawn evenly, e.g. 0.9 1.0 1.1."""
     gain_db: Rate = 0.0
     """Loudness changes by up to so many dB, up or down."""
     noise: str = ""
     """Folder of audio that is added as noise to half of the samples."""
-    snr: tuple[float, float] = (5.0, 20.0)
+    snr: tuple[Number, Number] = (5.0, 20.0)
     """Lowest and highest signal-to-noise ratio, dB."""
     silence_share: Share = 0.0
     """Part of the samples replaced by silence or noise with an empty transcript and no task."""
@@ -223,17 +236,28 @@ class DecodeConfig(Section):
         return min(self.max_new_tokens, 24 + int(self.tokens_per_second * seconds))
 
 
-class Config(Section):
+class Sections(Section):
+    """What a run and each of its stages set."""
+
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    augment: AugmentConfig = AugmentConfig()
+    train: TrainConfig = TrainConfig()
+    decode: DecodeConfig = DecodeConfig()
+
+
+class Stage(Sections):
+    """An entry of `stages`: a name, and sections that are laid over the rest of the config."""
+
+    name: str
+
+
+class Config(Sections):
     """One training run."""
 
     output: str = ""
     """Run folder, never overwritten; default: runs/<recipe>-<date-time>."""
     resume: bool = False
     """Go on with the run in `output` from its last checkpoint."""
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    augment: AugmentConfig = AugmentConfig()
-    train: TrainConfig = TrainConfig()
-    decode: DecodeConfig = DecodeConfig()
     stages: Annotated[list[dict[str, Any]], _JSON] = []
     """Stages in order, each a mapping with a `name` and sections laid over this config."""

@@ -1,8 +1,7 @@
-"""Config files, presets and flags to one checked :class:`Config`.
+"""Config files, presets and flags to one checked :class:`Config`; later ones win.
 
-Later wins: defaults, the preset of the LLM (`adapters/*.yaml`), the config file (`--config`),
-flags. Every source is checked by itself before they are laid over each other, so that a message
-can name the file and line, or the flag, that is at fault.
+Every source is checked by itself before they are laid over each other, so that a message can name
+the file and line, or the flag, that is at fault.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import io
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,16 +21,7 @@ import tyro
 import yaml
 from pydantic import ValidationError
 
-from unislu_llm.config import (
-    AugmentConfig,
-    Config,
-    DataConfig,
-    DecodeConfig,
-    ModelConfig,
-    Precision,
-    Section,
-    TrainConfig,
-)
+from unislu_llm.config import Config, ModelConfig, Precision, Section, Stage
 from unislu_llm.errors import Place, UserError, dotted, explain
 
 Values = dict[str, Any]
@@ -47,20 +38,9 @@ class Preset(ModelConfig):
     precision: Precision = "fp32"  # default of train.precision
 
 
-class Stage(Section):
-    """An entry of `stages`: a name, and sections that are laid over the rest of the config."""
-
-    name: str
-    model: ModelConfig = ModelConfig()
-    data: DataConfig = DataConfig()
-    augment: AugmentConfig = AugmentConfig()
-    train: TrainConfig = TrainConfig()
-    decode: DecodeConfig = DecodeConfig()
-
-
 def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | None,
                 description: str) -> Config:
-    """The configuration of a run from a config file, a preset and flags.
+    """The configuration of a run; later wins: defaults, preset, config file, flags.
 
     Args:
         argv: command line without the program; None takes the process's own.
@@ -68,8 +48,7 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
         presets: folder of presets, looked up by LLM name; None where there is no LLM.
         description: shown by `--help`.
 
-    Raises:
-        UserError: a file that is missing or no YAML, an unknown key, a value out of bounds.
+    Raises UserError: a file that is missing or no YAML, an unknown key, a value out of bounds.
     """
     # These four decide what the defaults of all other flags are, so they are read before them.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -83,7 +62,8 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
              if (value := getattr(chosen, key)) is not None}
     if presets is not None:
         llm = flags.get("llm") or values.get("model", {}).get("llm") or ModelConfig().llm
-        preset = chosen.adapter or find_preset(llm, presets)
+        preset = chosen.adapter or next((path for path in sorted(presets.glob("*.yaml"))
+                                         if YamlFile.read(path).values.get("llm") == llm), None)
         below = read_preset(preset) if preset else {}
         if chosen.adapter and "llm" in below["model"]:
             flags.setdefault("llm", below["model"]["llm"])  # an explicit preset names its LLM
@@ -104,27 +84,26 @@ def config_from_file(path: str | Path, *, resolve: bool = True) -> Config:
 
 def config_from_dict(values: Mapping[str, Any], where: str = "config") -> Config:
     """A configuration from plain values; `where` is what messages call them."""
-    return check(Config, values, lambda place: f"{where}.{dotted(place)}")
+    return check(Config, values, inside(where))
+
+
+def inside(where: str) -> Callable[[Place], str]:
+    """How :func:`check` names places in what is called `where`."""
+    return lambda place: f"{where}.{dotted(place)}"
 
 
 def to_yaml(config: Config) -> str:
     """A configuration as a file holds it, every setting written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
-
-
-def find_preset(llm: str, folder: Path) -> Path | None:
-    """The file of `folder/*.yaml` whose `llm` is this one; None where there is no preset."""
-    files = sorted(folder.glob("*.yaml"))
-    return next((p for p in files if YamlFile.read(p).values.get("llm") == llm), None)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False,
+                     allow_unicode=True)
 
 
 def read_preset(path: Path) -> Values:
     """The values of a preset as those of a config file."""
     file = YamlFile.read(path)
     check(Preset, file.values, file.where)
-    model = dict(file.values)
-    train = {"precision": model.pop("precision")} if "precision" in model else {}
-    return {"model": model, "train": train}
+    train = {key: file.values.pop(key) for key in ("precision",) if key in file.values}
+    return {"model": file.values, "train": train}
 
 
 def read_layer(path: Path, *, resolve: bool = True) -> Values:
@@ -181,6 +160,16 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
+class _Dumper(yaml.SafeDumper):
+    pass
+
+
+# To YAML 1.1 `1e-4` is text, for want of a point; everybody who writes it means the number.
+for kind in (_Loader, _Dumper):
+    kind.add_implicit_resolver("tag:yaml.org,2002:float", re.compile(r"[-+]?\d+[eE][-+]?\d+$"),
+                               list("-+0123456789"))
+
+
 @dataclass(frozen=True)
 class YamlFile:
     """A YAML mapping that knows on which line each value stands."""
@@ -196,7 +185,7 @@ class YamlFile:
             raise UserError(f"config file {path} does not exist")
         try:
             text = path.read_text(encoding="utf-8")
-            node, values = yaml.compose(text, Loader=_Loader), yaml.safe_load(text)
+            node, values = yaml.compose(text, Loader=_Loader), yaml.load(text, Loader=_Loader)
         except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
             mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
             place = f":{mark.line + 1}" if mark else ""
@@ -209,28 +198,24 @@ class YamlFile:
     def where(self, place: Place, outer: Place = ()) -> str:
         """`file:line: outer.place`; of what is missing, the line of what should hold it."""
         place = (*outer, *place)
-        node, line = self.node, self.node.start_mark.line + 1
+        node, line = self.node, self.node.start_mark.line
         for part in place:
-            found = next((child for child in _children(node) if child[0] == part), None)
-            if found is None:
+            # Of a mapping the line of the key: its value may begin on the next one.
+            children: dict[Any, tuple[yaml.Node, yaml.Node]] = (
+                {key.value: (key, value) for key, value in node.value}
+                if isinstance(node, yaml.MappingNode) else
+                {i: (item, item) for i, item in enumerate(node.value)}
+                if isinstance(node, yaml.SequenceNode) else {})
+            if part not in children:
                 break
-            _, line, node = found
-        return f"{self.path}:{line}: {dotted(place)}"
-
-
-def _children(node: yaml.Node) -> list[tuple[Any, int, yaml.Node]]:
-    """Key or index, line, and node of everything in a mapping or a list."""
-    if isinstance(node, yaml.MappingNode):
-        # The line of the key: its value may begin on the next one.
-        return [(key.value, key.start_mark.line + 1, value) for key, value in node.value]
-    if isinstance(node, yaml.SequenceNode):
-        return [(i, item.start_mark.line + 1, item) for i, item in enumerate(node.value)]
-    return []
+            begins, node = children[part]
+            line = begins.start_mark.line
+        return f"{self.path}:{line + 1}: {dotted(place)}"
 
 
 def _resolve_paths(values: Values, folder: Path) -> None:
     for name, keys in _PATHS.items():
-        section = values.get(name) or {}
+        section = values.get(name, {})
         for key in keys:
             value = section.get(key)
             if isinstance(value, list):

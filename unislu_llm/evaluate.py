@@ -32,8 +32,6 @@ from unislu_llm.scoring.text import PROTOCOLS
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import Example
 
-_NAME_LIMIT = 100  # characters of a file name that manifests' names may take
-
 
 def _flag(name: str, setting: FieldInfo) -> tuple[Any, Any]:
     # A switch is left out by not being given; other values need a None that says so.
@@ -100,9 +98,8 @@ class Job:
 def evaluate(options: Options) -> int:
     """Score every run, write its results, and print one table a protocol over all of them.
 
-    Returns:
-        Exit status: 0, or 2 when a run could not be scored. Each such run is one message on stderr;
-        the others have their results. 130 when interrupted: what was decoded is kept.
+    Returns the exit status: 2 when a run could not be scored, which is one message on stderr (the
+    others have their results), 130 when interrupted (what was decoded is kept), else 0.
     """
     if not options.runs:
         print("error: no run is named; give run folders, e.g. eval/evaluate.py runs/my-run",
@@ -136,8 +133,7 @@ def evaluate(options: Options) -> int:
 def make_job(path: Path, options: Options) -> Job:
     """What `options` mean for one run.
 
-    Raises:
-        UserError: no such run or checkpoint, no manifest to score it on, or a bad option.
+    Raises UserError: no such run or checkpoint, no manifest to score it on, or a bad option.
     """
     run = find_run(path, options.checkpoint)
     manifests = options.manifest or [Path(p) for p in (run.config.data.dev if run.config else [])]
@@ -148,7 +144,7 @@ def make_job(path: Path, options: Options) -> Job:
     if missing := [p for p in manifests if not p.is_file()]:
         of = "" if options.manifest else " of its config"
         raise UserError(f"manifest {missing[0]}{of} does not exist here; give --manifest FILE...")
-    part = "+".join(p.stem for p in options.manifest)[:_NAME_LIMIT]
+    part = "+".join(p.stem for p in options.manifest)[:100]  # of the characters of a file name
     label = "-".join(filter(None, [run.label, part, options.label]))
     stem = "-".join(filter(None, [run.checkpoint, part or "dev", options.label]))
     if Path(label).name != label:
@@ -178,8 +174,8 @@ def _evaluate_run(job: Job, out: Path, again: bool) -> dict[str, Any]:
     found = None if again else file.finished()
     if again:
         file.partial.unlink(missing_ok=True)
-    names = ", ".join(p.name for p in job.manifests)
-    print(f"{job.label} ({job.run.checkpoint}): {len(examples)} examples of {names}", flush=True)
+    print(f"{job.label} ({job.run.checkpoint}): {len(examples)} examples of "
+          f"{', '.join(p.name for p in job.manifests)}", flush=True)
     if found:
         print(f"  predictions of {found[1]['date']} reused (--again decodes anew)")
     rows, meta = found or _decode(job, examples, file)

@@ -33,17 +33,12 @@ def export(folder: Path, out: Path, *, names: Mapping[str, str], dtype: str = "b
            check: bool = True) -> tuple[int, float | None]:
     """Write a folder; an earlier export there is replaced when the new one is whole.
 
-    Returns its size, bytes, and the largest difference of a token's loss from the original, nats.
+    Arguments are those of `unislu export`, with public names of `encoder`, `llm` and `recogniser`
+    where the run names a folder, and whether to `check` the result. Other files in an earlier
+    export (a LICENSE, predictions) stay.
 
-    Args:
-        folder: run folder, or its `best` or `last`.
-        out: folder to write; other files in an earlier export (a LICENSE, predictions) stay.
-        names: public names of `encoder`, `llm`, `recogniser`, where the run names a folder.
-        dtype: of the stored weights, a key of :data:`DTYPES`.
-        licence: SPDX identifier.
-        results: score files of eval/evaluate.py, of this model before or after the export.
-        data_note: file with a text on data and licences.
-        check: load the model and compare.
+    Returns:
+        Its size, bytes, and the largest difference of a token's loss from the original, nats.
 
     Raises:
         UserError: no such run, `out` holds something else, a base that is a folder of this

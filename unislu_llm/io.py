@@ -78,8 +78,7 @@ def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
 def numbered_json_lines(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
     """The objects of a file of JSON lines, each with the number of its line.
 
-    Raises:
-        UserError: the file is missing, or a line is no JSON object; file and line are named.
+    Raises UserError: the file is missing, or a line is no JSON object; file and line are named.
     """
     rows = []
     try:

@@ -8,13 +8,10 @@ accumulation and distribution.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
-
-from unislu_llm.errors import UserError
 
 ASR_PART, TASK_PART, NO_PART = 0, 1, -1
 """Part of a target token: transcript (with `[T/L]` and the control token), task output (with the
@@ -23,8 +20,7 @@ end of text), or padding."""
 LossMode = Literal["dynamic", "fixed", "uniform"]
 
 
-@dataclass(frozen=True)
-class TokenCounts:
+class TokenCounts(NamedTuple):
     """Supervised tokens of a (global) batch. Those of micro-batches add up."""
 
     asr: float
@@ -35,17 +31,13 @@ class TokenCounts:
         """Count the parts `(batch, length)` of one micro-batch."""
         return cls(float((parts == ASR_PART).sum()), float((parts == TASK_PART).sum()))
 
-    def __add__(self, other: TokenCounts) -> TokenCounts:
-        return TokenCounts(self.asr + other.asr, self.task + other.task)
-
 
 def asr_share(n_asr: float, n_task: float) -> float:
     """`W_asr = n_task / (n_asr + n_task)` of one sample; 1 for a sample without a task part."""
     return n_task / (n_asr + n_task) if n_task else 1.0
 
 
-def token_weights(parts: Tensor, mode: LossMode, total: TokenCounts,
-                  dtype: torch.dtype = torch.float32) -> Tensor:
+def token_weights(parts: Tensor, mode: LossMode, total: TokenCounts, dtype: torch.dtype) -> Tensor:
     """Weight of every target token with the normalizer in it, `(batch, length)`; 0 at padding.
 
     * `dynamic`: per sample, `L_i = W_asr * mean CE_asr + W_task * mean CE_task`, and samples are
@@ -55,11 +47,8 @@ def token_weights(parts: Tensor, mode: LossMode, total: TokenCounts,
       part is absent.
     * `uniform`: the plain mean over all tokens.
 
-    Args:
-        parts: part of each token, `(batch, length)`: `ASR_PART`, `TASK_PART` or `NO_PART`.
-        mode: which loss.
-        total: counts of the global batch that this one is a part of.
-        dtype: of the weights.
+    `parts` are those of the tokens, `(batch, length)`; `total` counts the global batch that they
+    are a part of.
     """
     # Counts of tokens are small integers, which fp32 holds exactly; Apple GPUs have no float64.
     asr, task = (parts == ASR_PART).to(dtype), (parts == TASK_PART).to(dtype)
@@ -69,8 +58,6 @@ def token_weights(parts: Tensor, mode: LossMode, total: TokenCounts,
     if mode == "fixed":
         share = 0.5 if total.asr and total.task else 1.0
         return asr * (share / max(total.asr, 1.0)) + task * (share / max(total.task, 1.0))
-    if mode != "dynamic":
-        raise UserError(f"unknown loss '{mode}'; known: {', '.join(get_args(LossMode))}")
     n_asr, n_task = asr.sum(-1, keepdim=True), task.sum(-1, keepdim=True)
     # With one part alone its share would be 0 or its count 0: it has plain cross-entropy instead.
     alone = (n_task == 0) | (n_asr == 0)
@@ -85,7 +72,7 @@ def weighted_loss(token_losses: Tensor, parts: Tensor, mode: LossMode,
 
     Args:
         token_losses: cross-entropy of each target token, nats, `(batch, length)`.
-        parts: part of each token, `(batch, length)`.
+        parts: part of each token, `(batch, length)`: `ASR_PART`, `TASK_PART` or `NO_PART`.
         mode: which loss.
         total: counts of the global batch; default: this batch is the whole.
     """

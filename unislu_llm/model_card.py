@@ -29,9 +29,7 @@ _NEEDED = ("weights_sha256", "scores", "command", "manifests", "decode")
 def read_results(paths: Sequence[Path], hashes: Mapping[str, str]) -> list[tuple[Values, str]]:
     """Score files of eval/evaluate.py, each with what the card calls its weights.
 
-    Args:
-        paths: of the files.
-        hashes: what the card calls weights, by SHA-256; a file of others is a `UserError`.
+    `hashes` says what these are, by SHA-256; a file of other weights is a `UserError`.
     """
     found = []
     for path in paths:
@@ -51,10 +49,7 @@ def write_card(path: Path, run: Run, saved: Description, results: Sequence[tuple
                data_note: Path | None, *, out: Path, licence: str, **facts: Any) -> None:
     """Write the card, YAML front matter and Markdown; raises as :func:`export`, which calls it.
 
-    Args:
-        results: of :func:`read_results`.
-        out: final folder of the export, which the examples name.
-        facts: what else the template shows.
+    The examples in it name `out`, the final folder; `facts` are what else the template shows.
     """
     if licence and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", licence):
         raise UserError(f"--licence '{licence}' is no SPDX identifier; give one such as Apache-2.0 "

@@ -23,9 +23,7 @@ Rows = list[dict[str, Any]]
 class PredictionFile:
     """Predictions of one model on some examples, decoded in one way.
 
-    Args:
-        path: `<folder>/<stem>.jsonl`.
-        key: everything that decides what they are, as plain data.
+    `key` is everything that decides what they are, as plain data.
     """
 
     def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
@@ -51,10 +49,10 @@ class PredictionFile:
         """Predictions of an interrupted decoding by key, and the seconds that they took."""
         if not self.partial.is_file():
             return {}, 0.0
-        *lines, cut = self.partial.read_text("utf-8", "replace").split("\n")
+        whole, _, cut = self.partial.read_text("utf-8", "replace").rpartition("\n")
         if cut:  # by a kill; what is appended must not continue such a line
-            write_text(self.partial, "".join(line + "\n" for line in lines))
-        batches = [json.loads(line) for line in lines]
+            write_text(self.partial, f"{whole}\n" if whole else "")
+        batches = read_json_lines(self.partial)
         return ({key_of(row): row for batch in batches for row in batch["predictions"]},
                 sum(batch["seconds"] for batch in batches))
 

@@ -26,15 +26,7 @@ from unislu_llm import models
 from unislu_llm.config import Config, Precision
 from unislu_llm.config_file import config_from_file, to_yaml
 from unislu_llm.errors import UserError
-from unislu_llm.io import (
-    MODEL_FILE,
-    WEIGHTS_FILE,
-    is_saved_model,
-    read_json,
-    restore_folder,
-    write_json,
-    write_text,
-)
+from unislu_llm.io import is_saved_model, read_json, restore_folder, write_json, write_text
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.saved import Description
 from unislu_llm.tasks import TaskRegistry
@@ -78,12 +70,8 @@ class Run:
 def find_run(path: str | Path, checkpoint: str | None = None) -> Run:
     """The model in a run folder, or in a model folder (`RUN/best`, `RUN/last` count as their run).
 
-    Args:
-        path: folder.
-        checkpoint: `best` or `last`; default: best, or last where there is no best.
-
-    Raises:
-        UserError: no such folder, it is neither, or it lacks the checkpoint.
+    `checkpoint` is `best` or `last`; default: best, or last where there is no best. Raises
+    UserError: no such folder, it is neither, or it lacks the checkpoint.
     """
     path = Path(path)
     if not path.is_dir():
@@ -91,8 +79,8 @@ def find_run(path: str | Path, checkpoint: str | None = None) -> Run:
                         "or the folder of a saved model")
     if not is_run(path):
         if not is_saved_model(path):
-            raise UserError(f"{path} is neither a run folder ({_CONFIG}) nor a saved model "
-                            f"({MODEL_FILE}, {WEIGHTS_FILE})")
+            raise UserError(f"{path} is neither a run folder (config.yaml) nor a saved model "
+                            "(config.json, model.safetensors)")
         full = path.resolve()
         if full.name not in (BEST, LAST) or not is_run(full.parent):
             return Run(full.name, path, MODEL, path, None)
@@ -128,10 +116,9 @@ def load_model(run: Run, precision: Precision = "fp32") -> SLUModel:
 
 
 def create_run(config: Config, name: str) -> Path:
-    """Make the run folder (`<name>-<date-time>` by default), unless the run is resumed.
+    """Make the run folder (by default `runs/<name>-<date-time>`), unless the run is resumed.
 
-    Raises:
-        UserError: the folder exists (runs are never overwritten), or holds nothing to resume.
+    Raises UserError: it exists (runs are never overwritten), or holds nothing to resume.
     """
     folder = Path(config.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if config.resume:
@@ -163,8 +150,8 @@ def is_run(folder: Path) -> bool:
 
 
 def write_finished(folder: Path, values: Mapping[str, Any]) -> None:
-    """Note that a run came to its end, and its last figures."""
-    write_json(folder / _FINISHED, dict(values))
+    """Note that a run came to its end, and how it stood then."""
+    write_json(folder / _FINISHED, values)
 
 
 def read_finished(folder: Path) -> dict[str, Any]:
@@ -179,21 +166,16 @@ def versions() -> dict[str, Any]:
     for name in ("unislu_llm", "torch", "transformers", "accelerate", "peft", "soundfile", "jiwer"):
         try:
             packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
+        except importlib.metadata.PackageNotFoundError:  # run from its source tree
             packages[name] = "not installed"
-    cuda = torch.cuda.is_available()
-    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "python": platform.python_version(), "packages": packages, "git": _git_revision(),
-            "machine": platform.machine(),
-            "device": torch.cuda.get_device_name() if cuda else "cpu"}
-
-
-def _git_revision() -> str:
-    """Commit of the source tree, `+dirty` when it has changes; `unknown` outside one."""
-    # `describe` alone says both at once; tags are excluded, for they are no commits.
+    # The commit, `+dirty` where files have changed; tags are excluded, for they are no commits.
     git = ["git", "-C", str(Path(__file__).resolve().parents[1]), "describe", "--always",
            "--exclude=*", "--abbrev=40", "--dirty=+dirty"]
     try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
-        return "unknown"
+        revision = "unknown"
+    return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "python": platform.python_version(), "packages": packages, "git": revision,
+            "machine": platform.machine(),
+            "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}

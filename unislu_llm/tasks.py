@@ -146,8 +146,7 @@ RAW_TO_COMBINED: dict[str, str | None] = {
 class TaskRegistry:
     """The tasks of a system, by name. Iterates in order of registration.
 
-    Raises:
-        UserError: a name or marker is used twice, or is not well formed.
+    Raises UserError: a name or marker is used twice, or is not well formed.
     """
 
     def __init__(self, tasks: Iterable[Task] = (NER, SA)) -> None:
@@ -181,17 +180,10 @@ class TaskRegistry:
         return (SEPARATOR, *(m for task in self for m in task.markers))
 
     def meaning(self, marker: str) -> str:
-        """Plain words that a marker stands for."""
+        """Plain words that one of the markers stands for."""
         if marker == SEPARATOR:
             return "transcript end labels"
-        for task in self:
-            if marker in task.markers:
-                return task.meaning(marker)
-        raise UserError(f"unknown marker '{marker}'; known: {' '.join(self.markers)}")
-
-    def by_marker(self, marker: str) -> Task | None:
-        """The task whose control token is `marker`."""
-        return next((t for t in self if t.marker == marker), None)
+        return next(task.meaning(marker) for task in self if marker in task.markers)
 
     def to_dict(self) -> list[dict[str, Any]]:
         """Plain data, the inverse of :meth:`from_dict`; stored with every model."""
@@ -209,8 +201,7 @@ class TaskRegistry:
     def from_yaml(cls, path: str | Path | None) -> TaskRegistry:
         """Read a YAML list of tasks; without a file: the built-in ones.
 
-        Raises:
-            UserError: unreadable file, unknown key, duplicate name or marker.
+        Raises UserError: unreadable file, unknown key, duplicate name or marker.
         """
         if not path:
             return cls()
@@ -235,10 +226,9 @@ def _from_row(row: Mapping[str, Any], where: str) -> Task:
     if kind is None:
         raise UserError(f"{where}.kind: must be 'span' or 'label', found {row.get('kind')!r}")
     try:
-        task: Task = TypeAdapter(kind).validate_python(values)
+        return TypeAdapter(kind).validate_python(values)
     except ValidationError as error:
         raise explain(error, kind, lambda place: f"{where}.{dotted(place)}") from None
-    return task
 
 
 def _builtin(row: Mapping[str, Any], where: str) -> Task:

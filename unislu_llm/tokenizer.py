@@ -63,24 +63,20 @@ class UnifiedTokenizer:
         registry: tasks whose markers it learns.
         eos_id: id that ends a target; default: the tokenizer's end-of-text token.
 
-    Attributes:
-        marker_ids: id of each marker.
-        pad_id: filler of batches; supervision never depends on it.
-
     Raises:
         UserError: no end-of-text token, or a marker that the tokenizer has with another meaning.
     """
 
     def __init__(self, base: PreTrainedTokenizerBase, registry: TaskRegistry,
                  eos_id: int | None = None) -> None:
-        self.base = base
-        self.registry = registry
+        self.base, self.registry = base, registry
         self.marker_ids = dict(zip(registry.markers, _add_markers(base, registry), strict=True))
         self._markers = {i: m for m, i in self.marker_ids.items()}
         eos = base.eos_token_id if eos_id is None else eos_id
         if eos is None:
             raise UserError("the tokenizer has no end-of-text token; pass eos_id")
         self.eos_id = int(eos)
+        # Filler of batches; supervision never depends on it.
         self.pad_id = self.eos_id if base.pad_token_id is None else int(base.pad_token_id)
         # SentencePiece puts the blank before a word by itself.
         first = base.convert_ids_to_tokens(base("word", add_special_tokens=False)["input_ids"])[0]

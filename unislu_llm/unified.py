@@ -62,9 +62,7 @@ class Parsed:
 def encode(utterance: Utterance, task: Task | None) -> list[Piece]:
     """Pieces of the target of `utterance` for one annotated task, or for its transcript alone.
 
-    Raises:
-        UserError: the task is not annotated, a span does not fit the text, or a label is not in
-            the label set.
+    Raises UserError: the task is not annotated, a span does not fit the text, or an unknown label.
     """
     pieces = [Piece(utterance.text, "asr", False)] if utterance.text else []
     if task is None:
@@ -140,12 +138,19 @@ def parse(text: str, registry: TaskRegistry, task: str | None = None) -> Parsed:
     asked = None if task in (None, ASR) else task
     stream = _stream(text, registry)
     problems: list[str] = []
-    transcript, found = _transcript(stream, problems)
-    if not found:
+    words: list[str] = []
+    for chunk, is_marker in stream:
+        if is_marker and chunk == SEPARATOR:
+            break
+        if is_marker:
+            problems.append("marker_in_transcript")
+        else:
+            words.append(chunk)
+    else:
         problems += ["missing_separator"] if asked else []
-        return Parsed(transcript, problems=tuple(problems))
-    first = next(stream, None)
-    spec = registry.by_marker(first[0]) if first and first[1] else None
+        return Parsed(" ".join(words), problems=tuple(problems))
+    transcript, first = " ".join(words), next(stream, None)
+    spec = next((t for t in registry if first == (t.marker, True)), None)
     if spec is None:
         return Parsed(transcript, problems=(*problems, "missing_task"))
     if asked and spec.name != asked:
@@ -167,18 +172,6 @@ def _stream(text: str, registry: TaskRegistry) -> Iterator[tuple[str, bool]]:
             yield chunk, True
         elif chunk.strip():
             yield chunk.strip(), False
-
-
-def _transcript(stream: Iterator[tuple[str, bool]], problems: list[str]) -> tuple[str, bool]:
-    words: list[str] = []
-    for chunk, is_marker in stream:
-        if chunk == SEPARATOR and is_marker:
-            return " ".join(words), True
-        if is_marker:
-            problems.append("marker_in_transcript")
-        else:
-            words.append(chunk)
-    return " ".join(words), False
 
 
 def _read_groups(stream: Iterator[tuple[str, bool]], task: Task, registry: TaskRegistry,

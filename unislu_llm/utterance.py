@@ -36,11 +36,7 @@ class Utterance:
 
     @cached_property
     def seconds(self) -> float:
-        """Length after the crop: what the manifest says, else what the audio header says.
-
-        Raises:
-            UserError: the header cannot be read.
-        """
+        """Length after the crop, the manifest's or the header's; raises UserError: unreadable."""
         if self.stated_seconds is not None:
             return self.stated_seconds
         if self.audio is None:

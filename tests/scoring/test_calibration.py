@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from numpy.typing import NDArray
 from sklearn.calibration import calibration_curve
 from sklearn.metrics import brier_score_loss, log_loss
@@ -54,20 +52,6 @@ def test_calibrated_data_has_no_error(labels: int) -> None:
     # What is sharpened without being righter is overconfident.
     sharper = rows**3 / (rows**3).sum(axis=1, keepdims=True)
     assert calibration(sharper, drawn.tolist())["ece"] > 0.05
-
-
-@settings(max_examples=60, derandomize=True)
-@given(st.lists(st.tuples(st.sampled_from([0.34, 0.4, 0.5, 0.66, 0.9, 1.0]), st.integers(0, 2)),
-                min_size=1, max_size=60), st.integers(1, 20))
-def test_bins_hold_every_utterance_once(pairs: list[tuple[float, int]], n_bins: int) -> None:
-    found = calibration(sharp([c for c, _ in pairs]), [label for _, label in pairs], n_bins)
-    assert sum(b["n"] for b in found["bins"]) == len(pairs)
-    assert all(b["low"] - 1e-9 <= b["confidence"] <= b["high"] + 1e-9 for b in found["bins"])
-    # A coarser look hides error, it never adds any.
-    gap = abs(found["accuracy"] - found["confidence"])
-    assert min(found["ece"], found["ece_adaptive"]) >= gap - 1e-9
-    mass = equal_mass(np.array([c for c, _ in pairs]), n_bins)
-    assert len({(c, k) for (c, _), k in zip(pairs, mass, strict=True)}) == len(dict(pairs))
 
 
 def test_of_predictions_those_of_annotated_single_label_tasks_count() -> None:

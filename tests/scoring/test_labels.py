@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sklearn.metrics import accuracy_score, f1_score
 
 from tests.scoring.rows import ACTS
-from unislu_llm.scoring.labels import indicators, label_scores
+from unislu_llm.scoring.labels import label_scores
 from unislu_llm.scoring.predictions import Prediction
 from unislu_llm.scoring.text import PROTOCOLS, Protocol
 from unislu_llm.tasks import SA, LabelTask
@@ -94,13 +94,3 @@ def test_multi_label_scores_equal_sklearn(pairs: list[tuple[list[str], list[str]
     assert got["macro_f1"] == pytest.approx(100 * (macro or 0.0))
     assert got["accuracy"] == pytest.approx(100 * accuracy_score(gold, pred))
     assert got["confusion"] is None
-
-
-@given(PAIRS, st.sampled_from(PROTOCOLS))
-def test_rows_that_do_not_count_are_empty(pairs: Pairs, protocol: Protocol) -> None:
-    gold, pred, kept = indicators(predicted([*pairs, ("Disagreement", "Positive")]), SA, protocol)
-    assert kept.tolist() == [True] * len(pairs) + [False]
-    assert not (gold | pred)[-1].any()
-    by_label = scores(pairs, SA, protocol)["by_label"].values()
-    for key, sums in (("tp", gold & pred), ("n_gold", gold), ("n_pred", pred)):
-        assert sums.sum(axis=0).tolist() == [prf[key] for prf in by_label]

@@ -89,6 +89,13 @@ def weights(folder: Path) -> dict[str, Tensor]:
     return load_file(folder / "model.safetensors")
 
 
+def fitted(kind: str, config: Config) -> Trainer:
+    """A run that came to its end."""
+    trainer = Trainer(kind, config)
+    trainer.fit()
+    return trainer
+
+
 def stop_after(trainer: Trainer, steps: int) -> None:
     """Train until the run is killed behind its step number `steps`."""
     step = trainer.step

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.conftest import CTC, logged, stop_after, weights
+from tests.training.conftest import CTC, fitted, logged, stop_after, weights
 from unislu_llm import models
 from unislu_llm.config import Config
 from unislu_llm.data.augment import Augmenter
@@ -45,14 +45,8 @@ def rewritten(tiny_config: Make) -> Callable[..., list[str]]:
     return make
 
 
-def trained(kind: str, config: Config) -> Path:
-    trainer = Trainer(kind, config)
-    trainer.fit()
-    return trainer.run
-
-
 def losses(kind: str, config: Config) -> list[float]:
-    return [row["loss"] for row in logged(trained(kind, config))]
+    return [row["loss"] for row in logged(fitted(kind, config).run)]
 
 
 @pytest.mark.parametrize(("kind", "pad"), [("speech_llm", False), ("whisper_slu", False),
@@ -98,7 +92,7 @@ def test_text_trains_beside_speech_and_resumes_exactly(
         return tiny_config(name, model=CTC, data=data | (more or {}), **top,
                            train=SMALL | {"save_every": 2})
 
-    whole = trained("speech_llm", make("whole"))
+    whole = fitted("speech_llm", make("whole")).run
     stop_after(Trainer("speech_llm", make("part")), 5)
     resumed = Trainer("speech_llm", make("part", resume=True))
     assert resumed.progress.step == 4
@@ -107,7 +101,7 @@ def test_text_trains_beside_speech_and_resumes_exactly(
     resumed.fit()
     one, two = weights(whole / "last"), weights(resumed.run / "last")
     assert all(torch.equal(one[n], two[n]) for n in one)
-    other = trained("speech_llm", make("other", more={"text_injection": {"deletions": 0.5}}))
+    other = fitted("speech_llm", make("other", more={"text_injection": {"deletions": 0.5}})).run
     assert any(not torch.equal(one[n], value) for n, value in weights(other / "last").items())
     assert '"deletions": 0.5' in (other / "last" / "simulation.json").read_text()
 
@@ -121,8 +115,8 @@ def test_a_model_that_only_reads_trains_on_text(tiny_config: Make,
         data = {"train": rewritten(silent=silent, hypotheses=1), "dev": [],
                 "frame_cache": str(tmp_path / "cache")}
         train = {"batch_size": 12, "max_steps": 2} | ({"batch_tokens": 900} if silent == 1 else {})
-        run = trained("speech_llm", tiny_config(f"silent-{silent}", model=READS, data=data,
-                                                train=train))
+        run = fitted("speech_llm", tiny_config(f"silent-{silent}", model=READS, data=data,
+                                               train=train)).run
         found.append([row["loss"] for row in logged(run)])
     assert found[0] == pytest.approx(found[1], rel=1e-5)
     assert found[0] == pytest.approx(found[2], rel=1e-5)

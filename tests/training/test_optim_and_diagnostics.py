@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +12,6 @@ from unislu_llm.config import TrainConfig
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.training.diagnostics import validation_warnings
-from unislu_llm.training.log import loss_summary
 from unislu_llm.training.optim import build_optimizer, factor, group_rates, set_rates
 
 
@@ -71,15 +68,3 @@ def test_each_failure_is_named_once_it_occurs_and_no_other(
     found = validation_warnings(history, predictions, TaskRegistry())
     assert len(found) == (message is not None)
     assert message is None or message in found[0]
-
-
-def test_the_summary_has_no_mean_of_what_was_not_drawn(tmp_path: Path) -> None:
-    """A task may be in some steps alone, and a tenth may have none of it."""
-    rows: list[dict[str, Any]] = [{"part": "train", "loss": 10.0 - i / 3} for i in range(30)]
-    rows[1] |= {"loss_sa": 5.0}
-    rows[14] |= {"loss_ner": 7.0}
-    rows[29] |= {"loss_sa": 1.0, "loss_da": 2.0}
-    rows.append({"part": "dev", "wer": 3.0})
-    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    assert loss_summary(tmp_path / "metrics.jsonl").endswith(
-        ": loss 9.667 -> 0.667, loss_da not drawn -> 2.000, loss_sa 5.000 -> 1.000")

@@ -18,7 +18,7 @@ from unislu_llm.errors import UserError
 from unislu_llm.run_folder import find_run, read_finished
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.training.build import build_model, start_from
-from unislu_llm.training.stages import stage_configs, train
+from unislu_llm.training.stages import train
 
 Make = Callable[..., Config]
 ALIGN = {"name": "align", "train": {"groups": ["projector"], "max_steps": 2}}
@@ -77,10 +77,8 @@ def test_a_later_stage_may_add_what_an_earlier_one_lacked(tiny_config: Make) -> 
 
 
 @pytest.mark.parametrize(("stages", "message"), [
-    ([{"train": {}}], r"stages\[0\]\.name: is missing"),
     ([{"name": "best"}], r"stages\[0\]\.name: 'best'"),
     ([{"name": "a"}, {"name": "a"}], "two stages 'a'"),
-    ([{"name": "a", "trian": {}}], "did you mean 'train'"),
     ([{"name": "a", "train": {"epoch": 3}}], r"stages\[0\]\.train\.epoch.*did you mean 'epochs'"),
 ])
 def test_bad_stages_are_named_before_anything_is_written(
@@ -89,15 +87,6 @@ def test_bad_stages_are_named_before_anything_is_written(
     with pytest.raises(UserError, match=message):
         train("speech_llm", config)
     assert not Path(config.output).exists()
-
-
-def test_stages_do_not_share_sections(tiny_config: Make) -> None:
-    config = tiny_config(stages=[ALIGN, ADAPT])
-    (_, first), (_, second) = stage_configs(config, Path("r"))
-    assert first.train.groups == ["projector"]
-    assert second.train.groups == config.train.groups == []
-    assert second.train.lr.projector == config.train.lr.projector
-    assert second.train.init == str(Path("r") / "align")
 
 
 def test_stages_ctc_then_adapt(tiny_config: Make) -> None:

@@ -3,16 +3,16 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from tests.training.conftest import CTC, logged, stop_after, weights
+from tests.training.conftest import CTC, fitted, logged, stop_after, weights
 from unislu_llm import models
 from unislu_llm.config import Config
 from unislu_llm.data.manifest import write_manifest
@@ -25,13 +25,6 @@ from unislu_llm.utterance import Utterance
 
 Make = Callable[..., Config]
 DROPOUT: dict[str, Any] = {"batch_size": 4, "accumulation": 2, "hypothesis_word_dropout": 0.3}
-
-
-def fitted(kind: str, config: Config) -> Trainer:
-    """A run that came to its end."""
-    trainer = Trainer(kind, config)
-    trainer.fit()
-    return trainer
 
 
 def same(a: Path, b: Path) -> None:
@@ -69,38 +62,36 @@ def test_a_run_learns_and_leaves_a_loadable_model(kind: str, tiny_config: Make,
     state, own = loaded.trained_state(), trainer.model.trained_state()
     assert state.keys() == own.keys()
     assert all(torch.equal(state[n], own[n]) for n in own)
+    # Nothing in a checkpoint could run code.
+    assert {path.suffix for path in (trainer.run / LAST).rglob("*")} <= {
+        ".json", ".safetensors", ".jinja"}
+    assert not (trainer.run / BEST / "optimizer.safetensors").exists()
     printed = capsys.readouterr()
     assert "nan" not in printed.out
     assert len(printed.out.splitlines()) < 40, "a run fits a screen"
 
 
-@pytest.mark.parametrize("kind", ["speech_llm", "whisper_slu"])
-def test_validation_can_decode_with_the_grammar(kind: str, tiny_config: Make) -> None:
-    """With it answers of an untrained model keep to the format; without, they do not."""
-    for grammar in (True, False):
-        decode = {"max_new_tokens": 40, "grammar": grammar}
-        run = fitted(kind, tiny_config(f"{kind}-{grammar}", decode=decode,
-                                       train={"max_steps": 1, "lr": {}})).run
-        lines = (run / "predictions" / "step-000000.jsonl").read_text().splitlines()
-        problems = {problem for line in lines for problem in json.loads(line)["problems"]}
-        about_what_is_said = problems <= {"loop", "wrong_task", "empty_transcript"}
-        assert about_what_is_said == grammar
+CASES: dict[str, dict[str, Any]] = {
+    "unified": {"model": {"hypothesis": "reference"}, "train": DROPOUT},
+    "ctc": {"model": CTC, "train": {"objective": "ctc", "batch_size": 4, "accumulation": 2}},
+    "mixture": {"data": {"temperature": 3.0, "epoch_samples": 20}, "train": {"batch_size": 4},
+                "augment": {"freq_masks": 1, "time_masks": 1, "speeds": [0.9, 1.0, 1.1],
+                            "gain_db": 3.0, "silence_share": 0.1}},
+    "tokens": {"train": {"batch_tokens": 240, "accumulation": 2, "epochs": 3}},
+    "workers": {"data": {"num_workers": 1}, "train": {"batch_size": 4}},
+}
 
 
-@pytest.mark.parametrize("stop", [1, 3, 4, 5])
-@pytest.mark.parametrize("sections", [
-    {"model": {"hypothesis": "reference"}, "train": DROPOUT},
-    {"model": CTC, "train": {"objective": "ctc", "batch_size": 4, "accumulation": 2}},
-], ids=["unified", "ctc"])
-def test_a_stopped_and_resumed_run_equals_one_that_was_not(
-        sections: dict[str, Any], stop: int, tiny_config: Make) -> None:
+@pytest.mark.parametrize(("case", "stop"), [
+    *product(("unified", "ctc"), (1, 3, 4, 5)), ("mixture", 5), ("tokens", 5), ("workers", 5)])
+def test_a_stopped_and_resumed_run_equals_one_that_was_not(case: str, stop: int,
+                                                           tiny_config: Make) -> None:
     """Stopped anywhere, with dropout at work: bit for bit, and its log and scores too."""
-    train = sections["train"] | {"save_every": 1, "eval_every": 2}
-    sections = sections | {"train": train}
+    sections = CASES[case] | {"train": CASES[case]["train"] | {"save_every": 1, "eval_every": 2}}
     whole = fitted("speech_llm", tiny_config("whole", **sections))
     stop_after(Trainer("speech_llm", tiny_config("part", **sections)), stop)
     resumed = Trainer("speech_llm", tiny_config("part", **sections, resume=True))
-    assert (resumed.progress.step, resumed.progress.epoch) == (stop, stop // 4)
+    assert resumed.progress.step == stop
     resumed.fit()
     for name in (BEST, LAST):
         same(whole.run / name, resumed.run / name)
@@ -111,29 +102,7 @@ def test_a_stopped_and_resumed_run_equals_one_that_was_not(
         assert one == two
     ends = [read_progress(run / LAST) for run in (whole.run, resumed.run)]
     assert ends[0].history == ends[1].history
-    assert len(ends[0].history) == 4
-
-
-@pytest.mark.parametrize("sections", [
-    {"data": {"temperature": 3.0, "epoch_samples": 20}, "augment": {
-        "freq_masks": 1, "time_masks": 1, "speeds": [0.9, 1.0, 1.1], "gain_db": 3.0,
-        "silence_share": 0.1}, "train": {"batch_size": 4}},
-    {"train": {"batch_tokens": 240, "accumulation": 2, "epochs": 3}},
-    {"data": {"num_workers": 1}, "train": {"batch_size": 4}},
-], ids=["mixture", "tokens", "workers"])
-def test_batches_of_every_kind_resume_exactly(sections: dict[str, Any], tiny_config: Make) -> None:
-    data = sections.get("data", {}) | {"dev": []}
-    train = sections["train"] | {"save_every": 2}
-    made = sections | {"data": data, "train": train}
-    whole = fitted("speech_llm", tiny_config("whole", **made))
-    stop_after(Trainer("speech_llm", tiny_config("part", **made)), 5)
-    resumed = Trainer("speech_llm", tiny_config("part", **made, resume=True))
-    assert resumed.progress.step == 4
-    resumed.fit()
-    same(whole.run / LAST, resumed.run / LAST)
-    one, two = ([(r["step"], r["epoch"], r["tokens"], r["loss"]) for r in logged(run.run)]
-                for run in (whole, resumed))
-    assert one[4:] == two[-len(one[4:]):]
+    assert len(ends[0].history) >= 4
 
 
 def test_a_validation_that_fails_loses_no_weights(tiny_config: Make,
@@ -172,13 +141,6 @@ def test_a_kill_while_a_checkpoint_is_swapped_in_is_repaired(tiny_config: Make) 
     assert not list(part.run.glob("*.new"))
 
 
-def test_a_checkpoint_holds_nothing_that_could_run_code(tiny_config: Make) -> None:
-    run = fitted("speech_llm", tiny_config(train={"max_steps": 1})).run
-    names = {path.suffix for path in (run / LAST).rglob("*")}
-    assert names <= {".json", ".safetensors", ".jinja"}, names
-    assert not (run / BEST / "optimizer.safetensors").exists()
-
-
 def test_resuming_with_other_parts_or_a_damaged_file_is_named(tiny_config: Make) -> None:
     train = {"max_steps": 2, "save_every": 1}
     trainer = Trainer("speech_llm", tiny_config(train=train))
@@ -211,8 +173,8 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_weights_change(tiny_conf
     trainer.step(micro)
     trainer.save()
     before = trainer.model.trained_state()
-    moments = {id(p): {k: v.clone() for k, v in state.items()}
-               for p, state in trainer.optimizer.state.items()}
+    moments = [(value, value.clone()) for state in trainer.optimizer.state.values()
+               for value in state.values()]
     loss = trainer.objective.loss
 
     def broken(*arguments: Any) -> Any:
@@ -224,8 +186,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_weights_change(tiny_conf
         trainer.step(micro)
     after = trainer.model.trained_state()
     assert all(torch.equal(before[n], after[n]) for n in before)
-    for p, state in trainer.optimizer.state.items():
-        assert all(torch.equal(value, moments[id(p)][key]) for key, value in state.items())
+    assert all(torch.equal(value, kept) for value, kept in moments)
 
 
 def test_bf16_trains_with_fp32_trainables(tiny_config: Make) -> None:

@@ -28,10 +28,8 @@ def calibrate(predictions: Iterable[Prediction],
     """Calibration of every single-label task whose annotated predictions have probabilities.
 
     By task what :func:`calibration` gives; `skipped`: utterances whose reference is no label;
-    `agreement`: share of utterances whose decoded label is the likeliest one.
-
-    Raises:
-        UserError: probabilities that are no distribution over the task's labels.
+    `agreement`: share of utterances whose decoded label is the likeliest one. Raises UserError:
+    probabilities that are no distribution over the task's labels.
     """
     rated = [p for p in predictions if p.probabilities is not None]
     found = {}

@@ -22,6 +22,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from itertools import product
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -44,10 +45,10 @@ KINDS = {
 
 
 class Placed(NamedTuple):
-    """An entity with its normalised phrase and its place."""
+    """An entity with its place."""
 
     label: str
-    phrase: str
+    phrase: str  # normalised
     span: WordSpan | None  # of reference words; None where all of its words are insertions
 
 
@@ -91,14 +92,14 @@ def span_counts(sides: Sides) -> NDArray[np.int64]:
 def prf(tp: int, n_gold: int, n_pred: int) -> dict[str, float]:
     """Precision, recall and F1 in percent, of so many right, reference and predicted ones."""
     return {"precision": 100.0 * tp / max(n_pred, 1), "recall": 100.0 * tp / max(n_gold, 1),
-            "f1": 100.0 * (2 * tp) / max(n_gold + n_pred, 1),
+            "f1": 200.0 * tp / max(n_gold + n_pred, 1),
             "tp": tp, "n_gold": n_gold, "n_pred": n_pred}
 
 
 def macro_average(by_label: Iterable[dict[str, float]]) -> dict[str, float]:
     """Mean scores over the labels that occur in reference or prediction; zeros without any."""
     # The toolkit's rule; over all labels a rare one would drag the mean down in a small dev set.
-    present = [scores for scores in by_label if scores["n_gold"] or scores["n_pred"]]
+    present = [scores for scores in by_label if scores["n_gold"] + scores["n_pred"]]
     return {key: sum(scores[key] for scores in present) / max(len(present), 1)
             for key in ("precision", "recall", "f1")}
 
@@ -126,10 +127,9 @@ def name_kinds(placed: Placement) -> tuple[list[str], list[str]]:
 
     def pair(kind: str, agree: Callable[[Placed, Placed], bool], among: Iterable[int]) -> None:
         # First come, first served: the entities of an utterance are few and in order of speech.
-        for i in among:
-            for j, entity in enumerate(pred):
-                if not of_gold[i] and not of_pred[j] and agree(gold[i], entity):
-                    of_gold[i] = of_pred[j] = kind
+        for i, (j, entity) in product(among, enumerate(pred)):
+            if not of_gold[i] and not of_pred[j] and agree(gold[i], entity):
+                of_gold[i] = of_pred[j] = kind
 
     def meet(one: Placed, two: Placed) -> bool:
         a, b = one.span, two.span
@@ -198,19 +198,16 @@ def _place_predicted(entities: Sequence[Entity], hyp: str, chunks: Sequence[Alig
               if c.type in ("equal", "substitute") for k in range(c.hyp_end_idx - c.hyp_start_idx)}
     right = {(entity.label, entity.span) for entity in gold if entity.span}
     placed: list[Placed] = []
-    taken: set[WordSpan] = set()
-    behind = 0
+    taken: list[WordSpan] = [(0, 0)]
     for label, phrase in entities:
         free = {at: _carry_over(at, ref_of, gold) for at in occurrences(phrase, hyp)
                 if at not in taken}
-        if not free:
-            placed.append(Placed(label, phrase, None))
-            continue
-        # Rule 1 of the module: the right place first, then the order of speech.
-        at = min(free, key=lambda at: ((label, free[at]) not in right, at[0] < behind, at))
-        placed.append(Placed(label, phrase, free[at]))
-        taken.add(at)
-        behind = at[1]
+        if free:
+            # Rule 1 of the module: the right place first, then the order of speech.
+            behind = taken[-1][1]
+            at = min(free, key=lambda at: ((label, free[at]) not in right, at[0] < behind, at))
+            taken.append(at)
+        placed.append(Placed(label, phrase, free[at] if free else None))
     return placed
 
 

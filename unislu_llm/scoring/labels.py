@@ -22,13 +22,12 @@ from unislu_llm.tasks import LabelTask
 
 def label_scores(predictions: Sequence[Prediction], task: LabelTask,
                  protocol: Protocol) -> dict[str, Any]:
-    """Scores of the annotated predictions of a label task.
+    """Scores of the annotated predictions of a label task, as plain data, in percent.
 
-    Returns:
-        Plain data, scores in percent: macro_f1, `macro` (means over labels), weighted_f1, accuracy
-        (of whole sets, for a task with several), `by_label`, `confusion` (rows are reference
-        labels, columns `confusion_labels`; None for such a task), and numbers of utterances: n,
-        `skipped` (reference outside the label set), `missing` (no word), `unknown` (no label).
+    `macro` holds means over labels, `accuracy` is of whole sets where a task has several;
+    `confusion` has reference labels as rows and `confusion_labels` as columns, None for such a
+    task. Numbers of utterances: n, `skipped` (reference outside the label set), `missing` (no
+    word), `unknown` (no label).
     """
     gold, pred, kept = indicators(predictions, task, protocol)
     answers = [p.hyp_labels for p, counts in zip(predictions, kept, strict=True) if counts]

@@ -69,9 +69,7 @@ def check_predictions(predictions: Iterable[Prediction | Mapping[str, Any]],
                       registry: TaskRegistry) -> list[Prediction]:
     """Predictions as typed records, of plain data or of records.
 
-    Raises:
-        UserError: a field is missing or of the wrong type, the task is unknown, or an utterance
-            has a task twice.
+    Raises UserError: a field is missing or of the wrong type, an unknown task, or a task twice.
     """
     found: dict[str, Prediction] = {}
     for number, row in enumerate(predictions, 1):

@@ -28,22 +28,18 @@ def score_predictions(predictions: Sequence[Prediction | Mapping[str, Any]],
                       registry: TaskRegistry) -> dict[str, Any]:
     """Score the predictions of one system, records or plain data. Rates are percent, not rounded.
 
-    Returns:
-        Plain data::
+    Raises UserError: a prediction cannot be scored. Returns plain data::
 
-            n_predictions, n_utterances: int
-            malformed: {share: percent with a problem, n, kinds: {kind: occurrences}}
-            position: {span task: {n, f1, ...}}
-            protocols: {protocol: {
-                wer: {overall: {wer, errors, ...}, by_corpus: {corpus: {...}}},
-                hypothesis_wer, ctc_wer: where all are known; ..._by_corpus: likewise,
-                tasks: {span task: {n, entity: {f1, ...}, label: {f1, ...},
-                                    errors: {reference: {kind: n}, predicted: {kind: n}}},
-                        label task: {n, macro_f1, ...}},
-                slue_score: float, or None without both NER and SA}}
-
-    Raises:
-        UserError: a prediction cannot be scored.
+        n_predictions, n_utterances: int
+        malformed: {share: percent with a problem, n, kinds: {kind: occurrences}}
+        position: {span task: {n, f1, ...}}
+        protocols: {protocol: {
+            wer: {overall: {wer, errors, ...}, by_corpus: {corpus: {...}}},
+            hypothesis_wer, ctc_wer: where all are known; ..._by_corpus: likewise,
+            tasks: {span task: {n, entity: {f1, ...}, label: {f1, ...},
+                                errors: {reference: {kind: n}, predicted: {kind: n}}},
+                    label task: {n, macro_f1, ...}},
+            slue_score: float, or None without both NER and SA}}
     """
     records = check_predictions(predictions, registry)
     spoken = spoken_once(records, registry)
@@ -72,7 +68,7 @@ def flat_scores(results: Mapping[str, Any], protocol: Protocol = "whisper") -> d
     """
     block = results["protocols"][protocol]
     flat = {f"wer_{corpus}": wer["wer"] for corpus, wer in block["wer"]["by_corpus"].items()}
-    flat["wer"] = block["wer"]["overall"]["wer"]
+    flat |= {"wer": block["wer"]["overall"]["wer"]}
     flat |= {name: block[name] for name in ("hypothesis_wer", "ctc_wer") if name in block}
     for name, task in block["tasks"].items():
         if "macro_f1" in task:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -33,16 +33,18 @@ def build_model(kind: str, config: Config, registry: TaskRegistry,
         texts: training transcripts, of which a new `ctc` projector learns its vocabulary.
         device: that it will train on.
 
-    Raises:
-        UserError: a checkpoint that cannot be had, an unknown projector or parameter group, a LoRA
-            target that matches nothing, or a `train.init` that does not fit.
+    Raises UserError: a checkpoint that cannot be had, an unknown projector or parameter group, a
+    LoRA target that matches nothing, or a `train.init` that does not fit.
     """
     train = config.train
     # Before anything is drawn: every process must begin with the same new weights.
     torch.manual_seed(train.seed)
-    dtype = torch.bfloat16 if train.precision == "bf16" else torch.float32
-    tokens = _inherited_tokens(config) if config.model.projector == "ctc" else None
-    model = KINDS[kind].build(config.model, registry, dtype, ctc_tokens=tokens)
+    half, tokens = train.precision == "bf16", None
+    if config.model.projector == "ctc":  # a projector that was trained before has its vocabulary
+        saved = (Description.read(folder).ctc_tokens for folder in _sources(config))
+        tokens = next(filter(None, saved), None)
+    model = KINDS[kind].build(config.model, registry, torch.bfloat16 if half else torch.float32,
+                              ctc_tokens=tokens)
     if isinstance(model, SpeechLLM) and config.model.projector == "ctc" and tokens is None:
         model.learn_vocabulary(dict.fromkeys(texts))
     if train.init:
@@ -50,8 +52,7 @@ def build_model(kind: str, config: Config, registry: TaskRegistry,
     model.select_groups(["projector"] if train.objective == "ctc" else train.groups)
     if train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    on_cpu = device is not None and device.type == "cpu"
-    if on_cpu and train.precision == "bf16" and model.kind == "speech_llm":
+    if device and device.type == "cpu" and half and isinstance(model, SpeechLLM):
         # Plain matrix products: there the backward pass of torch's fused attention takes 2.5 to 3.5
         # times as long (torch 2.13, 75 to 150 positions). Whisper's decoder has few positions.
         model.lm.set_attn_implementation("eager")
@@ -61,8 +62,7 @@ def build_model(kind: str, config: Config, registry: TaskRegistry,
 def start_from(model: SLUModel, folder: Path) -> None:
     """Lay the trained weights of a saved model, or of a run's best, over a new model.
 
-    Raises:
-        UserError: no such model, or one that does not fit.
+    Raises UserError: no such model, or one that does not fit.
     """
     found = _saved(folder)
     # Vocabularies of one size have weights of one shape, which would load and mean other tokens.
@@ -85,15 +85,9 @@ def _saved(folder: Path) -> Path:
 
 def _sources(config: Config) -> list[Path]:
     """Saved models that a run goes on from: its own checkpoint, what it was begun with."""
-    own = Path(config.output) / LAST
-    return [*([own] if config.resume and find_model(own) else []),
-            *([_saved(Path(config.train.init))] if config.train.init else [])]
-
-
-def _inherited_tokens(config: Config) -> Sequence[int] | None:
-    """The vocabulary of a `ctc` projector that was trained before; None for a new one."""
-    found = (Description.read(folder).ctc_tokens for folder in _sources(config))
-    return next((tokens for tokens in found if tokens), None)
+    own = find_model(Path(config.output) / LAST) if config.resume else None
+    init = _saved(Path(config.train.init)) if config.train.init else None
+    return [folder for folder in (own, init) if folder]
 
 
 def fitted_rates(config: Config) -> SimulationRates | None:

@@ -96,11 +96,7 @@ def save_optimizer(folder: Path, optimizer: Optimizer, model: nn.Module) -> None
 
 
 def load_optimizer(folder: Path, optimizer: Optimizer, model: nn.Module) -> None:
-    """Read what :func:`save_optimizer` wrote.
-
-    Raises:
-        UserError: the file is damaged, or of other parameters than those that train.
-    """
+    """Read what :func:`save_optimizer` wrote; raises UserError: damaged, or of other parameters."""
     path = folder / OPTIMIZER_FILE
     try:
         moments = load_file(path)

@@ -1,21 +1,17 @@
-"""What a run trains on, and the micro-batches that a process takes of it."""
+"""What a run trains on, and how it is shared out."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch.utils.data import DataLoader
 
 from unislu_llm.config import Config
 from unislu_llm.data.audio import ENCODER_RATE, SAMPLE_RATE
 from unislu_llm.data.augment import Augmenter, build_dropout
-from unislu_llm.data.batch import Batch
 from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.data.frame_cache import FrameCache, encoder_settings
 from unislu_llm.data.mixture import build_mixture
@@ -31,13 +27,12 @@ def build_dataset(config: Config, model: SLUModel, examples: Sequence[Example],
                   fitted: SimulationRates | None) -> SpeechDataset:
     """The training examples and what is done to them; `fitted` are known rates of text injection.
 
-    Raises:
-        UserError: settings that do not fit each other, the model or the data.
+    Raises UserError: settings that do not fit each other, the model or the data.
     """
     cache = None
     if config.data.frame_cache and model.encoder is not None:
-        settings = encoder_settings(model.encoder, config.train.precision)
-        cache = FrameCache(Path(config.data.frame_cache), settings)
+        cache = FrameCache(Path(config.data.frame_cache),
+                           encoder_settings(model.encoder, config.train.precision))
     augmenter = (Augmenter(config.augment, cached=cache is not None)
                  if config.augment.active else None)
     return SpeechDataset(examples, listens=model.listens, frame_cache=cache, augmenter=augmenter,
@@ -67,8 +62,7 @@ def _build_injector(config: Config, model: SLUModel, examples: Sequence[Example]
 def build_plan(config: Config, model: SLUModel, dataset: SpeechDataset, world: int) -> BatchPlan:
     """Batches of a run: by examples, or by tokens with `train.batch_tokens`.
 
-    Raises:
-        UserError: sizes that do not fit each other, or weights that do not fit the corpora.
+    Raises UserError: sizes that do not fit each other, or weights that do not fit the corpora.
     """
     train, examples = config.train, dataset.examples
     mixture = build_mixture(config.data, examples, train.seed)
@@ -84,26 +78,6 @@ def build_plan(config: Config, model: SLUModel, dataset: SpeechDataset, world: i
              for length, example in zip(seconds, examples, strict=True)]
     return TokenPlan(np.array(sizes), train.batch_tokens, parts, train.seed, mixture=mixture,
                      kinds=kinds)
-
-
-def batches(dataset: SpeechDataset, model: SLUModel, plan: BatchPlan, epoch: int, *, skip: int,
-            rank: int, world: int, workers: int, pin: bool) -> Iterator[list[Batch]]:
-    """Micro-batches of process `rank` of `world`, a list a step, from step `skip` of an epoch on.
-
-    `workers` are loader processes; `pin` keeps batches where a GPU copies them while it computes.
-    """
-    steps = plan.micro_batches(epoch, rank, world)[skip:]
-    # One loader for all steps, so that its workers fetch beyond the end of a step.
-    flat: Any = [micro for step in steps for micro in step]
-    # A generator of its own: the loader must not draw from the one that dropout uses, or a resumed
-    # run would draw differently.
-    own = torch.Generator().manual_seed(dataset.seed + epoch)
-    items: Any = replace(dataset, epoch=epoch)
-    loader = iter(DataLoader(items, batch_sampler=flat, collate_fn=model.collator(), generator=own,
-                             num_workers=workers, pin_memory=pin,
-                             prefetch_factor=4 if workers else None))
-    for step in steps:
-        yield [next(loader) for _ in step]
 
 
 def deal(examples: Sequence[Example], rank: int, world: int) -> list[int]:

@@ -20,13 +20,7 @@ Predictions = Sequence[Mapping[str, Any]]
 
 def validation_warnings(history: Sequence[Scores], predictions: Predictions,
                         registry: TaskRegistry) -> list[str]:
-    """Warnings after a validation.
-
-    Args:
-        history: headline scores of all validations so far, oldest first.
-        predictions: of the last one.
-        registry: the tasks.
-    """
+    """Warnings after a validation, from its `predictions` and the scores of all so far."""
     found: list[str] = []
     asked = [p for p in predictions if p["task"] in registry]
     # The first validation is of a model that has learnt nothing yet.

@@ -6,7 +6,6 @@ import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 import torch
@@ -15,11 +14,11 @@ from accelerate.tracking import get_available_trackers
 from torch import Tensor
 from tqdm import tqdm
 
-from unislu_llm.config import Config, TrainConfig
+from unislu_llm.config import Config
 from unislu_llm.data.batch import Batch
 from unislu_llm.data.sampler import BatchPlan
 from unislu_llm.errors import UserError
-from unislu_llm.io import append_json, read_json_lines, write_json, write_text
+from unislu_llm.io import append_json, write_json, write_text
 from unislu_llm.models.base import SLUModel
 from unislu_llm.tasks import ASR
 from unislu_llm.tokenizer import Example
@@ -72,7 +71,6 @@ class Window:
 
     def __init__(self, objective: Objective, device: torch.device) -> None:
         self.objective = objective
-        # What is on the device stays there until it is read in one piece: each reading waits.
         self.sums = torch.zeros(len(objective.sum_names), device=device)
         self.counts: Counter[str] = Counter()
         self.steps, self.worked, self.waited, self.norm = 0, 0.0, 0.0, 0.0
@@ -109,6 +107,11 @@ def describe_run(config: Config, model: SLUModel, examples: Sequence[Example], p
                  steps: int, world: int) -> str:
     """The plan of a run as text: data, batches for `steps` on `world` processes, parameters."""
     train, tasks = config.train, Counter(example.task or ASR for example in examples)
+    sizes = {name: sum(p.numel() for _, p in named)
+             for name, named in model.trainable_groups().items()}
+    trained, total = sum(sizes.values()), sum(p.numel() for p in model.parameters())
+    # Weights as they are, gradients and AdamW's two moments in fp32.
+    memory = sum(p.numel() * p.element_size() for p in model.parameters()) + trained * 4 * 3
     hours = sum(e.utterance.seconds for e in examples) / 3600
     size = (f"at most {train.batch_tokens} tokens" if train.batch_tokens
             else f"{train.batch_size} samples")
@@ -118,30 +121,8 @@ def describe_run(config: Config, model: SLUModel, examples: Sequence[Example], p
         *([str(plan.mixture)] if plan.mixture is not None else []),
         f"batch: {size}, shared by {world} process(es) x {train.accumulation} micro-batch(es); "
         f"{plan.steps(1)} steps an epoch, {steps} in all",
-        *_parameters(model, train)])
-
-
-def _parameters(model: SLUModel, train: TrainConfig) -> list[str]:
-    sizes = {name: sum(p.numel() for _, p in named)
-             for name, named in model.trainable_groups().items()}
-    trained, total = sum(sizes.values()), sum(p.numel() for p in model.parameters())
-    # Weights as they are, gradients and AdamW's two moments in fp32.
-    memory = sum(p.numel() * p.element_size() for p in model.parameters()) + trained * 4 * 3
-    return ["parameters:", *(f"  {name:<10} {size / 1e6:9.3f} M   lr {getattr(train.lr, name):g}"
-                             for name, size in sizes.items()),
-            f"  {'trained':<10} {trained / 1e6:9.3f} M   of {total / 1e6:.1f} M; "
-            f"{memory / 2**30:.2f} GiB a process, plus activations"]
-
-
-def loss_summary(metrics: Path) -> str:
-    """Mean losses over the first and the last tenth of a run's logged steps, as one line."""
-    rows = [row for row in read_json_lines(metrics) if row["part"] == "train"]
-    tenth, shown = max(1, len(rows) // 10), []
-    for name in sorted({key for row in rows for key in row if key.startswith("loss")}):
-        # A step has the loss of a task only where an example of it was drawn.
-        found = [[row[name] for row in part if name in row]
-                 for part in (rows[:tenth], rows[-tenth:])]
-        if any(found):
-            first, last = (f"{fmean(some):.3f}" if some else "not drawn" for some in found)
-            shown.append(f"{name} {first} -> {last}")
-    return "losses, first and last tenth of the steps: " + ", ".join(shown)
+        "parameters:",
+        *(f"  {name:<10} {size / 1e6:9.3f} M   lr {getattr(train.lr, name):g}"
+          for name, size in sizes.items()),
+        f"  {'trained':<10} {trained / 1e6:9.3f} M   of {total / 1e6:.1f} M; "
+        f"{memory / 2**30:.2f} GiB a process, plus activations"])

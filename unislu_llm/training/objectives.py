@@ -54,12 +54,12 @@ class Objective(ABC):
     """All that the one trainer knows of an objective; raises UserError: it cannot train the model.
 
     The loss of a step is a sum over its global batch, divided by numbers that the host knows
-    (:meth:`counts`): so accumulation and distribution change nothing. What the log says of a loss
-    stays on the device as sums, because reading a number there makes the host wait for all work
-    before it.
+    (:meth:`counts`): so accumulation and distribution change nothing.
     """
 
-    sum_names: tuple[str, ...] = ("loss",)  # of the sums that :meth:`loss` gives, the loss first
+    # Of the sums that `loss` gives, the loss first. They stay on the device until they are logged,
+    # because reading a number there makes the host wait for all work before it.
+    sum_names: tuple[str, ...] = ("loss",)
     caches_dev = False  # whether :meth:`decode` wants the frames of dev clips from the cache
 
     def __init__(self, config: Config, registry: TaskRegistry) -> None:
@@ -113,8 +113,7 @@ class UnifiedObjective(Objective):
     def counts(self, batch: Batch) -> dict[str, float]:
         asr = (batch.target_parts == ASR_PART).sum(1).tolist()
         task = (batch.target_parts == TASK_PART).sum(1).tolist()
-        # The share of the transcript in the loss is that of the dynamic weights, of samples that
-        # have both parts.
+        # The transcript's share is that of the dynamic loss, in samples that have both parts.
         shares = [asr_share(a, t) for a, t in zip(asr, task, strict=True) if t]
         by_task = {f"n_{name}": sum(n for n, example in zip(task, batch.examples, strict=True)
                                     if example.task == name) for name in self.registry.names}
@@ -137,9 +136,9 @@ class UnifiedObjective(Objective):
     def metrics(self, sums: Sums) -> dict[str, float]:
         found = {"loss_asr": sums["asr"] / max(sums["n_asr"], 1)}
         if sums["n_task"]:
-            w_asr = sums["w_asr"] / sums["tasked"]
-            found |= {"loss_task": sums["task"] / sums["n_task"], "w_asr": w_asr,
-                      "w_task": 1.0 - w_asr}
+            share = sums["w_asr"] / sums["tasked"]
+            found |= {"loss_task": sums["task"] / sums["n_task"], "w_asr": share,
+                      "w_task": 1.0 - share}
         return found | {f"loss_{name}": sums[f"sum_{name}"] / sums[f"n_{name}"]
                         for name in self.registry.names if sums[f"n_{name}"]}
 

@@ -15,11 +15,7 @@ Groups = dict[str, list[tuple[str, nn.Parameter]]]
 
 
 def build_optimizer(groups: Groups, config: TrainConfig) -> AdamW:
-    """AdamW with a learning rate for each group of a model's `trainable_groups`.
-
-    Raises:
-        UserError: nothing trains.
-    """
+    """AdamW with a rate for each group of `trainable_groups`; raises UserError: nothing trains."""
     if not any(groups.values()):
         raise UserError("nothing trains: every part is frozen; check model.encoder_mode, "
                         "model.decoder_mode, model.lora.rank and train.groups")

@@ -18,11 +18,7 @@ T = TypeVar("T")
 
 
 def processes() -> PartialState:
-    """The processes of this run, set up where they are not yet.
-
-    Raises:
-        UserError: the launcher asks for FSDP or DeepSpeed.
-    """
+    """The processes of this run, set up if need be; raises UserError for FSDP and DeepSpeed."""
     for flag, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if parse_flag_from_env(flag):
             raise UserError(f"{name} is not supported yet: weights are not sharded over processes; "

@@ -7,14 +7,12 @@ like any other.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from typing import Any
 
-from unislu_llm.config import Config
-from unislu_llm.config_file import Stage, check, config_from_dict, merge
-from unislu_llm.errors import UserError, dotted
+from unislu_llm.config import Config, Stage
+from unislu_llm.config_file import check, config_from_dict, inside, merge
+from unislu_llm.errors import UserError
 from unislu_llm.run_folder import (
     BEST,
     LAST,
@@ -38,16 +36,10 @@ def train(kind: str, config: Config, name: str = "run") -> Path:
         config: of the run; with `resume`, finished stages are kept and a stopped one goes on.
         name: start of the default run folder's name.
 
-    Raises:
-        UserError: bad configuration (before anything is written) or data, or a loss that is not
-            finite.
+    Raises UserError: bad configuration (before anything is written) or data, or a loss that is not
+    finite.
     """
-    if not config.stages:
-        trainer = Trainer(kind, config, name)
-        trainer.fit()
-        run = trainer.run
-    else:
-        run = _train_stages(kind, config, name)
+    run = _train_stages(kind, config, name) if config.stages else Trainer(kind, config, name).fit()
     if processes().is_main_process:
         best = find_model(run) or run
         print(f"{best.name}: {best}\nscore it: python eval/evaluate.py {run}")
@@ -103,13 +95,15 @@ def _resumable(folder: Path) -> bool:
 def stage_configs(config: Config, run: Path) -> list[tuple[str, Config]]:
     """Name and full configuration of every stage; each begins with the model of the one before.
 
-    Raises:
-        UserError: a stage without a name, two of one name, an unknown key or a bad value.
+    Raises UserError: a stage without a name, two of one name, an unknown key or a bad value.
     """
     stages: list[tuple[str, Config]] = []
     for i, values in enumerate(config.stages):
         where = f"stages[{i}]"
-        name = _checked_name(values, where)
+        name = check(Stage, values, inside(where)).name
+        if not name or Path(name).name != name or name in (BEST, LAST, "predictions"):
+            raise UserError(f"{where}.name: '{name}' cannot be the name of a folder in the run; "
+                            "choose another")
         if name in dict(stages):
             raise UserError(f"{where}.name: there are two stages '{name}'; rename one")
         common = config.model_dump() | {"stages": [], "output": str(run / name), "resume": False}
@@ -118,11 +112,3 @@ def stage_configs(config: Config, run: Path) -> list[tuple[str, Config]]:
         sections = {key: value for key, value in values.items() if key != "name"}
         stages.append((name, config_from_dict(merge(Config, common, sections), where)))
     return stages
-
-
-def _checked_name(values: Mapping[str, Any], where: str) -> str:
-    name = check(Stage, values, lambda place: f"{where}.{dotted(place)}").name
-    if not name or Path(name).name != name or name in (BEST, LAST, "predictions"):
-        raise UserError(f"{where}.name: '{name}' cannot be the name of a folder in the run; "
-                        "choose another")
-    return name

@@ -13,6 +13,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, set_seed
+from torch.utils.data import DataLoader
 from tqdm import tqdm
 
 from unislu_llm.config import Config
@@ -34,15 +36,8 @@ from unislu_llm.tokenizer import Example
 from unislu_llm.training import checkpoint
 from unislu_llm.training.build import build_model, fitted_rates
 from unislu_llm.training.checkpoint import Progress
-from unislu_llm.training.data import batches, build_dataset, build_plan, deal
-from unislu_llm.training.log import (
-    Log,
-    Window,
-    batch_counts,
-    check_trackers,
-    describe_run,
-    loss_summary,
-)
+from unislu_llm.training.data import build_dataset, build_plan, deal
+from unislu_llm.training.log import Log, Window, batch_counts, check_trackers, describe_run
 from unislu_llm.training.objectives import OBJECTIVES
 from unislu_llm.training.optim import build_optimizer, group_rates, set_rates
 from unislu_llm.training.process import HostSum, from_main, peak_memory, processes, use_threads
@@ -51,8 +46,7 @@ from unislu_llm.training.process import HostSum, from_main, peak_memory, process
 class Trainer:
     """One run: data, model, optimizer and where it stands; see :func:`.stages.train`.
 
-    Raises:
-        UserError: bad configuration or data; nothing is written then.
+    Raises UserError: bad configuration or data; nothing is written then.
     """
 
     def __init__(self, kind: str, config: Config, name: str = "run") -> None:
@@ -119,15 +113,25 @@ class Trainer:
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[list[Batch]]:
         """This process's micro-batches, a list a step, from step `skip` of an epoch on."""
-        return batches(self.dataset, self.model, self.plan, epoch, skip=skip, rank=self.rank,
-                       world=self.world, workers=self.config.data.num_workers,
-                       pin=self.device.type == "cuda")
+        steps = self.plan.micro_batches(epoch, self.rank, self.world)[skip:]
+        # One loader for all steps, so that its workers fetch beyond the end of a step.
+        flat: Any = [micro for step in steps for micro in step]
+        # A generator of its own: the loader must not draw from the one that dropout uses, or a
+        # resumed run would draw differently.
+        own = torch.Generator().manual_seed(self.dataset.seed + epoch)
+        items: Any = replace(self.dataset, epoch=epoch)
+        workers = self.config.data.num_workers
+        loader = iter(DataLoader(
+            items, batch_sampler=flat, collate_fn=self.model.collator(), generator=own,
+            num_workers=workers, pin_memory=self.device.type == "cuda",
+            prefetch_factor=4 if workers else None))
+        for step in steps:
+            yield [next(loader) for _ in step]
 
     def step(self, micro: Sequence[Batch]) -> None:
         """One optimizer step over this process's micro-batches of a global batch.
 
-        Raises:
-            UserError: the loss is not finite; nothing has changed then.
+        Raises UserError: the loss is not finite; nothing has changed then.
         """
         started = time.perf_counter()
         total = self.totals(micro)
@@ -170,8 +174,8 @@ class Trainer:
                 self.accelerator.backward(loss * self.world)
             self.window.sums += sums
 
-    def fit(self) -> None:
-        """Train to the end; raises UserError as :meth:`step`, and for audio that cannot be read."""
+    def fit(self) -> Path:
+        """Train to the end; returns the run folder. Raises as :meth:`step`, and for bad audio."""
         p = self.progress
         self.log = Log(self.run, self.accelerator, self.config.train.trackers)
         if self.main:
@@ -194,6 +198,7 @@ class Trainer:
         self.wrapped = self.model
         self.accelerator.free_memory()
         gc.collect()
+        return self.run
 
     def _epoch(self, bar: Any) -> None:
         p, every = self.progress, self.config.train.save_every
@@ -232,7 +237,6 @@ class Trainer:
     def _finish(self) -> None:
         p = self.progress
         if self.main:
-            print(loss_summary(self.run / "metrics.jsonl"))
             best = self.run / BEST if p.best_step >= 0 else self.run / LAST
             rates = self.objective.finish(self.model, best, self.dev, self.dataset.frame_cache)
             if rates is not None:
