@@ -35,7 +35,7 @@ OLD_WORDS = frozenset({
     "micro_batch_size", "encoder_cache"})
 """Names that the field has other words for, or that went with what they named. Manifests alone may
 still say `draft`, which their readers know."""
-READERS = ("manifest.py", "manifest_row.py", "row_reader.py")
+READERS = ("manifest.py", "row_reader.py")
 
 
 def name_of(path: Path) -> str:
@@ -54,15 +54,15 @@ def parsed(path: Path) -> ast.Module:
 # ---- sizes
 
 
-# Both only go down: the goal of the rebuild is 12,000 and 10,000.
+# What is there, and a little: who adds takes something away, or raises these on purpose.
 
 
 def test_the_package_is_small() -> None:
-    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 12_800
+    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 12_700
 
 
 def test_the_tests_are_small() -> None:
-    assert sum(len(lines_of(p)) for p in TESTS) <= 12_100
+    assert sum(len(lines_of(p)) for p in TESTS) <= 11_100
 
 
 def test_no_line_is_over_100_characters() -> None:

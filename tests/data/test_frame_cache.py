@@ -102,6 +102,7 @@ cache, start, count = FrameCache(sys.argv[1], {"weights": "w"}), int(sys.argv[2]
 for i in range(start, start + count):
     name = str(i % 100)
     cache.put(name, Frames(torch.full((400, 64), float(name)), i % 100))
+    print(i, flush=True)
 """
 
 
@@ -109,6 +110,8 @@ def test_two_writers_at_once_and_a_killed_one_leave_whole_entries(tmp_path: Path
     command = [sys.executable, "-c", WRITER, str(tmp_path)]
     with subprocess.Popen([*command, "0", "1000000"], stdout=subprocess.PIPE) as endless:
         subprocess.run([*command, "40", "200"], stdout=subprocess.PIPE, timeout=120, check=True)
+        assert endless.stdout is not None
+        endless.stdout.readline()  # it writes
         endless.send_signal(signal.SIGKILL)
     assert endless.wait(60) == -signal.SIGKILL
     cache = FrameCache(tmp_path, {"weights": "w"})

@@ -14,7 +14,7 @@ from unislu_llm.models.projectors import PROJECTORS, Projector, build_projector
 
 D, H = 32, 24
 KINDS: list[tuple[str, dict[str, Any]]] = [
-    ("linear", {}), ("linear", {"stack": "1"}), ("mlp", {}), ("mlp", {"stack": 3, "hidden": 40}),
+    ("linear", {}), ("linear", {"stack": 1}), ("mlp", {}), ("mlp", {"stack": 3, "hidden": 40}),
     ("conv", {}), ("conv", {"strides": [2, 2], "hidden": 16}), ("conv", {"strides": (3, 1, 2)}),
     ("qformer", {}),
     ("qformer", {"window": 7, "queries": 2, "layers": 1, "heads": 4, "hidden": 16}),

@@ -1,0 +1,226 @@
+"""Greedy decoding and sampling, in as few passes of the LLM as a known hypothesis allows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from unislu_llm.decoding.hypothesis_bias import HypothesisBias
+from unislu_llm.decoding.search import Decoded, Processor, padded
+from unislu_llm.models.base import SLUModel
+from unislu_llm.models.kv_cache import State
+
+_POSITIONS = 64  # whose logits exist at one time
+_TOKENS = 6  # within which a departure has to find back to the hypothesis
+
+Make = Callable[[], Sequence[Processor]]
+
+
+class Greedy:
+    """Continues each row by its likeliest token, or with a temperature by a drawn one.
+
+    Where a processor knows a hypothesis (:class:`HypothesisBias`), the LLM reads what comes next in
+    it in one pass, and every place is judged: its tokens stand up to the first one that would not
+    have been written without it. The answer is that of one token at a time, in fewer passes. This
+    is speculative decoding (Leviathan et al. 2023, arXiv 2211.17192) with a given text as the draft
+    (Yang et al. 2023, arXiv 2304.04487).
+
+    Args:
+        model: in eval mode.
+        state: what was read; changed, and of no use afterwards.
+        room: new tokens that each row may have.
+        stops: ids behind which each row is done, equally many.
+        make: makes the processors, which change the scores one after the other.
+        temperature: 0 for the likeliest.
+    """
+
+    def __init__(self, model: SLUModel, state: State, room: Sequence[int],
+                 stops: Sequence[Sequence[int]], make: Make = tuple,
+                 temperature: float = 0.0) -> None:
+        self.model, self.state, self.temperature = model, state, temperature
+        self.processors = list(make())
+        self.answers = [Decoded() for _ in room]
+        # Of the rows that are not parked: their numbers, and tensors `(rows, ...)`.
+        self.rows, device = list(range(len(room))), state.mask.device
+        self.left, self.ends = torch.tensor(list(room)).to(device), torch.tensor(stops).to(device)
+        self.live = self.left > 0
+        self.last = self.ends[:, :0]  # token that is written and not read yet
+        self._parked: list[tuple[State, list[int]]] = []
+
+    def run(self) -> tuple[list[Decoded], State]:
+        """The answers, and the state in which all of their tokens but for the last ones are read.
+        """
+        while self._park():
+            ahead = self.ahead()
+            tokens, known = self._judge(self._read(ahead), ahead)
+            self.keep(tokens, known, ahead)
+        return self.answers, State.join(*zip(*self._parked, strict=True))
+
+    def guide(self) -> HypothesisBias | None:
+        """The processor that knows the hypothesis."""
+        return next((p for p in self.processors if isinstance(p, HypothesisBias)), None)
+
+    def ahead(self) -> Tensor:
+        """What comes next in the hypotheses, `(rows, n)`, filled up with -1."""
+        guide = self.guide()
+        if guide is None:
+            return self.last[:, :0]
+        some = [ids or [] for ids in guide.ahead()]
+        return padded(some, self.last.device).masked_fill(~self.live[:, None], -1)
+
+    def choose(self, scores: Tensor, logits: Tensor, offer: Tensor) -> Tensor:
+        """The next tokens `(rows,)`, by scores and logits `(rows, vocabulary)`; `offer` `(rows,)`
+        stands there in the hypotheses, or -1."""
+        if self.temperature:
+            return torch.multinomial((scores / self.temperature).softmax(-1), 1)[:, 0]
+        return scores.argmax(-1)
+
+    def keep(self, tokens: Tensor, known: Tensor, ahead: Tensor) -> None:
+        """Add tokens `(rows, n)` to the answers, and take back what was read and not written."""
+        said = (tokens >= 0).sum(-1)
+        last = tokens.gather(1, (said - 1).clamp(min=0)[:, None])
+        self.last = last.masked_fill(~self.live[:, None], -1)
+        if ahead.shape[1]:
+            self.state.drop((ahead >= 0).sum(-1) - (said - 1).clamp(min=0))
+        for row, n, ids, values in zip(self.rows, said.tolist(), tokens.tolist(), known.tolist(),
+                                       strict=True):
+            self.answers[row] += Decoded(ids[:n], values[:n])
+
+    def _park(self) -> bool:
+        """Lay aside the rows that are done; False where none is left."""
+        going = self.live.tolist()
+        if 2 * sum(going) > len(going):  # a pass over a few rows too many costs less than a copy
+            return True
+        done = [i for i, goes in enumerate(going) if not goes]
+        kept = [i for i, goes in enumerate(going) if goes]
+        self._parked.append((self.state.take(done), [self.rows[i] for i in done]))
+        if not kept:
+            return False
+        self.state, self.rows = self.state.take(kept), [self.rows[i] for i in kept]
+        index = torch.tensor(kept).to(self.live.device)
+        self.left, self.ends, self.live = self.left[index], self.ends[index], self.live[index]
+        self.last = self.last[index]
+        for processor in self.processors:
+            processor.reorder(index)
+        return True
+
+    def _read(self, ahead: Tensor) -> Tensor:
+        """Hidden states `(rows, 1 + n, dim)` after the last token and each of those ahead."""
+        fed = torch.cat([self.last, ahead], 1)
+        # In the first round, the prompt's last state foretells what comes.
+        found = [] if self.last.shape[1] else [self.state.hidden[:, None]]
+        if fed.shape[1]:
+            valid = fed >= 0
+            ids = fed.masked_fill(~valid, self.model.tokenizer.pad_id)
+            found.append(self.model.step(self.state, ids, valid))
+        return torch.cat(found, 1)
+
+    def _judge(self, hidden: Tensor, ahead: Tensor) -> tuple[Tensor, Tensor]:
+        """New tokens `(rows, n)`, -1 where a row has no more, and their log-probabilities."""
+        offers = F.pad(ahead, (0, 1), value=-1)  # behind its hypothesis a row goes on by itself
+        going, start, tokens, known = self.live, 0, [], []
+        pieces = hidden[:, :0]
+        for j, offer in enumerate(offers.unbind(1)):
+            if j == start + pieces.shape[1]:
+                some, start = going.nonzero()[:, 0], j
+                here = hidden[some, j:j + max(1, _POSITIONS // len(some))]
+                pieces = self.model.logits(here).float()
+            logits = pieces[:, j - start]
+            if len(some) < len(going):
+                blank = logits.new_zeros(len(going), logits.shape[1])
+                logits = blank.index_copy_(0, some, logits)
+            scores = logits
+            for processor in self.processors:
+                scores = processor(scores)
+            token = self.choose(scores, logits, offer)
+            known.append(logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1))
+            token = token.masked_fill(~going, -1)
+            tokens.append(token)
+            self.left = self.left - going.long()
+            over = going & ((self.left <= 0) | (token[:, None] == self.ends).any(-1))
+            self.live, going = self.live & ~over, going & ~over & (token == offer)
+            for processor in self.processors:
+                processor.advance(token[:, None])
+            if not bool(going.any()):
+                break
+        return torch.stack(tokens, 1), torch.stack(known, 1)
+
+
+class Margin(Greedy):
+    """Departs from a hypothesis only where the LLM is surer of another word by `margin` nats.
+
+    Its punctuation stands. A departure that has not found back to the hypothesis within six tokens,
+    or before the end, is taken back: large ones do more harm than good.
+    """
+
+    def __init__(self, model: SLUModel, state: State, room: Sequence[int],
+                 stops: Sequence[Sequence[int]], make: Make, margin: float,
+                 words: Tensor) -> None:
+        super().__init__(model, state, room, stops, make)
+        self._make, self._room, self._margin = make, list(room), margin
+        self._stops, self._words = [list(ids) for ids in stops], words
+        self._offered: list[Tensor] = []  # log-probabilities of a round's offers
+        # By row: tokens before it departed, and the hypothesis' next one with its log-probability.
+        self._departed: dict[int, tuple[int, int, float]] = {}
+
+    def ahead(self) -> Tensor:
+        guide = self.guide()
+        assert guide is not None
+        self._offered = []
+        some = [[] if ids is None else [*ids, self._stops[row][0]]
+                for row, ids in zip(self.rows, guide.ahead(), strict=True)]
+        return padded(some, self.last.device).masked_fill(~self.live[:, None], -1)
+
+    def choose(self, scores: Tensor, logits: Tensor, offer: Tensor) -> Tensor:
+        at = offer.clamp(min=0)[:, None]
+        score = scores.gather(1, at)[:, 0]
+        self._offered.append(logits.gather(1, at)[:, 0] - logits.logsumexp(-1))
+        words = F.pad(self._words, (0, scores.shape[1] - len(self._words)))
+        best, word = scores.masked_fill(~words, float("-inf")).max(-1)
+        matters = words[at[:, 0]] | (at == self.ends).any(-1)
+        token = torch.where(matters & (best > score + self._margin), word, at[:, 0])
+        # What the grammar forbids, and what no hypothesis offers, is the LLM's to choose.
+        return torch.where((offer >= 0) & score.isfinite(), token, scores.argmax(-1))
+
+    def keep(self, tokens: Tensor, known: Tensor, ahead: Tensor) -> None:
+        super().keep(tokens, known, ahead)
+        offers = F.pad(ahead, (0, 1), value=-1).tolist()
+        values, guide = torch.stack(self._offered, 1).tolist(), self.guide()
+        assert guide is not None
+        back = []
+        for i, (row, ids, (own, end)) in enumerate(zip(self.rows, tokens.tolist(), guide.aligned(),
+                                                       strict=True)):
+            n, answer = sum(token >= 0 for token in ids), self.answers[row].ids
+            if n and offers[i][n - 1] not in (-1, ids[n - 1]):
+                departed = len(answer) - 1, offers[i][n - 1], values[i][n - 1]
+                self._departed.setdefault(row, departed)
+            if row not in self._departed:
+                continue
+            if own or (end and answer[-1] in self._stops[row]):
+                del self._departed[row]
+            elif len(answer) - self._departed[row][0] >= _TOKENS or not self.live[i]:
+                back.append(i)
+        if back:
+            self._take_back(back)
+
+    def _take_back(self, rows: Sequence[int]) -> None:
+        counts = torch.zeros_like(self.left)
+        for i in rows:
+            answer, stops = self.answers[self.rows[i]], self._stops[self.rows[i]]
+            length, token, value = self._departed.pop(self.rows[i])
+            counts[i] = len(answer.ids) - length - 1  # the last one is not read yet
+            self.answers[self.rows[i]] = Decoded([*answer.ids[:length], token],
+                                                 [*answer.log_probs[:length], value])
+            self.left[i] = self._room[self.rows[i]] - length - 1
+            self.live[i] = bool(self.left[i] > 0) and token not in stops
+            self.last[i] = token if self.live[i] else -1
+        self.state.drop(counts)
+        # Processors cannot go back: they begin anew, and read what stands.
+        self.processors = list(self._make())
+        index = torch.tensor(self.rows).to(self.live.device)
+        for processor in self.processors:
+            processor.reorder(index)
+            processor.advance(padded([self.answers[row].ids for row in self.rows], index.device))
