@@ -120,7 +120,7 @@ def test_predict_answers_long_files_by_windows(unislu: Run, tiny_run: Callable[.
     (["runs/tiny", "a.wav", "--batch-size", "0"], "--batch-size: should be greater"),
     (["runs/tiny", "a.wav", "--num-beams", "0"], "needs --num-beams 1 or more"),
     (["runs/tiny", "a.wav"], "a.wav: audio file does not exist"),
-    (["runs/tiny", "a.wav", "--n-best", "2"], "--n-best 2 needs --num-beams 2"),
+    (["runs/tiny", "a.wav", "--n-best", "2"], "needs --num-beams 2"),
     (["runs/tiny", "a.wav", "--grounded", "--no-grammar"], "--grounded needs the grammar"),
     (["runs/tiny", "a.wav", "--overlap", "2"], "add --long-form"),
 ])

@@ -66,6 +66,7 @@ def predict(model: Annotated[Path, tyro.conf.arg(metavar="MODEL")],
             tasks: tuple[str, ...] = ("all",),
             as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
             long_form: bool = False, overlap: float = 0.0, num_beams: int = 1, n_best: int = 1,
+            transcript: Literal["rewrite", "margin", "verbatim"] | None = None,
             grounded: bool = False, no_grammar: bool = False, confidences: bool = False,
             batch_size: int = 8) -> int:
     """Print transcript, entities and labels of audio files.
@@ -81,6 +82,7 @@ def predict(model: Annotated[Path, tyro.conf.arg(metavar="MODEL")],
         overlap: Seconds by which windows overlap.
         num_beams: Beams; 1 is greedy.
         n_best: With --json: alternatives to print, at most as many as beams.
+        transcript: How a hypothesis becomes the transcript; default: the model's own way.
         grounded: Phrases of span tasks are whole words of the transcript.
         no_grammar: Let the model write freely, malformed or not.
         confidences: With --json: how sure the decoder is of tokens, entities and labels.
@@ -90,8 +92,7 @@ def predict(model: Annotated[Path, tyro.conf.arg(metavar="MODEL")],
     if not audio:
         raise UserError("no audio file is named; give one or more")
     if not 1 <= n_best <= num_beams:
-        raise UserError(f"--n-best {n_best} needs --num-beams {max(n_best, 1)} or more and is 1 or "
-                        "more")
+        raise UserError(f"--n-best {n_best} (1 or more) needs --num-beams {max(n_best, 1)} or more")
     if grounded and no_grammar:
         raise UserError("--grounded needs the grammar; drop --no-grammar")
     if overlap and not long_form:
@@ -107,7 +108,8 @@ def predict(model: Annotated[Path, tyro.conf.arg(metavar="MODEL")],
         run.registry()[name]  # an unknown task is named before the model is loaded
     options = check(DecodeConfig, {
         "batch_size": batch_size, "num_beams": num_beams, "grounded": grounded, "force_task": True,
-        "grammar": not no_grammar}, lambda place: f"--{place[0]}".replace("_", "-"))
+        "grammar": not no_grammar, "transcript": transcript},
+        lambda place: f"--{place[0]}".replace("_", "-"))
     loaded, failed = None, 0
     for start in range(0, len(audio), _CHUNK):
         good = list(_readable(audio[start:start + _CHUNK], long_form))
@@ -181,7 +183,7 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
     Args:
         model: Whisper checkpoint (name or folder), or run folder or folder of a saved model.
         manifests: JSON-lines files.
-        out: Folder of the copies; it remembers transcripts for the next call.
+        out: Folder of the copies; a call that is stopped goes on from what it made.
         source: Of a saved model: its decoder's transcript, or the greedy text of its ctc projector.
         language: Whisper language code of rows that name none.
         tasks_file: YAML list of tasks; default: named entities and sentiment.

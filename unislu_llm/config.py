@@ -16,6 +16,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from unislu_llm.loss import LossMode
 
 Precision = Literal["fp32", "bf16"]
+Transcript = Literal["rewrite", "margin", "verbatim"]  # as ModelConfig.transcript says
 _JSON = tyro.conf.arg(constructor=json.loads, metavar="JSON")  # a flag whose value is JSON
 # Strict: otherwise `"5"` and `true` would pass for numbers.
 Count = Annotated[int, Field(ge=0, strict=True)]
@@ -87,6 +88,9 @@ class ModelConfig(Section):
     """Text before the hypothesis."""
     hypothesis_bias: Rate = 0.0
     """Nats by which decoding favours the next words of the hypothesis, else of the ctc text."""
+    transcript: Literal["auto"] | Transcript = "auto"
+    """The hypothesis becomes the transcript: rewrite by the LLM, by a margin (it departs only where
+    it is surer of another word by hypothesis_bias), verbatim; auto: validation chooses."""
     recogniser: str = ""
     """What makes hypotheses: a Whisper or saved model, ctc (the projector), empty: the encoder."""
     quantization: Literal["none", "8bit", "4bit"] = "none"
@@ -186,8 +190,6 @@ class TrainConfig(Section):
     """Peak learning rates; the schedule is a linear warm-up and a cosine to zero."""
     warmup_steps: Count = 50
     """Steps of the warm-up."""
-    weight_decay: Rate = 0.0
-    """AdamW weight decay, not on norms and biases."""
     max_grad_norm: Rate = 1.0
     """Gradient clipping; 0 switches it off."""
     precision: Precision = "fp32"
@@ -198,8 +200,6 @@ class TrainConfig(Section):
     """Of data order, initial weights and dropout."""
     eval_every: Count = 0
     """Steps between validations by generation; 0 validates before and after training."""
-    log_every: Positive = 1
-    """Steps between log lines."""
     save_every: Count = 0
     """Steps between checkpoints; 0 saves at each validation."""
     threads: Count = 0
@@ -229,6 +229,8 @@ class DecodeConfig(Section):
     """Sample at this temperature; 0 takes the likeliest token."""
     hypothesis_bias: Rate | None = None
     """In place of the model's own hypothesis_bias."""
+    transcript: Transcript | None = None
+    """rewrite, margin or verbatim, in place of the model's own transcript."""
 
     def bound(self, seconds: float) -> int:
         """New tokens allowed for so many seconds of audio."""

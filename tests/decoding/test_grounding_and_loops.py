@@ -45,9 +45,9 @@ def test_loops_are_cut_and_counted(build: Build, kind: str) -> None:
     said: list[torch.Tensor] = []
 
     def stuck(hidden: torch.Tensor) -> torch.Tensor:
-        scores = torch.full((len(hidden), len(model.tokenizer.base)), -5.0)
+        scores = torch.full((*hidden.shape[:-1], len(model.tokenizer.base)), -5.0)
         said.append(scores)
-        scores[:, phrase[(len(said) - 1) % len(phrase)]] = 5.0
+        scores[..., phrase[(len(said) - 1) % len(phrase)]] = 5.0
         return scores
 
     model.logits = stuck  # type: ignore[method-assign, assignment]

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
-from tests.decoding.common import REGISTRY, Build, batch_of, decode, decode_ids, noise
+from tests.decoding.common import Build, batch_of, decode, decode_ids, noise
 from unislu_llm.decoding.greedy import Greedy, Margin
 from unislu_llm.decoding.hypothesis_bias import HypothesisBias
 from unislu_llm.decoding.loops import loop_start
 from unislu_llm.decoding.vocabulary import vocabulary_of
-from unislu_llm.models.base import SLUModel
 from unislu_llm.models.kv_cache import State
 from unislu_llm.tasks import SEPARATOR
 from unislu_llm.tokenizer import UnifiedTokenizer
@@ -73,7 +72,8 @@ def run(model: Script, hypotheses: Sequence[Sequence[int]], margin: float | None
     search = Greedy(*given) if margin is None else Margin(
         *given, margin, vocabulary_of(model.tokenizer).words)
     answers, state = search.run()
-    for answer, keys, mask in zip(answers, state.cache.layers[0].keys, state.mask, strict=True):  # type: ignore[attr-defined]
+    cache: Any = state.cache
+    for answer, keys, mask in zip(answers, cache.layers[0].keys, state.mask, strict=True):
         assert keys[0, mask, 0].tolist() == answer.ids[:-1], "read but for the last one"
         assert len(answer.log_probs) == len(answer.ids)
     return [answer.ids for answer in answers]
@@ -112,7 +112,7 @@ def test_rewriting_is_one_token_at_a_time(build: Build, kind: str, way: str, bia
         "force_task": way != "model chooses", "tokens_per_second": 20.0}
     passes: list[int] = []
     step = model.step
-    model.step = lambda *given: (passes.append(1), step(*given))[1]  # type: ignore[method-assign]
+    monkeypatch.setattr(model, "step", lambda *given: (passes.append(1), step(*given))[1])
 
     def ids(texts: Sequence[str], which: Sequence[Tensor]) -> list[Any]:
         passes.clear()
@@ -134,8 +134,8 @@ def test_word_for_word(build: Build, free: bool, monkeypatch: pytest.MonkeyPatch
     model, waves = build("gemma3_text", 3, separator=2.0, hypothesis="manifest"), noise(len(TEXTS))
     seen: list[int] = []
     logits = model.logits
-    model.logits = lambda hidden: (seen.append(hidden[..., 0].numel()),  # type: ignore[method-assign]
-                                   logits(hidden))[1]
+    monkeypatch.setattr(model, "logits", lambda hidden: (
+        seen.append(hidden[..., 0].numel()), logits(hidden))[1])
     kept = []
     for text in TEXTS:  # as tokens, of which no `[` is one that may stand
         said = model.tokenizer.text_ids(text) if text else []
@@ -143,7 +143,8 @@ def test_word_for_word(build: Build, free: bool, monkeypatch: pytest.MonkeyPatch
         kept.append(model.tokenizer.decode(plain))
     assert kept[:2] == TEXTS[:2]
     assert len(kept[2]) < len(TEXTS[2]) / 3
-    assert "[" in TEXTS[4] and "[" not in kept[4]
+    assert "[" in TEXTS[4]
+    assert "[" not in kept[4]
     tasks = [["ner", "sa"]] * len(TEXTS)
     options: dict[str, Any] = {"force_task": not free, "transcript": "verbatim"}
     answers = decode(model, waves, tasks, TEXTS, **options)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ from torch import Tensor
 from transformers import LogitsProcessor, LogitsProcessorList
 
 from tests.decoding.common import Build, batch_of, noise
-from unislu_llm.decoding.search import beam_search, one_by_one
+from unislu_llm.decoding.greedy import Greedy
+from unislu_llm.decoding.search import beam_search
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.kv_cache import State
 
@@ -89,7 +91,7 @@ def test_one_beam_is_greedy_and_more_score_no_worse(prompt: Any) -> None:
     for seed in range(4):
         model, rows, louder = prompt(seed)
         ends, room = [[model.tokenizer.eos_id]] * len(rows), [ROOM, 5, ROOM]
-        greedy = one_by_one(model, read(model, rows), room, ends, [louder])
+        greedy = Greedy(model, read(model, rows), room, ends, partial(list, [louder])).run()[0]
         one = beam_search(model, read(model, rows), room, ends, [louder], 1)
         assert [d.ids for d in greedy] == [ranked[0].ids for ranked in one]
         assert all(len(d.ids) <= n for d, n in zip(greedy, room, strict=True))

@@ -24,14 +24,13 @@ def test_warm_up_then_cosine_to_zero() -> None:
     assert values[10:] == sorted(values[10:], reverse=True)
 
 
-def test_groups_have_their_rates_and_vectors_no_decay() -> None:
+def test_groups_have_their_rates() -> None:
     net, adapter = nn.Linear(3, 2), nn.Parameter(torch.ones(2, 2))
-    config = TrainConfig(weight_decay=0.1, warmup_steps=10)
+    config = TrainConfig(warmup_steps=10)
     groups = {"projector": list(net.named_parameters()), "lora": [("x", adapter)]}
     optimizer = build_optimizer(groups, config)
-    assert {(g["name"], g["peak"], g["weight_decay"]) for g in optimizer.param_groups} == {
-        ("projector", config.lr.projector, 0.1), ("projector", config.lr.projector, 0.0),
-        ("lora", config.lr.lora, 0.1)}
+    assert [(g["name"], g["peak"]) for g in optimizer.param_groups] == [
+        ("projector", config.lr.projector), ("lora", config.lr.lora)]
     set_rates(optimizer, config, 0, total=100)
     assert group_rates(optimizer)["lr_lora"] == pytest.approx(config.lr.lora / 10)
     set_rates(optimizer, config, 1, total=8)  # of a short run a quarter warms up

@@ -94,7 +94,7 @@ def fill(answer: Answer, tokenizer: UnifiedTokenizer, ranked: Mapping[str, Seque
             answer.alternatives[name] = [
                 {"text": parsed.transcript, "outputs": parsed.outputs, "problems": parsed.problems,
                  "score": _geometric([p for i, p in zip(decoded.ids, decoded.log_probs, strict=True)
-                                      if i not in controls])}
+                                      if i not in controls and not math.isnan(p)])}
                 for parsed, decoded in zip(read, answers, strict=True)]
     return answer
 
@@ -142,10 +142,11 @@ def _confidence(tokenizer: UnifiedTokenizer, decoded: Decoded, name: str) -> dic
     ends = {tokenizer.eos_id, tokenizer.marker_ids[SEPARATOR]}
     cut = next((n for n, i in enumerate(ids) if i in ends), len(ids))
     texts = vocabulary_of(tokenizer).texts
-    found: dict[str, Any] = {
-        "text": _geometric(known[:cut + 1]),
-        "tokens": [[texts[i] if i < len(texts) else "", round(math.exp(p), 6)]
-                   for i, p in zip(ids[:cut], known, strict=False)]}
+    found: dict[str, Any] = {}
+    if not any(map(math.isnan, known[:cut + 1])):  # as those of a hypothesis kept word for word
+        found = {"text": _geometric(known[:cut + 1]),
+                 "tokens": [[texts[i] if i < len(texts) else "", round(math.exp(p), 6)]
+                            for i, p in zip(ids[:cut], known, strict=False)]}
     if name == ASR:
         return found
     task = tokenizer.registry[name]

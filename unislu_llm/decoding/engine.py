@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -12,15 +13,18 @@ from unislu_llm.config import DecodeConfig
 from unislu_llm.data.batch import Batch
 from unislu_llm.decoding.answer import Answer, fill
 from unislu_llm.decoding.grammar import GrammarProcessor, Request, grammar_of, label_ids
+from unislu_llm.decoding.greedy import Greedy, Make, Margin
 from unislu_llm.decoding.hypothesis_bias import HypothesisBias
+from unislu_llm.decoding.loops import loop_start
 from unislu_llm.decoding.search import (
     Decoded,
+    Ends,
     Processor,
     beam_search,
-    one_by_one,
     padded,
     score_labels,
 )
+from unislu_llm.decoding.vocabulary import vocabulary_of
 from unislu_llm.errors import UserError
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.kv_cache import State
@@ -64,6 +68,7 @@ class Engine:
         constrained = self.options.grammar or self.options.grounded
         self._grammar = grammar_of(model.tokenizer, model.device) if constrained else None
         most = self.options.max_new_tokens
+        self._transcript = self.options.transcript or model.config.transcript
         self._most = most if model.room is None else min(most, model.room)
         self._plans = {name: self._plan(name) for name in (ASR, *model.registry.names)}
 
@@ -99,10 +104,17 @@ class Engine:
         training = self.model.training
         self.model.eval()
         try:
-            state = self.model.prefill(batch.to(self.model.device))
-            read, by_ctc = state.hypothesis, state.ctc_hypothesis
-            way = self._by_task if self.options.force_task else self._free
-            found, shares = way(state, batch.durations, names)
+            read, by_ctc = self.model.hypotheses(batch), None
+            if (read is not None and self._transcript == "verbatim" and self.options.force_task
+                    and all(some == [ASR] for some in names)):  # there is nothing to ask the LLM
+                end = Decoded([tokenizer.eos_id], [math.nan])
+                found: Found = {(i, ASR): [self._kept(ids) + end] for i, ids in enumerate(read)}
+                shares: Shares = {}
+            else:
+                state = self.model.prefill(batch.to(self.model.device))
+                by_ctc = state.ctc_hypothesis
+                way = self._by_task if self.options.force_task else self._free
+                found, shares = way(state, batch.durations, names)
         finally:
             self.model.train(training)
         answers = []
@@ -124,9 +136,18 @@ class Engine:
         requests = [(some[0], False) for some in names]
         need = [self._grammar.need(r) if self._grammar else 0 for r in requests]
         room = [self._budget(s, n) for s, n in zip(seconds, need, strict=True)]
-        ranked = self._search(state, room, [[self.model.tokenizer.eos_id]] * len(names),
-                              self._processors(requests, room, state))
-        return {(i, name): ranked[i] for i, some in enumerate(names) for name in some}, {}
+        make, heads = self._maker(requests, room, state), [Decoded()] * len(names)
+        eos = self.model.tokenizer.eos_id
+        if verbatim := self._way(state) == "verbatim":
+            heads = self._verbatim(state)
+            limits = [self._budget(s, n, len(head.ids))
+                      for s, n, head in zip(seconds, need, heads, strict=True)]
+            room = [limit - len(h.ids) for limit, h in zip(limits, heads, strict=True)]
+            make = self._behind(requests, limits, heads, Ends([self._ids[SEPARATOR], eos]))
+        ends = [[eos]] * len(names)
+        ranked, _ = self._search(state, room, ends, make, None if verbatim else state)
+        return {(i, name): [heads[i] + tail for tail in ranked[i]]
+                for i, some in enumerate(names) for name in some}, {}
 
     def _by_task(self, state: State, seconds: Sequence[float],
                  names: Sequence[list[str]]) -> tuple[Found, Shares]:
@@ -145,87 +166,175 @@ class Engine:
             room.append(min(self._most, max(need, self._budget(length, need) - reserve)))
         eos, separator = self.model.tokenizer.eos_id, self._ids[SEPARATOR]
         stops = [[eos if some == [ASR] else separator, eos] for some in names]
-        ranked = self._search(state, room, stops, self._processors(requests, room, state))
-        if self.options.num_beams > 1:
-            # The beams' own states are gone; the best transcripts are read again, in one step.
-            ids = padded([answers[0].ids[:-1] for answers in ranked], state.mask.device)
-            if ids.shape[1]:
-                self.model.step(state, ids.clamp(min=0), ids >= 0)
+        verbatim = self._way(state) == "verbatim"
+        if verbatim:
+            ranked = [[head + Decoded([stop], [math.nan])] for head, (stop, *_) in
+                      zip(self._verbatim(state), stops, strict=True)]
+        else:
+            make = self._maker(requests, room, state)
+            ranked, state = self._search(state, room, stops, make, state)
         # Rows are of different length: without gaps, sliding windows see what they would alone.
-        state = state.compact()
+        state.compact()
         pairs = [(i, name) for i, some in enumerate(names) for name in some]
         found: Found = {pair: ranked[pair[0]] for pair in pairs}
         pairs = [(i, name) for i, name in pairs
                  if name != ASR and ranked[i][0].ids[-1:] == [separator]]
-        shares = self._score(state, [p for p in pairs if self._plans[p[1]].scored], found)
-        self._continue(state, [p for p in pairs if not self._plans[p[1]].scored], seconds, found)
-        return found, shares
+        budgets = {(i, name): self._budget(seconds[i], self._plans[name].need,
+                                           len(ranked[i][0].ids) if verbatim else 0)
+                   for i, name in pairs}
+        return found, self._answer_tasks(state, pairs, budgets, found)
 
-    def _score(self, state: State, pairs: Sequence[Pair], found: Found) -> Shares:
+    def _answer_tasks(self, state: State, pairs: Sequence[Pair], budgets: Mapping[Pair, int],
+                      found: Found) -> Shares:
+        """Answer tasks behind their transcripts, all of them in one batch."""
+        scored = [pair for pair in pairs if self._plans[pair[1]].scored]
+        # Without the grammar, a transcript may have used all of its budget.
+        others = [pair for pair in pairs if not self._plans[pair[1]].scored
+                  and len(found[pair][0].ids) + 1 < budgets[pair]]
+        pairs, n = [*scored, *others], len(scored)
+        if not pairs:
+            return {}
+        tasks, separator = [self.model.registry[name] for _, name in pairs], self._ids[SEPARATOR]
+        heads = [[separator, self._ids[task.marker]] for task in tasks]
+        for head, task in zip(heads[:n], tasks, strict=False):
+            assert isinstance(task, LabelTask)
+            head.append(self._ids[task.open])
+        state = state.take([i for i, _ in pairs])
+        hidden = self._feed(state, heads)
+        shares = self._score(state, scored, hidden[:n], found)
+        if others:
+            state = state.take(range(n, len(pairs)))
+            state.compact()
+            self._continue(state, others, hidden[n:], budgets, found)
+        return shares
+
+    def _score(self, state: State, pairs: Sequence[Pair], hidden: Tensor, found: Found) -> Shares:
         """Answer tasks with one label by their labels, the likeliest first."""
         shares: Shares = {}
         for name in dict.fromkeys(name for _, name in pairs):
-            task, some = self.model.registry[name], [pair for pair in pairs if pair[1] == name]
+            task, some = self.model.registry[name], [n for n, p in enumerate(pairs) if p[1] == name]
             assert isinstance(task, LabelTask)
-            rows, answers = score_labels(self.model, state.take([i for i, _ in some]), task)
-            for pair, row, labels in zip(some, rows, answers, strict=True):
+            rows, answers = score_labels(self.model, state.take(some), hidden[some], task)
+            for pair, row, labels in zip([pairs[n] for n in some], rows, answers, strict=True):
                 order = row.argsort(descending=True, stable=True).tolist()
                 found[pair] = [found[pair][0] + labels[label] for label in order]
                 shares[pair] = row
         return shares
 
-    def _continue(self, state: State, pairs: Sequence[Pair], seconds: Sequence[float],
-                  found: Found) -> None:
-        """Decode tasks behind their transcripts, all of them in one batch."""
-        budgets = {(i, name): self._budget(seconds[i], self._plans[name].need)
-                   for i, name in pairs}
-        # Without the grammar, a transcript may have used all of its budget.
-        pairs = [p for p in pairs if len(found[p][0].ids) + 1 < budgets[p]]
-        if not pairs:
-            return
-        state = state.take([i for i, _ in pairs])
-        controls = [self._ids[self.model.registry[name].marker] for _, name in pairs]
-        opening = torch.tensor([[self._ids[SEPARATOR], control] for control in controls],
-                               device=state.mask.device)
-        hidden = self.model.step(state, opening)
+    def _continue(self, state: State, pairs: Sequence[Pair], hidden: Tensor,
+                  budgets: Mapping[Pair, int], found: Found) -> None:
+        """Decode tasks behind their control tokens; `hidden` `(pairs, 2, dim)` of `[T/L]` and
+        these."""
         state.hidden = hidden[:, 1]
         # The control token is forced, and still has the probability that the model gave it.
-        log_probs = self.model.logits(hidden[:, 0]).float().log_softmax(-1)
+        controls = [self._ids[self.model.registry[name].marker] for _, name in pairs]
+        index = torch.tensor(controls).to(hidden.device)[:, None]
+        log_probs = self.model.logits(hidden[:, 0]).float().log_softmax(-1).gather(1, index)
         heads = [found[pair][0] + Decoded([control], known) for pair, control, known
-                 in zip(pairs, controls, log_probs.gather(1, opening[:, 1:]).tolist(), strict=True)]
-        # The grammar starts anew and reads the transcripts: each task has a budget of its own.
-        processors = self._processors([(name, True) for _, name in pairs],
-                                      [budgets[pair] for pair in pairs])
-        for processor in processors:
-            processor.advance(padded([h.ids for h in heads], state.mask.device, "left"))
-        room = [budgets[pair] - len(h.ids) for pair, h in zip(pairs, heads, strict=True)]
-        ranked = self._search(state, room, [[self.model.tokenizer.eos_id]] * len(pairs), processors)
+                 in zip(pairs, controls, log_probs.tolist(), strict=True)]
+        limits = [budgets[pair] for pair in pairs]
+        make = self._behind([(name, True) for _, name in pairs], limits, heads)
+        room = [limit - len(h.ids) for limit, h in zip(limits, heads, strict=True)]
+        ends = [[self.model.tokenizer.eos_id]] * len(pairs)
+        ranked, _ = self._search(state, room, ends, make)
         found |= {pair: [head + tail for tail in tails]
                   for pair, head, tails in zip(pairs, heads, ranked, strict=True)}
 
     def _search(self, state: State, room: Sequence[int], stops: Sequence[Sequence[int]],
-                processors: Sequence[Processor]) -> list[list[Decoded]]:
-        if self.options.num_beams > 1:
-            return beam_search(self.model, state, room, stops, processors, self.options.num_beams)
-        return [[answer] for answer in one_by_one(self.model, state, room, stops, processors,
-                                                  self.options.temperature)]
+                make: Make, read: State | None = None) -> tuple[list[list[Decoded]], State]:
+        """Answers, best first, and the state in which the best ones but for their last tokens are
+        read; `read` is what a transcript is decoded from."""
+        beams = self.options.num_beams
+        if beams > 1:
+            ranked = beam_search(self.model, state, room, stops, make(), beams)
+            # The beams' own states are gone; the best answers are read again, in one step.
+            self._feed(state, [answers[0].ids[:-1] for answers in ranked])
+            return ranked, state
+        if read is not None and self._way(read) == "margin":
+            words = vocabulary_of(self.model.tokenizer).words.to(state.mask.device)
+            search: Greedy = Margin(self.model, state, room, stops, make, self._bias, words)
+        else:
+            search = Greedy(self.model, state, room, stops, make, self.options.temperature)
+        answers, state = search.run()
+        return [[answer] for answer in answers], state
 
-    def _budget(self, seconds: float, need: int) -> int:
-        """New tokens of an answer: by audio length, but with room for the shortest."""
-        return min(self._most, max(self.options.bound(seconds), need))
+    def _verbatim(self, state: State) -> list[Decoded]:
+        """Read the hypotheses as transcripts."""
+        kept = [self._kept(ids) for ids in self._hypotheses(state) or ()]
+        self._feed(state, [transcript.ids for transcript in kept])
+        return kept
 
-    def _processors(self, requests: Sequence[Request], budgets: Sequence[int],
-                    state: State | None = None) -> list[Processor]:
-        """The grammar, and for transcripts from a state the hypothesis bias before it."""
-        found: list[Processor] = []
+    def _kept(self, hypothesis: Sequence[int]) -> Decoded:
+        """A hypothesis as a transcript, of which nothing is known but what it says."""
+        plain, start = vocabulary_of(self.model.tokenizer).plain, loop_start(hypothesis)
+        ids = [i for i in hypothesis[:start] if plain[i]]  # copied, a loop would be one of ours
+        return Decoded(ids, [math.nan] * len(ids))
+
+    def _feed(self, state: State, texts: Sequence[Sequence[int]]) -> Tensor:
+        """Read ids of each row; hidden states `(rows, n, dim)` after them."""
+        ids = padded(texts, state.mask.device)
+        if not ids.shape[1]:
+            return state.hidden[:, None][:, :0]
+        valid = ids >= 0
+        hidden = self.model.step(state, ids.masked_fill(~valid, self.model.tokenizer.pad_id), valid)
+        last = valid.sum(-1)[:, None, None] - 1
+        behind = hidden.gather(1, last.clamp(min=0).expand(-1, 1, hidden.shape[2]))[:, 0]
+        state.hidden = torch.where(last[:, 0] < 0, state.hidden, behind)
+        return hidden
+
+    def _budget(self, seconds: float, need: int, verbatim: int = 0) -> int:
+        """New tokens of an answer: by audio length, but with room for the shortest, and behind
+        `verbatim` tokens of a hypothesis for as much as there is behind any."""
+        budget = min(self._most, max(self.options.bound(seconds), need))
+        return max(budget, verbatim + need + self.options.bound(0)) if verbatim else budget
+
+    @property
+    def _bias(self) -> float:
         bonus = self.options.hypothesis_bias
-        if bonus is None:
-            bonus = self.model.config.hypothesis_bias
-        if state is not None and bonus:
-            # A model that reads no hypothesis is drawn to the one of its `ctc` projector.
-            read = state.ctc_hypothesis if state.hypothesis is None else state.hypothesis
-            if read is not None:
-                found.append(HypothesisBias(self.model.tokenizer, read, bonus, self.model.device))
-        if self._grammar is not None:
-            found.append(GrammarProcessor(self._grammar, requests, budgets, self.options.grounded))
-        return found
+        return self.model.config.hypothesis_bias if bonus is None else bonus
+
+    @staticmethod
+    def _hypotheses(state: State) -> list[list[int]] | None:
+        """Ids of what transcripts go by: what the model reads, else its `ctc` projector's text."""
+        return state.ctc_hypothesis if state.hypothesis is None else state.hypothesis
+
+    def _way(self, state: State) -> str:
+        """How transcripts are made: `rewrite` where there is no hypothesis."""
+        if self._hypotheses(state) is None:
+            return "rewrite"
+        return self._transcript
+
+    def _maker(self, requests: Sequence[Request], budgets: Sequence[int], state: State) -> Make:
+        """What makes the processors of transcripts: the grammar, and before it the bias."""
+        read, margin = self._hypotheses(state), self._way(state) == "margin"
+        if read is not None and margin:  # copied, a loop would be one of ours
+            read = [ids[:loop_start(ids)] for ids in read]
+
+        def make() -> list[Processor]:
+            grammar = self._processors(requests, budgets)
+            if read is None:
+                return grammar
+            # By a margin, nothing is added to the scores: it is what they are compared by.
+            return [HypothesisBias(self.model.tokenizer, read, 0.0 if margin else self._bias,
+                                   self.model.device), *grammar]
+
+        return make
+
+    def _behind(self, requests: Sequence[Request], budgets: Sequence[int],
+                heads: Sequence[Decoded], *more: Processor) -> Make:
+        """What makes the processors of tasks: a grammar that starts anew and reads what stands, so
+        that each task has a budget of its own."""
+        read = padded([head.ids for head in heads], self.model.device, "left")
+
+        def make() -> list[Processor]:
+            processors = self._processors(requests, budgets)
+            for processor in processors:
+                processor.advance(read)
+            return [*processors, *more]
+
+        return make
+
+    def _processors(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Processor]:
+        """The grammar."""
+        return [] if self._grammar is None else [
+            GrammarProcessor(self._grammar, requests, budgets, self.options.grounded)]

@@ -51,9 +51,36 @@ class HypothesisBias:
         self._cost = torch.where(self._place <= self._length, self._place, _FAR)
         self._at = (self._place == 0).expand_as(self._cost)
         self._open = self._length[:, 0] > 0
+        # For :meth:`ahead`: all tokens, and behind each number of words the index that follows.
+        self._all = [list(ids) for ids in hypotheses]
+        self._after = [[0, *(i + 1 for i, token in enumerate(ids) if words[token])]
+                       for ids in self._all]
+        self._row = torch.arange(len(self._all), device=device)
+        self._led = torch.ones_like(self._open)  # whether the last word is the hypothesis' own
+        self._since = torch.zeros_like(self._row)  # tokens since then, all punctuation
+
+    def aligned(self) -> list[tuple[bool, bool]]:
+        """Of each row, whether its last word is the hypothesis' own, and whether the transcript may
+        have come to the hypothesis' end."""
+        end = (self._at & (self._place == self._length)).any(-1)
+        return list(zip(self._led.tolist(), end.tolist(), strict=True))
+
+    def ahead(self) -> list[list[int] | None]:
+        """Of each row the tokens of the hypothesis that come next; None where the last word of the
+        transcript is not the hypothesis' own, and behind the transcript."""
+        place = self._at.int().argmax(-1)  # the first of equal ones
+        found: list[list[int] | None] = []
+        for row, n, since, led in torch.stack(
+                [self._row, place, self._since, self._led.long()], 1).tolist():
+            ids, after = self._all[row], self._after[row]
+            word = after[n + 1] - 1 if n + 1 < len(after) else len(ids)
+            # Punctuation stands for that of the hypothesis, whatever it is.
+            found.append(ids[min(after[n] + since, word):] if led else None)
+        return found
 
     def reorder(self, rows: Tensor) -> None:
-        self._ids, self._length = self._ids[rows], self._length[rows]
+        self._ids, self._length, self._row = self._ids[rows], self._length[rows], self._row[rows]
+        self._led, self._since = self._led[rows], self._since[rows]
         self._cost, self._at, self._open = self._cost[rows], self._at[rows], self._open[rows]
 
     def advance(self, tokens: Tensor) -> None:
@@ -76,9 +103,14 @@ class HypothesisBias:
             moves = ((token >= 0) & word)[:, None]
             self._cost = torch.where(moves, new, old)
             self._at = torch.where(moves, at, self._at)
+            self._led = torch.where(moves[:, 0], led.any(-1), self._led)
+            self._led = self._led & (token != self._separator)
+            self._since = torch.where(moves[:, 0], 0, self._since + (token >= 0).long())
             self._open = self._open & (token != self._separator)
 
     def __call__(self, scores: Tensor) -> Tensor:
+        if not self._bonus:
+            return scores
         # The bonus comes once for each token, wherever in the hypothesis it is expected.
         at = self._at & self._open[:, None]
         last = self._place == self._length

@@ -1,4 +1,4 @@
-"""Greedy decoding, sampling, beam search, and the search over all labels of a task."""
+"""Beam search, the search over all labels of a task, and what all ways to decode share."""
 
 from __future__ import annotations
 
@@ -48,45 +48,24 @@ class Processor(Protocol):
         """Take over these rows, `(n,)`; one may come several times."""
 
 
-def one_by_one(model: SLUModel, state: State, room: Sequence[int], stops: Sequence[Sequence[int]],
-               processors: Sequence[Processor] = (), temperature: float = 0.0) -> list[Decoded]:
-    """Continue each row by its likeliest token, or with a temperature by a drawn one.
+class Ends:
+    """Processor under which the next token is one of these ids."""
 
-    Args:
-        model: in eval mode.
-        state: what was read. A row's tokens but for its last one are read into it; rows that
-            are done sooner than others leave gaps (:meth:`State.compact`).
-        room: new tokens that each row may have.
-        stops: ids behind which each row is done, equally many.
-        processors: change the scores, one after the other.
-        temperature: 0 for the likeliest.
-    """
-    hidden, ends = state.hidden, torch.tensor(stops, device=state.hidden.device)
-    left = torch.tensor(list(room), device=hidden.device)[:, None]
-    live, going = left > 0, max(room) > 0
-    columns, known = [], []
-    while going:
-        log_probs, scores = _scores(model, hidden, processors)
-        if temperature:
-            token = torch.multinomial((scores / temperature).softmax(-1), 1)
-        else:
-            token = scores.argmax(-1, keepdim=True)
-        columns.append(token.masked_fill(~live, -1))
-        known.append(log_probs.gather(1, token))
-        left = left - 1
-        live = live & (left > 0) & ~(token == ends).any(-1, keepdim=True)
-        going = bool(live.any())  # the only wait for the device in a step
-        if going:
-            for processor in processors:
-                processor.advance(columns[-1])
-            fed = token.masked_fill(~live, model.tokenizer.pad_id)
-            hidden = model.step(state, fed, live)[:, -1]
-    if not columns:
-        return [Decoded() for _ in room]
-    # One copy from the device at the end, in place of one a step.
-    ids, values = torch.cat(columns, 1).tolist(), torch.cat(known, 1).tolist()
-    lengths = [sum(i >= 0 for i in row) for row in ids]
-    return [Decoded(row[:n], ps[:n]) for row, ps, n in zip(ids, values, lengths, strict=True)]
+    def __init__(self, ids: Sequence[int]) -> None:
+        self._ids: list[int] | None = list(ids)
+
+    def __call__(self, scores: Tensor) -> Tensor:
+        if self._ids is None:
+            return scores
+        out = torch.full_like(scores, float("-inf"))
+        out[:, self._ids] = scores[:, self._ids]
+        return out
+
+    def advance(self, tokens: Tensor) -> None:
+        self._ids = None
+
+    def reorder(self, rows: Tensor) -> None:
+        pass
 
 
 # A running answer: the sum of its tokens' scores, the beam that it continues, and the answer.
@@ -99,7 +78,8 @@ def beam_search(model: SLUModel, state: State, room: Sequence[int], stops: Seque
 
     As in transformers' beam search with `length_penalty` 1 and `early_stopping` False: an answer
     ranks by its mean score; a row is done when its best running beam, at its present length, is
-    no better than the worst of `beams` finished ones. The state stays; see :func:`one_by_one`.
+    no better than the worst of `beams` finished ones. The state stays; arguments as of
+    :class:`~unislu_llm.decoding.greedy.Greedy`.
     """
     device = state.hidden.device
     chosen = [row for row in range(len(room)) for _ in range(beams)]
@@ -176,14 +156,18 @@ def _sort_out(found: Sequence[Beam], over: Sequence[bool], finished: list[Decode
     return [] if beaten or ahead < _DEAD else going[:beams]
 
 
-def score_labels(model: SLUModel, state: State,
+def score_labels(model: SLUModel, state: State, hidden: Tensor,
                  task: LabelTask) -> tuple[Tensor, list[list[Decoded]]]:
     """Probability of each label after a transcript, given that the answer is one of them.
 
     Each label is scored with its closing marker after `transcript[T/L][TASK][open]`: the likeliest
     is the best of an exhaustive search, where greedy decoding takes the likeliest first token.
 
-    The state, after the transcripts and before `[T/L]`, stays as it is.
+    Args:
+        model: in eval mode.
+        state: after the transcripts and `[T/L][TASK][open]`; stays as it is.
+        hidden: `(rows, 3, dim)` after each of these three.
+        task: with one label.
 
     Returns:
         `(rows, labels)` fp32 on the CPU, and of each row every label's answer, from the control
@@ -193,8 +177,6 @@ def score_labels(model: SLUModel, state: State,
     ids = tokenizer.marker_ids
     head = [ids[m] for m in (SEPARATOR, task.marker, task.open)]
     tails = [[*label_ids(tokenizer, task, label), ids[task.close]] for label in task.labels]
-    state = state.take(range(rows))
-    hidden = model.step(state, torch.tensor(head, device=device).expand(rows, -1))
     opening = model.logits(hidden).float().log_softmax(-1)
     # The first token of a label follows the opening marker. The others, and the end of text
     # behind the closing marker, follow tokens of the label itself.

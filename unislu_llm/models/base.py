@@ -22,7 +22,7 @@ from unislu_llm.config import ModelConfig
 from unislu_llm.data.batch import Batch
 from unislu_llm.data.dataset import Collator
 from unislu_llm.errors import UserError, hint
-from unislu_llm.io import MODEL_FILE, WEIGHTS_FILE, write_json
+from unislu_llm.io import WEIGHTS_FILE
 from unislu_llm.models.encoder import SpeechEncoder
 from unislu_llm.models.head import logits_of, places, token_losses
 from unislu_llm.models.kv_cache import State
@@ -72,6 +72,10 @@ class SLUModel(nn.Module, ABC):
     @abstractmethod
     def prefill(self, batch: Batch) -> State:
         """Read speech and prompt; the targets of the batch are not looked at."""
+
+    def hypotheses(self, batch: Batch) -> list[list[int]] | None:
+        """Ids of the hypotheses in the prompt, by row; None where it has none."""
+        return None
 
     @abstractmethod
     def _read(self, state: State, valid: Tensor, **inputs: Tensor) -> Tensor:
@@ -221,10 +225,9 @@ class SLUModel(nn.Module, ABC):
         folder.mkdir(parents=True, exist_ok=True)
         weights = self.trained_state() if state is None else dict(state)
         save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt", "kind": self.kind})
-        description = Description(
+        Description(
             model_type=self.kind, model=self.config, tasks=self.registry.to_dict(),
-            bases=self.bases, ctc_tokens=list(self.ctc_tokens or ()) or None)
-        write_json(folder / MODEL_FILE, description.model_dump())
+            bases=self.bases, ctc_tokens=list(self.ctc_tokens or ()) or None).write(folder)
         self.tokenizer.base.save_pretrained(folder)
 
     def load_trained(self, folder: str | os.PathLike[str], *, partial: bool = False) -> list[str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 
@@ -56,20 +58,70 @@ class State:
                        hypothesis=chosen(self.hypothesis),
                        ctc_hypothesis=chosen(self.ctc_hypothesis))
 
-    def compact(self) -> State:
-        """The same without gaps: tokens that do not count stand before those that do."""
+    def drop(self, counts: Tensor) -> None:
+        """Take back the last tokens that count, `(rows,)` of each row."""
+        behind = self.mask.flip(-1).cumsum(-1).flip(-1)  # 1 at the last one that counts
+        self.mask = self.mask & (behind > counts[:, None])
+        self.compact()
+
+    def compact(self) -> None:
+        """Close gaps: tokens that do not count come to stand before those that do, or go."""
         # Sliding-window attention counts places, not positions. A masked token between two that
         # count would push a real one out of the window, and the answer would depend on the batch.
-        length = int(self.mask.sum(-1).max())
-        order = self.mask.long().argsort(dim=1, stable=True)[:, self.mask.shape[1] - length:]
+        width = self.mask.shape[1] - int(self.mask.flip(-1).any(0).int().argmax())
+        self.mask = self.mask[:, :width]
+        _change(self.cache, lambda t: t[:, :, :width])  # a view: nothing is copied
+        if bool((self.mask[:, :-1] & ~self.mask[:, 1:]).any()):
+            length = int(self.mask.sum(-1).max())
+            order = self.mask.long().argsort(dim=1, stable=True)[:, width - length:]
+            self.mask = self.mask.gather(1, order)
+            order = order[:, None, :, None]
+            _change(self.cache, lambda t: t.gather(2, order.expand(-1, t.shape[1], -1,
+                                                                   t.shape[3])))
 
-        def moved(t: Tensor) -> Tensor:  # (rows, heads, length, dim)
-            return t.gather(2, order[:, None, :, None].expand(-1, t.shape[1], -1, t.shape[3]))
-
-        return replace(self, cache=_mapped(self.cache, moved), mask=self.mask.gather(1, order))
+    @staticmethod
+    def join(states: Sequence[State], rows: Sequence[Sequence[int]]) -> State:
+        """One state of several, of which each row comes to stand at its number in `rows`."""
+        if len(states) == 1 and list(rows[0]) == list(range(len(states[0]))):
+            return states[0]
+        length = max(state.mask.shape[1] for state in states)
+        for state in states:
+            more = length - state.mask.shape[1]
+            state.mask = F.pad(state.mask, (more, 0))
+            _change(state.cache, partial(F.pad, pad=(0, 0, more, 0)))
+        first, bias = states[0], [s.frame_bias for s in states if s.frame_bias is not None]
+        both = replace(
+            first, cache=_joined([state.cache for state in states]),
+            mask=torch.cat([s.mask for s in states]), hidden=torch.cat([s.hidden for s in states]),
+            frame_bias=torch.cat(bias) if bias else None,
+            hypothesis=_lists([s.hypothesis for s in states]),
+            ctc_hypothesis=_lists([s.ctc_hypothesis for s in states]))
+        order = [row for some in rows for row in some]
+        return both.take(sorted(range(len(order)), key=order.__getitem__))
 
 
 Change = Callable[[Tensor], Tensor]
+
+
+def _change(cache: Cache, change: Change) -> None:
+    """Change keys and values of self-attention in place: only one layer exists twice at a time."""
+    own: Any = cache.self_attention_cache if isinstance(cache, EncoderDecoderCache) else cache
+    for layer in own.layers:
+        layer.keys, layer.values = change(layer.keys), change(layer.values)
+
+
+def _joined(caches: Sequence[Any]) -> Cache:
+    """A cache with the rows of all."""
+    if isinstance(caches[0], EncoderDecoderCache):
+        return EncoderDecoderCache(_joined([c.self_attention_cache for c in caches]),
+                                   _joined([c.cross_attention_cache for c in caches]))
+    layers = zip(*(cache.layers for cache in caches), strict=True)
+    return DynamicCache([(torch.cat([layer.keys for layer in some]),
+                          torch.cat([layer.values for layer in some])) for some in layers])
+
+
+def _lists(ids: Sequence[list[list[int]] | None]) -> list[list[int]] | None:
+    return None if ids[0] is None else [row for some in ids for row in some or ()]
 
 
 def _mapped(cache: Cache, change: Change, cross: Change = lambda t: t) -> Cache:

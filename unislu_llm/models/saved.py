@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from unislu_llm import weights
 from unislu_llm.config import ModelConfig
 from unislu_llm.errors import UserError, dotted, explain
-from unislu_llm.io import MODEL_FILE, read_json
+from unislu_llm.io import MODEL_FILE, read_json, write_json
 from unislu_llm.tasks import TaskRegistry
 
 Kind = Literal["speech_llm", "whisper_slu"]
@@ -51,6 +51,10 @@ class Description(BaseModel):
     tasks: list[dict[str, Any]]  # the task registry as plain data
     bases: dict[str, Base] = {}  # by part: encoder, llm
     ctc_tokens: list[int] | None = None  # token ids that a `ctc` projector predicts
+
+    def write(self, folder: str | os.PathLike[str]) -> None:
+        """Write the file into a folder, whole or not at all."""
+        write_json(Path(folder) / MODEL_FILE, self.model_dump())
 
     def registry(self, folder: str | os.PathLike[str]) -> TaskRegistry:
         """The tasks of the model in `folder`."""

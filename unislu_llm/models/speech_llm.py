@@ -199,15 +199,19 @@ class SpeechLLM(SLUModel):
             parts.append((embed(batch.hypothesis_ids), batch.hypothesis_lengths))
         return [*parts, (suffix, [len(self.suffix)] * len(batch))]
 
+    def hypotheses(self, batch: Batch) -> list[list[int]] | None:
+        if batch.hypothesis_ids is None:
+            return None
+        rows = zip(batch.hypothesis_ids.tolist(), batch.hypothesis_lengths, strict=True)
+        return [ids[len(self.hypothesis_prompt):n] for ids, n in rows]
+
     def prefill(self, batch: Batch) -> State:
-        speech, read = self.speech(batch, transcribe=True), None
+        speech = self.speech(batch, transcribe=True)
         embeds, totals = lay_out(self._prompt(batch, speech), "left")
         # On the left, so that the last position of every row foretells its first token.
         mask = valid_mask(totals, embeds.shape[1], embeds.device).flip(-1)
-        if batch.hypothesis_ids is not None:
-            rows = zip(batch.hypothesis_ids.tolist(), batch.hypothesis_lengths, strict=True)
-            read = [ids[len(self.hypothesis_prompt):n] for ids, n in rows]
-        state = State(DynamicCache(), mask[:, :0], embeds[:, -1], hypothesis=read,
+        state = State(DynamicCache(), mask[:, :0], embeds[:, -1],
+                      hypothesis=self.hypotheses(batch),
                       ctc_hypothesis=None if speech is None else speech.ids)
         state.hidden = self._read(state, mask, inputs_embeds=embeds)[:, -1]
         return state

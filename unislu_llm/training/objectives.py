@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unislu_llm.config import Config
+from unislu_llm.config import Config, Transcript
 from unislu_llm.data.batch import Batch
 from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.data.frame_cache import FrameCache
@@ -25,6 +25,7 @@ from unislu_llm.decoding.recogniser import load_recogniser, with_hypotheses
 from unislu_llm.errors import UserError
 from unislu_llm.loss import ASR_PART, TASK_PART, TokenCounts, asr_share, weighted_loss
 from unislu_llm.models.base import SLUModel
+from unislu_llm.models.saved import Description
 from unislu_llm.models.speech_llm import SpeechLLM
 from unislu_llm.scoring.score import flat_scores, format_table, score_predictions
 from unislu_llm.scoring.wer import corpus_wer
@@ -94,10 +95,9 @@ class Objective(ABC):
     def score(self, predictions: Predictions, name: str, before: Sequence[Sums]) -> Validation:
         """The validation of the run `name`, from all predictions and the scores of those before."""
 
-    def finish(self, model: SLUModel, best: Path, dev: Sequence[Example],
-               cache: FrameCache | None) -> SimulationRates | None:
-        """At the end: rates of text injection of the model in `best`, where they are fitted."""
-        return None
+    def finish(self, model: SLUModel, folders: Sequence[Path], scores: Sums,  # noqa: B027
+               dev: Sequence[Example], cache: FrameCache | None) -> None:
+        """At the end, add to saved models, the best first, what its validation says: `scores`."""
 
 
 class UnifiedObjective(Objective):
@@ -153,6 +153,20 @@ class UnifiedObjective(Objective):
     def decode(self, model: SLUModel, dev: Sequence[Example], cache: FrameCache | None,
                progress: str) -> Predictions:
         return predict(model, dev, self.config.decode, progress=progress)
+
+    def finish(self, model: SLUModel, folders: Sequence[Path], scores: Sums, dev: Sequence[Example],
+               cache: FrameCache | None) -> None:
+        # What a model may do to a hypothesis is measured on dev data: there it is rewritten.
+        given = scores.get("hypothesis_wer", scores.get("ctc_wer"))
+        if given is None or self.config.model.transcript != "auto":
+            return
+        way: Transcript = "rewrite" if scores["wer"] < given else "verbatim"
+        for folder in folders:
+            saved = Description.read(folder)
+            saved.model.transcript = way
+            saved.write(folder)
+        print(f"model.transcript {way}: the hypotheses' own WER on dev is {given:.1f} %, that of "
+              f"the model, which rewrites them, {scores['wer']:.1f} %")
 
     def score(self, predictions: Predictions, name: str, before: Sequence[Sums]) -> Validation:
         report = score_predictions(predictions, self.registry)
@@ -223,13 +237,14 @@ class CTCObjective(Objective):
                           {"n_predictions": len(refs), "wer": found._asdict()},
                           f"greedy CTC text of {name}: WER {found.wer:.1f} %")
 
-    def finish(self, model: SLUModel, best: Path, dev: Sequence[Example],
-               cache: FrameCache | None) -> SimulationRates | None:
-        # On clips that the projector did not train on: on those it is surer than on any text.
+    def finish(self, model: SLUModel, folders: Sequence[Path], scores: Sums, dev: Sequence[Example],
+               cache: FrameCache | None) -> None:
+        # Rates of text injection, on clips that the projector did not train on: on those that it
+        # did it is surer than on any text.
         if not dev:
-            return None
+            return
         assert isinstance(model, SpeechLLM)
-        model.load_trained(best)
+        model.load_trained(folders[0])
         chosen = dev[::max(1, len(dev) // _FIT_CLIPS)]
         references: list[Sequence[int]] = []
         posteriors: list[Tensor] = []
@@ -237,10 +252,12 @@ class CTCObjective(Objective):
             references += batch.ctc_targets
             posteriors += [row.float().cpu() for row in model.ctc_posteriors(batch)]
         try:
-            return SimulationRates.fit(references, posteriors)
+            rates = SimulationRates.fit(references, posteriors)
         except ValueError as error:
             log.warning("no rates of text injection were fitted: %s", error)
-            return None
+            return
+        for folder in folders:
+            rates.save(folder)
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"unified": UnifiedObjective, "ctc": CTCObjective}

@@ -1,12 +1,13 @@
-"""Optimizer and learning rates: AdamW, a linear warm-up, a cosine to zero."""
+"""Optimizer and learning rates: Adam, a linear warm-up, a cosine to zero."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Adam, Optimizer
 
 from unislu_llm.config import TrainConfig
 from unislu_llm.errors import UserError
@@ -14,20 +15,15 @@ from unislu_llm.errors import UserError
 Groups = dict[str, list[tuple[str, nn.Parameter]]]
 
 
-def build_optimizer(groups: Groups, config: TrainConfig) -> AdamW:
-    """AdamW with a rate for each group of `trainable_groups`; raises UserError: nothing trains."""
+def build_optimizer(groups: Groups, config: TrainConfig) -> Adam:
+    """Adam with a rate for each group of `trainable_groups`; raises UserError: nothing trains."""
     if not any(groups.values()):
         raise UserError("nothing trains: every part is frozen; check model.encoder_mode, "
                         "model.decoder_mode, model.lora.rank and train.groups")
-    params = []
-    for name, named in groups.items():
-        for decays in (True, False):
-            # Vectors, which are norms and biases, are never decayed.
-            chosen = [p for _, p in named if (p.ndim > 1) == decays]
-            if chosen:
-                params.append({"params": chosen, "name": name, "peak": getattr(config.lr, name),
-                               "weight_decay": config.weight_decay if decays else 0.0})
-    return AdamW(params, betas=(0.9, 0.98), fused=torch.cuda.is_available())
+    # Without weight decay, which adapters of a frozen model do not need, AdamW is Adam.
+    params: Any = [{"params": [p for _, p in named], "name": name, "peak": getattr(config.lr, name)}
+                   for name, named in groups.items()]
+    return Adam(params, betas=(0.9, 0.98), fused=torch.cuda.is_available())
 
 
 def factor(step: int, warmup: int, total: int) -> float:

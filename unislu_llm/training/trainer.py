@@ -225,8 +225,6 @@ class Trainer:
     def _log_step(self, bar: Any) -> None:
         p = self.progress
         bar.update(1)
-        if p.step % self.config.train.log_every and p.step != self.total_steps:
-            return
         row = self.window.read(self.accelerator)
         self.window = Window(self.objective, self.device)
         bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "loss_asr", "loss_task", "w_asr")
@@ -238,10 +236,9 @@ class Trainer:
         p = self.progress
         if self.main:
             best = self.run / BEST if p.best_step >= 0 else self.run / LAST
-            rates = self.objective.finish(self.model, best, self.dev, self.dataset.frame_cache)
-            if rates is not None:
-                for folder in {best, self.run / LAST}:
-                    rates.save(folder)
+            scores = next((s for s in reversed(p.history) if s["score"] == p.best_score), {})
+            self.objective.finish(self.model, list(dict.fromkeys([best, self.run / LAST])), scores,
+                                  self.dev, self.dataset.frame_cache)
             write_finished(self.run, {"step": p.step, "train_seconds": round(p.seconds, 1),
                                       "best_step": p.best_step, "best_score": p.best_score})
         self.accelerator.wait_for_everyone()
