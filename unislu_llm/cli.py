@@ -88,8 +88,7 @@ def predict(model: Annotated[Path, tyro.conf.arg(metavar="MODEL")],
         confidences: With --json: how sure the decoder is of tokens, entities and labels.
         batch_size: Files (or windows) decoded at one time.
     """
-    # Before anything is loaded: loading takes seconds.
-    if not audio:
+    if not audio:  # before anything is loaded, which takes seconds
         raise UserError("no audio file is named; give one or more")
     if not 1 <= n_best <= num_beams:
         raise UserError(f"--n-best {n_best} (1 or more) needs --num-beams {max(n_best, 1)} or more")
@@ -107,8 +106,8 @@ def predict(model: Annotated[Path, tyro.conf.arg(metavar="MODEL")],
     for name in names:
         run.registry()[name]  # an unknown task is named before the model is loaded
     options = check(DecodeConfig, {
-        "batch_size": batch_size, "num_beams": num_beams, "grounded": grounded, "force_task": True,
-        "grammar": not no_grammar, "transcript": transcript},
+        "batch_size": batch_size, "num_beams": num_beams, "transcript": transcript,
+        "grounded": grounded, "force_task": True, "grammar": not no_grammar},
         lambda place: f"--{place[0]}".replace("_", "-"))
     loaded, failed = None, 0
     for start in range(0, len(audio), _CHUNK):

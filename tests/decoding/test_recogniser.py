@@ -14,12 +14,14 @@ from torch import Tensor
 from tests.decoding.common import Build, noise
 from tests.tiny import make_whisper
 from unislu_llm.config import DecodeConfig
+from unislu_llm.data import audio
 from unislu_llm.decoding import recogniser as module
 from unislu_llm.decoding.predict import predict, understand
 from unislu_llm.decoding.recogniser import (
     ModelRecogniser,
     Transcript,
     WhisperRecogniser,
+    fast_type,
     load_recogniser,
     recognise,
     recogniser_of,
@@ -82,6 +84,24 @@ def test_transcripts_are_the_same_alone_and_in_a_batch(whisper: str,
         load_recogniser(whisper, "ctc")
 
 
+@torch.no_grad()
+def test_clips_are_padded_by_their_own_length(whisper: str,
+                                              monkeypatch: pytest.MonkeyPatch) -> None:
+    heard: list[torch.Tensor] = []
+    monkeypatch.setattr(module.GenerationMixin, "generate", lambda _, encoder_outputs,
+                        decoder_input_ids, **__: (heard.append(encoder_outputs.last_hidden_state),
+                                                  decoder_input_ids)[1])
+    waves = [torch.randn(int(16_000 * seconds)) for seconds in (1.0, 2.5, 2.0, 28.0)]
+    WhisperRecogniser(whisper)(waves, "en")
+    assert [tuple(frames.shape[:2]) for frames in heard] == [(2, 250), (1, 500), (1, 1500)]
+    heard.clear()
+    recogniser = WhisperRecogniser(whisper, silence=30.0)
+    recogniser(waves[:1], "en")
+    mel, _ = audio.batch_log_mel(waves[:1], pad_to_30s=True)
+    theirs = recogniser._whisper.model.encoder(mel).last_hidden_state
+    torch.testing.assert_close(heard[0], theirs, atol=1e-4, rtol=1e-4)
+
+
 def test_loops_are_cut(whisper: str, monkeypatch: pytest.MonkeyPatch) -> None:
     recogniser = WhisperRecogniser(whisper)
     tokenizer = recogniser._tokenizer
@@ -114,7 +134,8 @@ def test_models_get_the_hypotheses_that_they_lack(whisper: str, make_utterances:
                             whisper_options={"init_std": 0.3})
     utterances = make_utterances()
     files = [u.audio for u in utterances if u.audio]
-    made = sorted(recognise(WhisperRecogniser(whisper), utterances, REGISTRY))
+    own = WhisperRecogniser(whisper, dtype=fast_type(torch.device("cpu")))
+    made = sorted(recognise(own, utterances, REGISTRY))
     expected = [t.text for _, t in made]
     assert [a.hypothesis for a in understand(model, files)] == expected
     given = [dataclasses.replace(u, hypothesis=h)

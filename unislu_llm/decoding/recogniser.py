@@ -7,6 +7,8 @@ model. A recogniser is plain Whisper, one of our models, or the greedy text of a
 from __future__ import annotations
 
 import logging
+import math
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -14,13 +16,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
 
 from unislu_llm import models, weights
-from unislu_llm.config import DecodeConfig
+from unislu_llm.config import DecodeConfig, ModelConfig
 from unislu_llm.data import audio
 from unislu_llm.data.frame_cache import load_clip
 from unislu_llm.decoding.engine import Engine
@@ -29,12 +32,15 @@ from unislu_llm.errors import UserError
 from unislu_llm.io import is_saved_model
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.ctc import CTCProjector
+from unislu_llm.models.encoder import SpeechEncoder
 from unislu_llm.models.whisper_slu import whisper_prompt
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import Example
 from unislu_llm.utterance import Utterance
 
 log = logging.getLogger(__name__)
+
+_STEP = 5  # seconds to a multiple of which clips are padded
 
 
 class Transcript(NamedTuple):
@@ -49,14 +55,22 @@ Recogniser = Callable[[Sequence[Tensor], str], list[Transcript]]
 
 
 class WhisperRecogniser:
-    """Plain Whisper, greedy; `checkpoint` is a name (of some `revision`) or a folder.
+    """Plain Whisper, greedy.
+
+    It was trained on clips padded to 30 s, which costs an encoder pass of 30 s for each; at its
+    natural length a clip makes it repeat itself. A few seconds of silence are enough.
+
+    Args:
+        checkpoint: a name (of some `revision`) or a folder.
+        silence: seconds behind each clip at least; 30 pads as in training.
 
     Raises:
         UserError: no such checkpoint.
     """
 
     def __init__(self, checkpoint: str, revision: str | None = None,
-                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> None:
+                 device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
+                 silence: float = 3.0) -> None:
         path = weights.resolve(checkpoint, revision=revision).path
         try:
             whisper: Any = WhisperForConditionalGeneration.from_pretrained(
@@ -65,18 +79,34 @@ class WhisperRecogniser:
             raise UserError(f"{checkpoint} cannot make hypotheses: it is no Whisper checkpoint "
                             f"({error})") from error
         whisper.generation_config.max_length = None  # new tokens are bounded; both would warn
-        self._whisper = whisper.eval().to(device)
+        self._whisper, self._silence = whisper.eval().to(device), silence
+        self._encoder = SpeechEncoder(whisper.model.encoder, ModelConfig()).eval()
         self._tokenizer = AutoTokenizer.from_pretrained(path)
 
-    @torch.inference_mode()
     def __call__(self, waves: Sequence[Tensor], language: str) -> list[Transcript]:
+        # Its decoder has no mask: clips of a batch are padded to one length, which is rounded up so
+        # that it depends on the clip alone.
+        groups: defaultdict[int, list[int]] = defaultdict(list)
+        for i, wave in enumerate(waves):
+            seconds = math.ceil((len(wave) / audio.SAMPLE_RATE + self._silence) / _STEP) * _STEP
+            groups[min(seconds * audio.SAMPLE_RATE, audio.MAX_SAMPLES)].append(i)
+        found: dict[int, Transcript] = {}
+        for size, some in groups.items():
+            padded = [F.pad(waves[i], (0, size - len(waves[i]))) for i in some]
+            bounds = [DecodeConfig().bound(len(waves[i]) / audio.SAMPLE_RATE) for i in some]
+            found |= zip(some, self._transcribe(padded, bounds, language), strict=True)
+        return [found[i] for i in range(len(waves))]
+
+    @torch.inference_mode()
+    def _transcribe(self, waves: Sequence[Tensor], bounds: Sequence[int],
+                    language: str) -> list[Transcript]:
+        """Transcripts of clips of one length, of so many tokens at most."""
         whisper, device = self._whisper, self._whisper.device
         prompt = whisper_prompt(whisper, self._tokenizer, language)
-        # Padded to 30 s, as it was trained: at its natural length a clip makes it repeat itself.
-        mel, _ = audio.batch_log_mel(waves, int(whisper.config.num_mel_bins), pad_to_30s=True)
-        frames = whisper.model.encoder(mel.to(device, whisper.dtype)).last_hidden_state
+        mel, lengths = audio.batch_log_mel(waves, int(whisper.config.num_mel_bins))
+        frames, _ = self._encoder(mel.to(device, whisper.dtype), lengths)
         room = int(whisper.config.max_target_positions) - len(prompt)
-        bounds = [min(room, DecodeConfig().bound(len(w) / audio.SAMPLE_RATE)) for w in waves]
+        bounds = [min(room, bound) for bound in bounds]
         # Whisper's own `generate` adds windows, timestamps and language detection. The generic
         # one honours the checkpoint's suppressed tokens and decides nothing else.
         out = GenerationMixin.generate(
@@ -147,17 +177,21 @@ def load_recogniser(name: str, source: str = "decoder", revision: str | None = N
     return WhisperRecogniser(name, revision, device, dtype)
 
 
+def fast_type(device: torch.device) -> torch.dtype:
+    """bf16 where the device multiplies it fast, in which Whisper errs no more; else fp32."""
+    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
+            else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
 def recogniser_of(model: SLUModel) -> Recogniser:
     """The recogniser that a model's configuration names; raises as :func:`load_recogniser`."""
     config = model.config
     if config.recogniser == "ctc":
         return ModelRecogniser(model, "ctc")
     base = None if config.recogniser else model.bases.get("encoder")
-    # It computes as the model does.
-    half = any(p.dtype == torch.bfloat16 for p in model.parameters())
     return load_recogniser(config.recogniser or config.encoder, "decoder",
-                           base.revision if base else None, model.device,
-                           torch.bfloat16 if half else torch.float32)
+                           base.revision if base else None, model.device, fast_type(model.device))
 
 
 def recognise(recogniser: Recogniser, utterances: Sequence[Utterance], registry: TaskRegistry, *,
