@@ -1,9 +1,12 @@
-"""Measure speed and memory: training steps, decoding at batch 1 and 16; on a CPU or a GPU.
+"""Measure speed and memory: training steps, decoding, recognition; on a CPU or a GPU.
 
     python eval/benchmark.py train                              # random weights, no download
     python eval/benchmark.py decode --device cuda --precision bf16
     python eval/benchmark.py train --model adapters/whisper-base--smollm2-135m
     python eval/benchmark.py decode --model runs/mine --manifest dev.jsonl
+    # What becomes of a hypothesis; `token` is one call of the LLM a token.
+    python eval/benchmark.py decode --model runs/mine --ways token rewrite verbatim
+    python eval/benchmark.py recognise --manifest dev.jsonl --silence 3 30
 
 Without --model the model has random weights in the sizes of --encoder and --llm; without --manifest
 the clips are noise of SLUE's lengths. Rounds alternate, so that what else the machine does meets
@@ -26,7 +29,8 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
+from unittest import mock
 
 import numpy as np
 import soundfile
@@ -36,18 +40,23 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from unislu_llm.config import DecodeConfig, ModelConfig, TrainConfig
+from unislu_llm.config import DecodeConfig, ModelConfig, TrainConfig, Transcript
+from unislu_llm.data.batch import Batch
 from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.data.frame_cache import FrameCache, build_frames, encoder_settings
 from unislu_llm.data.loading import load_examples
 from unislu_llm.data.sampler import sorted_batches
 from unislu_llm.decoding.engine import Engine
+from unislu_llm.decoding.hypothesis_bias import HypothesisBias
+from unislu_llm.decoding.recogniser import WhisperRecogniser, recognise
 from unislu_llm.errors import UserError, reported
 from unislu_llm.io import write_json
 from unislu_llm.loss import weighted_loss
 from unislu_llm.models.base import SLUModel
+from unislu_llm.models.kv_cache import State
 from unislu_llm.models.speech_llm import SpeechLLM
 from unislu_llm.run_folder import find_run, load_model, versions
+from unislu_llm.scoring.wer import corpus_wer
 from unislu_llm.tasks import Span, TaskRegistry
 from unislu_llm.tokenizer import Example, make_examples
 from unislu_llm.training.optim import build_optimizer
@@ -129,16 +138,17 @@ class Bench:
         if args.threads:
             torch.set_num_threads(args.threads)
         self.args, self.device = args, torch.device(args.device)
+        self.tokens, self.prompt, self.wer = 0, 0.0, 0.0  # of the last round
+        if args.what == "recognise":
+            self.examples = self._examples(TaskRegistry(), folder)
+            self.seconds = sum(e.utterance.seconds for e in self.examples)
+            return
         if args.model:
             model = load_model(find_run(args.model), args.precision)
         else:
             model = random_model(args.encoder, args.llm, args.projector, args.precision, args.seed)
         self.model = model.to(self.device)
-        if args.manifest:
-            examples = load_examples(args.manifest, model.registry, flag="manifest")
-            examples = examples[::max(1, len(examples) // args.clips)][:args.clips]
-        else:
-            examples = random_clips(folder, args.clips, args.seed)
+        examples = self._examples(model.registry, folder)
         if model.reads_hypothesis:  # a first pass is another program's time
             examples = [replace(e, utterance=replace(e.utterance, hypothesis=e.utterance.hypothesis
                                                      or e.utterance.text)) for e in examples]
@@ -146,7 +156,13 @@ class Bench:
         cache = self._frames(folder / "frames") if args.what == "train" and args.cache else None
         self.dataset = SpeechDataset(examples, listens=model.listens, frame_cache=cache)
         self.collate = model.collator()
-        self.tokens = 0  # read or written in the last round
+
+    def _examples(self, registry: TaskRegistry, folder: Path) -> list[Example]:
+        args = self.args
+        if not args.manifest:
+            return random_clips(folder, args.clips, args.seed)
+        examples = load_examples(args.manifest, registry, flag="manifest")
+        return examples[::max(1, len(examples) // args.clips)][:args.clips]
 
     def _frames(self, folder: Path) -> FrameCache:
         encoder = self.model.encoder
@@ -159,7 +175,13 @@ class Bench:
     def work(self) -> dict[str, Callable[[], None]]:
         """What is timed, by name."""
         if self.args.what == "decode":
-            return {f"batch {n}": partial(self.decode, n) for n in self.args.batch_sizes}
+            return {f"batch {n}{f', {way}' * bool(way)}": partial(self.decode, n, way)
+                    for n in self.args.batch_sizes for way in self.args.ways or [""]}
+        if self.args.what == "recognise":
+            dtype = torch.bfloat16 if self.args.precision == "bf16" else torch.float32
+            return {f"{s:g} s of silence": partial(self.recognise, WhisperRecogniser(
+                self.args.recogniser, device=self.device, dtype=dtype, silence=s))
+                for s in self.args.silence}
         self.optimizer = build_optimizer(self.model.trainable_groups(), TrainConfig())
         return {f"batch {self.args.batch_size}": self.train}
 
@@ -178,17 +200,39 @@ class Bench:
             self.optimizer.zero_grad()
             self.tokens += sum(batch.target_lengths)
 
-    def decode(self, size: int) -> None:
+    def decode(self, size: int, way: str) -> None:
         """Every clip's transcript and all tasks of the model, by the grammar, greedily."""
+        ways: dict[str, Any] = {"transcript": "rewrite" if way == "token" else way or None}
         options = DecodeConfig(batch_size=size, max_new_tokens=self.args.new_tokens, grammar=True,
-                               force_task=True)
-        engine, names = Engine(self.model, options), self.model.registry.names
-        self.tokens = 0
-        for indices in sorted_batches(self.examples, size):
-            batch = self.collate([self.dataset[i, 0] for i in indices])
-            with self._autocast():
-                answers = engine.answer(batch, [names] * len(indices))
-            self.tokens += sum(sum(a.n_tokens.values()) for a in answers)
+                               force_task=True, **ways)
+        engine, names, prefill = Engine(self.model, options), self.model.registry.names, (
+            self.model.prefill)
+        self.tokens, self.prompt = 0, 0.0
+
+        def timed(batch: Batch) -> State:
+            started = time.perf_counter()
+            state = prefill(batch)
+            wait(self.device)
+            self.prompt += time.perf_counter() - started
+            return state
+
+        # One token at a time is what is decoded where nothing is known of what comes next.
+        ahead = HypothesisBias.ahead if way != "token" else lambda bias: [None] * len(bias._row)
+        with (mock.patch.object(HypothesisBias, "ahead", ahead),
+              mock.patch.object(self.model, "prefill", timed)):
+            for indices in sorted_batches(self.examples, size):
+                batch = self.collate([self.dataset[i, 0] for i in indices])
+                with self._autocast():
+                    answers = engine.answer(batch, [names] * len(indices))
+                self.tokens += sum(sum(a.n_tokens.values()) for a in answers)
+
+    def recognise(self, recogniser: WhisperRecogniser) -> None:
+        """Every clip's hypothesis, and its WER, which is that of noise without --manifest."""
+        utterances = list({id(e.utterance): e.utterance for e in self.examples}.values())
+        made = dict(recognise(recogniser, utterances, TaskRegistry(),
+                              batch_size=self.args.batch_size))
+        self.wer = corpus_wer([u.text for u in utterances],
+                              [made[i].text for i in range(len(utterances))], "whisper").wer
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16,
@@ -204,24 +248,30 @@ def measure(args: argparse.Namespace) -> dict[str, dict[str, float]]:
         bench = Bench(args, Path(folder))
         work = bench.work()
         times: dict[str, list[float]] = {name: [] for name in work}
-        tokens = {}
+        last: dict[str, dict[str, float]] = {}
         for turn in range(-1, args.rounds):  # the first warms up and does not count
             for name in list(work)[::-1 if turn % 2 else 1]:
                 wait(bench.device)
                 started = time.perf_counter()
                 work[name]()
                 wait(bench.device)
-                tokens[name] = bench.tokens
                 if turn >= 0:
                     times[name].append(time.perf_counter() - started)
+                last[name] = {"tokens": bench.tokens, "prompt_s": bench.prompt, "wer": bench.wer}
             print(f"round {turn + 1} of {args.rounds}", file=sys.stderr, flush=True)
     found = {}
     for name, seconds in times.items():
         took = statistics.median(seconds)
         found[name] = {
             "clips_per_s": len(bench.examples) / took, "audio_s_per_s": bench.seconds / took,
-            "tokens_per_s": tokens[name] / took, "seconds": took, "least": min(seconds),
-            "most": max(seconds)}
+            "seconds": took, "least": min(seconds), "most": max(seconds)}
+        if args.what == "recognise":
+            found[name]["wer"] = last[name]["wer"]
+            continue
+        found[name]["tokens_per_s"] = last[name]["tokens"] / took
+        if args.what == "decode":  # encoder and prompt are the same for all ways
+            found[name] |= {"prompt_s": last[name]["prompt_s"],
+                            "behind_prompt_s": took - last[name]["prompt_s"]}
         if args.memory:
             # A fresh process, since a process's peak does not come down again.
             with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -252,7 +302,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     """Parse the command line, measure, print and write."""
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["train", "decode"])
+    parser.add_argument("what", choices=["train", "decode", "recognise"])
     parser.add_argument("--model", default="", help="saved model or run folder; default: random")
     parser.add_argument("--encoder", choices=list(ENCODERS), default="base", help="random weights")
     parser.add_argument("--llm", choices=list(LLMS), default="smollm2-135m", help="random weights")
@@ -261,6 +311,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=16, help="of each round")
     parser.add_argument("--batch-size", type=int, default=8, help="train: clips a step")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16], help="decode")
+    parser.add_argument("--ways", nargs="+", choices=["token", *get_args(Transcript)], default=[],
+                        help="decode: of a hypothesis; default: the model's")
+    parser.add_argument("--recogniser", default="openai/whisper-base", help="recognise: Whisper")
+    parser.add_argument("--silence", type=float, nargs="+", default=[3.0, 30.0],
+                        help="recognise: seconds behind each clip")
     parser.add_argument("--new-tokens", type=int, default=64, help="decode: bound of any answer")
     parser.add_argument("--cache", action="store_true", help="train: frames are cached before")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")

@@ -22,3 +22,18 @@ def test_it_measures(what: str, names: list[str], tmp_path: Path,
     assert list(found) == names
     assert all(row["clips_per_s"] > 0 and row["tokens_per_s"] > 0 for row in found.values())
     assert all(name in capsys.readouterr().out for name in names[:1])
+
+
+def test_ways_of_a_hypothesis_and_recognisers(tiny_checkpoints: dict[str, str],
+                                              tmp_path: Path) -> None:
+    out = tmp_path / "speed.json"
+    common = ["--clips", "2", "--rounds", "1", "--no-memory", "--device", "cpu", "--out", str(out)]
+    main(["decode", "--encoder", "tiny", "--llm", "tiny", "--batch-sizes", "2", "--new-tokens",
+          "24", "--ways", "token", "verbatim", *common])
+    found = json.loads(out.read_text())["decode"]
+    assert list(found) == ["batch 2, token", "batch 2, verbatim"]
+    assert all(0 < row["prompt_s"] < row["seconds"] for row in found.values())
+    main(["recognise", "--recogniser", tiny_checkpoints["whisper"], "--silence", "1", *common])
+    found = json.loads(out.read_text())["recognise"]
+    assert list(found) == ["1 s of silence"]
+    assert found["1 s of silence"]["wer"] > 0

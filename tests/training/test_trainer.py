@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -221,6 +222,21 @@ def test_a_corpus_without_tasks_trains(tiny_config: Make, make_utterances: Any,
                for row in logged(run))
     assert not (run / BEST).exists()
     assert find_run(run).checkpoint == LAST
+
+
+@pytest.mark.parametrize(("said", "asked", "stored"), [
+    ("", "auto", "verbatim"), ("no " * 30, "auto", "rewrite"), ("", "margin", "margin")])
+def test_validation_chooses_what_becomes_of_hypotheses(
+        tiny_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+        make_utterances: Any, said: str, asked: str, stored: str) -> None:
+    """Word for word where the model does not mend them; a model that has not learnt does not."""
+    rows = [replace(u, hypothesis=said or u.text) for u in make_utterances(seconds=[0.6, 0.8, 1.0])]
+    write_manifest(tmp_path / "heard.jsonl", rows)
+    data = {key: [str(tmp_path / "heard.jsonl")] for key in ("train", "dev")}
+    run = fitted("speech_llm", tiny_config(data=data, train={"max_steps": 1}, model={
+        "hypothesis": "manifest", "transcript": asked})).run
+    assert {models.load(run / name).config.transcript for name in (BEST, LAST)} == {stored}
+    assert ("hypotheses' own WER on dev" in capsys.readouterr().out) == (asked == "auto")
 
 
 def test_trackers_are_written(tiny_config: Make) -> None:

@@ -158,7 +158,9 @@ class UnifiedObjective(Objective):
                cache: FrameCache | None) -> None:
         # What a model may do to a hypothesis is measured on dev data: there it is rewritten.
         given = scores.get("hypothesis_wer", scores.get("ctc_wer"))
-        if given is None or self.config.model.transcript != "auto":
+        model_config = self.config.model
+        if (given is None or model_config.transcript != "auto"
+                or model_config.hypothesis == "reference"):  # an upper bound is no choice
             return
         way: Transcript = "rewrite" if scores["wer"] < given else "verbatim"
         for folder in folders:
