@@ -299,8 +299,10 @@ class Engine:
         return state.ctc_hypothesis if state.hypothesis is None else state.hypothesis
 
     def _way(self, state: State) -> str:
-        """How transcripts are made: `rewrite` where there is no hypothesis."""
-        if self._hypotheses(state) is None:
+        """How transcripts are made: `rewrite` where there is no hypothesis, and no margin by beams.
+        """
+        if self._hypotheses(state) is None or (
+                self._transcript == "margin" and self.options.num_beams > 1):
             return "rewrite"
         return self._transcript
 
