@@ -236,7 +236,7 @@ def test_validation_chooses_what_becomes_of_hypotheses(
     run = fitted("speech_llm", tiny_config(data=data, train={"max_steps": 1}, model={
         "hypothesis": "manifest", "transcript": asked})).run
     assert {models.load(run / name).config.transcript for name in (BEST, LAST)} == {stored}
-    assert ("hypotheses' own WER on dev" in capsys.readouterr().out) == (asked == "auto")
+    assert ("WER on dev of the hypotheses" in capsys.readouterr().out) == (asked == "auto")
 
 
 def test_trackers_are_written(tiny_config: Make) -> None:

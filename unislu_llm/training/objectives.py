@@ -167,8 +167,8 @@ class UnifiedObjective(Objective):
             saved = Description.read(folder)
             saved.model.transcript = way
             saved.write(folder)
-        print(f"model.transcript {way}: the hypotheses' own WER on dev is {given:.1f} %, that of "
-              f"the model, which rewrites them, {scores['wer']:.1f} %")
+        print(f"model.transcript {way}: WER on dev of the hypotheses {given:.1f} %, of the model, "
+              f"which rewrites them, {scores['wer']:.1f} %")
 
     def score(self, predictions: Predictions, name: str, before: Sequence[Sums]) -> Validation:
         report = score_predictions(predictions, self.registry)
