@@ -92,10 +92,10 @@ def test_clips_are_padded_by_their_own_length(whisper: str,
                         decoder_input_ids, **__: (heard.append(encoder_outputs.last_hidden_state),
                                                   decoder_input_ids)[1])
     waves = [torch.randn(int(16_000 * seconds)) for seconds in (1.0, 2.5, 2.0, 28.0)]
-    WhisperRecogniser(whisper)(waves, "en")
+    WhisperRecogniser(whisper, silence=3.0)(waves, "en")
     assert [tuple(frames.shape[:2]) for frames in heard] == [(2, 250), (1, 500), (1, 1500)]
     heard.clear()
-    recogniser = WhisperRecogniser(whisper, silence=30.0)
+    recogniser = WhisperRecogniser(whisper)
     recogniser(waves[:1], "en")
     mel, _ = audio.batch_log_mel(waves[:1], pad_to_30s=True)
     theirs = recogniser._whisper.model.encoder(mel).last_hidden_state

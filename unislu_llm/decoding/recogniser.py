@@ -57,12 +57,12 @@ Recogniser = Callable[[Sequence[Tensor], str], list[Transcript]]
 class WhisperRecogniser:
     """Plain Whisper, greedy.
 
-    It was trained on clips padded to 30 s, which costs an encoder pass of 30 s for each; at its
-    natural length a clip makes it repeat itself. A few seconds of silence are enough.
+    It was trained on clips padded to 30 s. Less silence saves time of the encoder and costs words
+    (docs/results.md); at its natural length a clip makes it repeat itself.
 
     Args:
         checkpoint: a name (of some `revision`) or a folder.
-        silence: seconds behind each clip at least; 30 pads as in training.
+        silence: seconds behind each clip at least, up to 30 s with it.
 
     Raises:
         UserError: no such checkpoint.
@@ -70,7 +70,7 @@ class WhisperRecogniser:
 
     def __init__(self, checkpoint: str, revision: str | None = None,
                  device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
-                 silence: float = 3.0) -> None:
+                 silence: float = 30.0) -> None:
         path = weights.resolve(checkpoint, revision=revision).path
         try:
             whisper: Any = WhisperForConditionalGeneration.from_pretrained(
