@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,7 @@ def manifest(path: Path, *rows: dict[str, Any]) -> str:
 @pytest.mark.parametrize(("rows", "said"), [
     ([{"ner": []}, DRUG, {"drugs": []}, {"sa": "Neutral"}],
      ["the field 'drugs' (2 rows, the first {}:2) is no known task (ner, sa)"]),
-    ([{"ner": []}, {"slots": [["drink", 0, 3]]}], ["'slots' (1 rows, the first {}:2)"]),
+    ([{"ner": []}, {"slots": [["drink", 0, 3]]}], ["'slots' (1 row, the first {}:2)"]),
     ([{"intent": "order"}, {"intent": "cancel"}, {"intent": "order"}],
      ["nothing is annotated for a known task (ner, sa), so that transcripts alone train; not read: "
       "'intent' (3 rows, the first {}:1)"]),
@@ -54,7 +53,7 @@ def test_annotations_that_no_task_reads_are_named_once(
 
 def test_training_on_unknown_annotations_alone_is_refused(tmp_path: Path) -> None:
     paths = [manifest(tmp_path / "a.jsonl", {}), manifest(tmp_path / "b.jsonl", {}, DRUG)]
-    with pytest.raises(UserError, match=r"'drugs' \(1 rows, the first .*b\.jsonl:2\).*--data\.tas"):
+    with pytest.raises(UserError, match=r"'drugs' \(1 row, the first .*b\.jsonl:2\).*--data\.tas"):
         load_examples(paths, REGISTRY)
     assert load_examples([*paths, manifest(tmp_path / "c.jsonl", {"sa": "Neutral"})], REGISTRY)
 
@@ -86,14 +85,14 @@ DEV = examples("dev", "ner", "sa")
     (TRAIN, DEV, []),
     (TRAIN, [], []),
     (examples("asr", None), examples("dev", None), []),
-    (TRAIN[:1], DEV, ["task 'sa': 1 examples in data.dev and none in data.train"]),
-    (TRAIN, DEV[:1], ["task 'sa': 1 examples in data.train and none in data.dev"]),
+    (TRAIN[:1], DEV, ["task 'sa': 1 example in data.dev and none in data.train"]),
+    (TRAIN, DEV[:1], ["task 'sa': 1 example in data.train and none in data.dev"]),
     (TRAIN, DEV + examples("read", None, None),
      ["read.jsonl has none of the trained tasks (ner, sa); of its 2 examples"]),
-    (TRAIN[:1], examples("read", None), ["task 'ner': 1 examples in data.train and none in data.d"]),
+    (TRAIN[:1], examples("read", None), ["task 'ner': 1 example in data.train and none in data.d"]),
     (TRAIN, DEV + TRAIN[1:], ["1 of 3 clips are in data.train too, the first train.jsonl:2"]),
     (TRAIN + again(TRAIN[:1], "b.jsonl:7"), DEV,
-     ["1 examples are there more than once, the first as train.jsonl:1 and b.jsonl:7"]),
+     ["1 example more than once there, the first as train.jsonl:1 and b.jsonl:7"]),
 ])
 def test_what_train_and_dev_lack_is_said(train: list[Example], dev: list[Example],
                                          said: list[str]) -> None:
@@ -112,4 +111,4 @@ def test_a_corpus_that_is_never_drawn_is_named(share: float, samples: int, says:
     # Its task does not train either.
     assert len(found) == (2 if says else 0)
     assert says in "".join(found[:1])
-    assert not says or "'sa': 1 examples in data.dev and none" in found[1]
+    assert not says or "'sa': 1 example in data.dev and none" in found[1]

@@ -70,7 +70,6 @@ def test_a_run_learns_and_leaves_a_loadable_model(kind: str, tiny_config: Make,
     printed = capsys.readouterr()
     assert "nan" not in printed.out
     assert len(printed.out.splitlines()) < 60, "a run fits a screen"
-    assert printed.out == (trainer.run / "log.txt").read_text()
 
 
 CASES: dict[str, dict[str, Any]] = {

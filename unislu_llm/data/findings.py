@@ -25,7 +25,7 @@ class Unread(NamedTuple):
     spans: bool  # labelled phrases; else labels, which metadata looks like as well
 
     def __str__(self) -> str:
-        return f"'{self.name}' ({self.rows} rows, the first {self.where})"
+        return f"'{self.name}' ({_count(self.rows, 'row')}, the first {self.where})"
 
 
 def unread_fields(path: str, rows: Iterable[Row], registry: TaskRegistry) -> list[Unread]:
@@ -83,8 +83,8 @@ def _twice(train: Sequence[Example]) -> Iterator[str]:
         if u.audio is not None:  # sentences alone may well be the same
             clips.setdefault((u.audio, u.start, u.end, u.text, e.task), []).append(u.where)
     if again := [places for places in clips.values() if len(places) > 1]:
-        yield (f"data.train: {len(again)} examples are there more than once, the first as "
-               f"{' and '.join(again[0][:2])}; they train as many times")
+        yield (f"data.train: {_count(len(again), 'example')} more than once there, the first as "
+               f"{' and '.join(again[0][:2])}")
 
 
 def _leaks(train: Sequence[Example], dev: Sequence[Example]) -> Iterator[str]:
@@ -99,12 +99,12 @@ def _tasks(train: Sequence[Example], dev: Sequence[Example]) -> Iterator[str]:
     trained, scored = (Counter(e.task for e in some if e.task) for some in (train, dev))
     for task, n in scored.items():
         if task not in trained:
-            yield (f"task '{task}': {n} examples in data.dev and none in data.train; it is scored, "
-                   "and counts for the best checkpoint, but does not train")
+            yield (f"task '{task}': {_count(n, 'example')} in data.dev and none in data.train; it "
+                   "is scored, and counts for the best checkpoint, but does not train")
     for task, n in trained.items() if dev else ():
         if task not in scored:
-            yield (f"task '{task}': {n} examples in data.train and none in data.dev; it trains, "
-                   "and nothing measures it")
+            yield (f"task '{task}': {_count(n, 'example')} in data.train and none in data.dev; it "
+                   "trains, and nothing measures it")
     # Where no task is scored at all, the lines above have said so.
     if trained.keys() & scored.keys():
         sources: dict[str, Counter[bool]] = {}
@@ -116,3 +116,7 @@ def _tasks(train: Sequence[Example], dev: Sequence[Example]) -> Iterator[str]:
                 yield (f"data.dev: {manifest} has none of the trained tasks "
                        f"({', '.join(trained)}); of its {counts[False]} examples only the "
                        "transcripts say something of this run")
+
+
+def _count(n: int, name: str) -> str:
+    return f"{n} {name}{'s' * (n != 1)}"

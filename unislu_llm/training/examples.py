@@ -27,8 +27,8 @@ def choose(predictions: Sequence[Mapping[str, Any]], registry: TaskRegistry) -> 
     counts = edit_counts([p.ref_text for p in records], [p.hyp_text for p in records], "whisper")
     said = {p.key: not row[:3].any() for p, row in zip(records, counts, strict=True)}
     done = {p.key: _outputs(p, registry)[1] for p in records}
-    # An utterance in which there is something to be found shows more than one without.
-    records.sort(key=lambda p: not p.ref)
+    # An utterance in which there are phrases to be found shows more than one without.
+    records.sort(key=lambda p: not p.ref or isinstance(p.ref, str))
     kinds = (lambda p: said[p.key] and done[p.key], lambda p: not said[p.key],
              lambda p: not done[p.key], lambda p: True)
     chosen: list[Prediction] = []

@@ -145,7 +145,7 @@ def before_and_after(history: Sequence[Sums], best_step: int, best_score: float 
     if best_score < first["score"]:
         lines.append(f"warning: training made the model worse: its score was {first['score']:.2f} "
                      f"before and is {best_score:.2f} at best; try lower rates (train.lr), fewer "
-                     f"train.epochs or more data{f', or keep {init}' * bool(init)}")
+                     f"train.epochs, more data{f', or keep {init}' * bool(init)}")
     elif last["score"] < first["score"]:
         lines.append(f"warning: the score was {first['score']:.2f} before training and is "
                      f"{last['score']:.2f} after it; best is an earlier checkpoint. Train for "
