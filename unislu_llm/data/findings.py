@@ -21,11 +21,12 @@ class Unread(NamedTuple):
 
     name: str
     rows: int
-    where: str  # `file:line` of the first
+    file: str
+    line: int  # of the first
     spans: bool  # labelled phrases; else labels, which metadata looks like as well
 
     def __str__(self) -> str:
-        return f"'{self.name}' ({_count(self.rows, 'row')}, the first {self.where})"
+        return f"'{self.name}' ({_count(self.rows, 'row')}, the first {self.file}:{self.line})"
 
 
 def unread_fields(path: str, rows: Iterable[Row], registry: TaskRegistry) -> list[Unread]:
@@ -35,7 +36,7 @@ def unread_fields(path: str, rows: Iterable[Row], registry: TaskRegistry) -> lis
         for key, value in row.content.items():
             if value is not None and key not in registry and key not in (*FIELDS, "draft"):
                 values.setdefault(key, []).append((row.line, value))
-    return [Unread(name, len(some), f"{path}:{some[0][0]}", spans) for name, some in values.items()
+    return [Unread(name, len(some), path, some[0][0], spans) for name, some in values.items()
             if (spans := _all(_are_spans, some)) or _all(_are_labels, some) or _is_label(some)]
 
 
