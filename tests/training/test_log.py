@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def test_examples_mark_words_and_name_what_became_of_outputs() -> None:
     rows = [row("a", "ner", SPANS, [PARIS, ["ORG", "council"]], "council met in paris on monday",
                 hypothesis=heard),
             row("b", "sa", "Positive", "Neutral", SAID.title() + ".", ctc_hypothesis=SAID),
-            row("c", "asr", None, None, "\x1b[2J"), row("d", "ner", [], [], ""),
+            row("c", "asr", None, None, "\x1b[2J" + "la " * 999), row("d", "ner", [], [], ""),
             row("e", "sa", "Neutral", None)]
     found = show(rows, [f"c/{name}" for name in ("a#ner", "gone#sa", "b#sa", "c#asr", "d#ner",
                                                  "e#sa")], REGISTRY)
@@ -48,6 +49,8 @@ def test_examples_mark_words_and_name_what_became_of_outputs() -> None:
         "ner: right PLACE paris; missed WHEN monday; invented ORG council"]
     assert found["c/b#sa"] == f"    reference, ctc, model: {SAID}\n    sa: Neutral, not Positive"
     assert "\x1b" not in found["c/c#asr"]
+    assert found["c/c#asr"].endswith(" ...")
+    assert len(found["c/c#asr"]) < 700
     assert "ner: none, right" in found["c/d#ner"]
     assert "sa: no usable answer, not Neutral" in found["c/e#sa"]
 
@@ -107,6 +110,9 @@ def test_validations_show_the_same_examples_and_the_end_what_changed(
     warned = "".join(x for x in warned.splitlines(keepends=True) if x.startswith("warning: "))
     assert warned.count("12 of 12 clips are in data.train too") == 1
     assert warned + printed == (trainer.run / "log.txt").read_text()
+    # What this process does later is no part of the run.
+    logging.getLogger("unislu_llm.data").warning("something else")
+    assert "something else" not in (trainer.run / "log.txt").read_text()
     # A resumed run goes on with them.
     saved = json.loads((trainer.run / "last" / "trainer.json").read_text())
     assert saved["shown"] == keys

@@ -13,7 +13,7 @@ from unislu_llm.scoring.text import normalise_transcript
 from unislu_llm.scoring.wer import edit_counts
 from unislu_llm.tasks import ASR, SpanTask, TaskRegistry
 
-_WIDTH = 100
+_WIDTH, _LENGTH = 100, 500  # of a line and a text, in characters: nobody reads more of a loop
 LEGEND = "*word*: not in the reference, (word): missing"
 
 
@@ -96,4 +96,5 @@ def _marked(reference: str, text: str) -> str:
 
 def _printable(text: str) -> str:
     # Byte-level models can emit any character, and some of them steer a terminal.
-    return "".join(c if c.isprintable() else "\ufffd" for c in text) or "(nothing)"
+    shown = "".join(c if c.isprintable() else "\ufffd" for c in text[:_LENGTH])
+    return (shown + " ..." * (len(text) > _LENGTH)) or "(nothing)"

@@ -29,6 +29,7 @@ from unislu_llm.tokenizer import Example
 from unislu_llm.training.examples import LEGEND
 from unislu_llm.training.objectives import Objective, Predictions, Sums, Validation
 
+_PACKAGE = logging.getLogger("unislu_llm")
 LOG_FILE = "log.txt"  # in the run folder: all that was printed but the bars
 
 
@@ -65,15 +66,20 @@ class Notices(logging.Handler):
         self.main, self.lines, self.run = main, list[str](), Path()
         if not main:
             warnings.simplefilter("ignore")
-        package = logging.getLogger("unislu_llm")
-        # That of an earlier run of this process has done its work.
-        package.handlers = [h for h in package.handlers if not isinstance(h, Notices)] + [self]
+        for handler in [h for h in _PACKAGE.handlers if isinstance(h, Notices)]:
+            handler.close()  # of a run of this process that did not come to its end
+        _PACKAGE.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
         if self.main:
             self.lines.append(f"warning: {record.getMessage()}")
             tqdm.write(self.lines[-1], file=sys.stderr)
             self.flush()
+
+    def close(self) -> None:
+        """Leave later warnings of this process to others."""
+        _PACKAGE.removeHandler(self)
+        super().close()
 
     def flush(self) -> None:
         """Write what has been held to the log of the run, where there is one."""
@@ -120,7 +126,7 @@ class Log:
                 for key, text in examples.items()]
         self.shown = examples
         say(self.file.parent, "\n".join([
-            f"\nvalidation after {step} steps: {result.what} of {len(predictions)} dev samples, "
+            f"\nvalidation after {step} steps: {result.what}, {len(predictions)} dev samples, "
             f"{seconds:.0f} s",
             tabulate(table, headers="keys", floatfmt=".2f", missingval="-", disable_numparse=[0]),
             f"examples ({LEGEND})", *told, *(f"warning: {text}" for text in result.warnings)]))

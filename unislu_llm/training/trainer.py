@@ -79,7 +79,7 @@ class Trainer:
         self.rank, self.world = process.process_index, process.num_processes
         self.main, self.device = process.is_main_process, self.accelerator.device
         self.host_sum = HostSum()
-        notices = Notices(self.main)
+        self.notices = Notices(self.main)
         disable_progress_bar()  # of the base checkpoints' tensors
 
         # 2. Data.
@@ -110,8 +110,8 @@ class Trainer:
         optimizer = build_optimizer(self.model.trainable_groups(), train)
 
         # 4. The run folder: from here on something is written.
-        self.run = notices.run = from_main(lambda: create_run(config, name))
-        notices.flush()
+        self.run = self.notices.run = from_main(lambda: create_run(config, name))
+        self.notices.flush()
         set_seed(train.seed, device_specific=True)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self._fill_cache()
@@ -220,6 +220,7 @@ class Trainer:
         # Stages and notebooks go on in these processes, which the trackers and DDP must leave.
         for tracker in self.accelerator.trackers:
             tracker.finish()
+        self.notices.close()
         # DDP's reducer goes first: freed after the process group, it can hold the GIL while
         # gloo's thread waits for it.
         self.wrapped = self.model
