@@ -38,7 +38,8 @@ def manifest(path: Path, *rows: dict[str, Any]) -> str:
     # Metadata: beside annotations, or of no closed set.
     ([{"sa": "Neutral", "gender": "f"}, {"gender": "m"}, {"gender": "f"}], []),
     ([{"url": "a"}, {"url": "b"}, {"url": "c"}], []),
-    ([{"words": [{"word": "the", "start": 0.0}], "rate": 16000, "split": "train"}] * 1, []),
+    ([{"words": [{"word": "the", "start": 0.0}], "rate": 16000, "split": "train"}], []),
+    ([{"align": [["the", 0, 120], ["council", 120, 480]], "url": ["a" * 50]}], []),
 ])
 def test_annotations_that_no_task_reads_are_named_once(
         rows: list[dict[str, Any]], said: list[str], tmp_path: Path,

@@ -31,36 +31,40 @@ class Unread(NamedTuple):
 
 def unread_fields(path: str, rows: Iterable[Row], registry: TaskRegistry) -> list[Unread]:
     """Fields of a manifest's rows that look like annotations and that no task reads."""
-    values: dict[str, list[tuple[int, Any]]] = {}
+    known = {*FIELDS, "draft", *registry.names}
+    found: dict[str, list[tuple[Row, Any]]] = {}
     for row in rows:
         for key, value in row.content.items():
-            if value is not None and key not in registry and key not in (*FIELDS, "draft"):
-                values.setdefault(key, []).append((row.line, value))
-    return [Unread(name, len(some), path, some[0][0], spans) for name, some in values.items()
-            if (spans := _all(_are_spans, some)) or _all(_are_labels, some) or _is_label(some)]
+            if value is not None and key not in known:
+                found.setdefault(key, []).append((row, value))
+    return [Unread(name, len(some), path, some[0][0].line, spans) for name, some in found.items()
+            if (spans := _all(_are_spans, some)) or _all(_are_labels, some)
+            or _is_label([value for _, value in some])]
 
 
-def _all(test: Any, some: Sequence[tuple[int, Any]]) -> bool:
+def _all(test: Any, some: Sequence[tuple[Row, Any]]) -> bool:
     # An empty list says that there are none, and nothing of what there could be.
-    lists = [value for _, value in some if value != []]
-    return bool(lists) and all(isinstance(value, list) and test(value) for value in lists)
+    lists = [(row, value) for row, value in some if value != []]
+    return bool(lists) and all(isinstance(value, list) and test(row, value) for row, value in lists)
 
 
-def _are_spans(items: list[Any]) -> bool:
+def _are_spans(row: Row, items: list[Any]) -> bool:
+    length = len(str(row.content.get("text", "")))
+    # Alignments are written alike, with times where spans have characters.
     return all(isinstance(item.get("label"), str) if isinstance(item, dict) else
                isinstance(item, list) and [type(part) for part in item] == [str, int, int]
-               for item in items)
+               and 0 <= item[1] < item[2] <= length for item in items)
 
 
-def _are_labels(items: list[Any]) -> bool:
+def _are_labels(row: Row, items: list[Any]) -> bool:
     return all(isinstance(item, str) and len(item) <= _LABEL_LENGTH for item in items)
 
 
-def _is_label(some: Sequence[tuple[int, Any]]) -> bool:
-    labels = {value for _, value in some if isinstance(value, str) and len(value) <= _LABEL_LENGTH}
+def _is_label(values: Sequence[Any]) -> bool:
+    labels = {value for value in values if isinstance(value, str) and len(value) <= _LABEL_LENGTH}
     # Words of a closed set come again; names and paths do not.
-    return (all(isinstance(value, str) and value in labels for _, value in some)
-            and 1 < len(labels) <= min(_LABELS, len(some) - 1))
+    return (all(isinstance(value, str) and value in labels for value in values)
+            and 1 < len(labels) <= min(_LABELS, len(values) - 1))
 
 
 def run_findings(train: Sequence[Example], dev: Sequence[Example], mixture: Mixture | None,
