@@ -56,6 +56,23 @@ def test_flags_of_every_kind(files: tuple[Path, Path]) -> None:
     assert config.train.init == str(folder / "saved")
 
 
+def test_own_training_data_needs_dev_data_of_its_own(files: tuple[Path, Path],
+                                                     tmp_path: Path) -> None:
+    """The dev manifests of a config that ships would choose the best checkpoint by other data."""
+    files[0].write_text("data: {train: [a.jsonl], dev: [mini.jsonl]}\n")
+    own = tmp_path / "mine" / "own.yaml"
+    own.parent.mkdir()
+    own.write_text("data: {dev: [own.jsonl]}\n")
+    its = str(own.parent / "own.jsonl")
+    with pytest.raises(UserError, match=r"--data\.train without .*c\.yaml \(mini\.jsonl\)"):
+        load_config(["--data.train=x"], *files, "")
+    for flags, dev in ((["--data.train", "x", "--data.dev", "y"], ["y"]),
+                       (["--data.train", "x", "--data.dev", "none"], []),
+                       (["--data.train", "x", "--config", str(own)], [its]),
+                       ([], [str(tmp_path / "mini.jsonl")])):
+        assert load_config(flags, *files, "").data.dev == dev
+
+
 def test_options_belong_to_their_projector(files: tuple[Path, Path]) -> None:
     files[0].write_text("model: {projector: mlp, projector_options: {stack: 6}}\n")
     (files[1] / "one.yaml").write_text(

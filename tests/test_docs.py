@@ -141,6 +141,21 @@ def _exists(name: str) -> bool:
     return True
 
 
+def test_messages_that_are_explained_are_printed() -> None:
+    printed = []
+    for path in (ROOT / "unislu_llm").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            parts = node.values if isinstance(node, ast.JoinedStr) else [node]
+            printed.append("".join(str(part.value) if isinstance(part, ast.Constant) else "{}"
+                                   for part in parts))
+    messages = re.findall(r"\*\*`([^`]+)`\*\*",
+                          (ROOT / "docs" / "troubleshooting.md").read_text("utf-8"))
+    assert len(messages) > 12
+    for message in messages:
+        pattern = re.compile(".*".join(map(re.escape, message.split(" ... "))))
+        assert any(map(pattern.search, printed)), message
+
+
 def test_functions_on_the_walks_exist() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
     names = set(re.findall(r"`([a-z_]+(?:\.[A-Za-z_]\w*)+)`", text))

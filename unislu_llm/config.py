@@ -107,7 +107,7 @@ class DataConfig(Section):
     train: list[str] = []
     """Training manifests (JSON lines)."""
     dev: list[str] = []
-    """Manifests that are scored before, during and after training."""
+    """Manifests that are scored before, during and after training; `--data.dev none`: none."""
     tasks: str | None = None
     """YAML list of tasks; default: named entities and sentiment."""
     weights: Annotated[dict[str, Rate], _JSON] = {}

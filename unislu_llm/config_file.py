@@ -71,7 +71,21 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
     config = Config.model_validate(merge(Config, values, {"model": flags}))
     description += (f"\n\n--config FILE (default {default_file.name}) and --adapter FILE (a "
                     "preset) set the defaults shown here.")
-    return _with_flags(config, rest, description)
+    config = _with_flags(config, rest, description)
+    if config.data.dev == ["none"]:
+        config.data.dev = []
+    elif chosen.config.resolve().parent == default_file.resolve().parent:
+        _check_own_data({word.partition("=")[0] for word in rest}, config, chosen.config)
+    return config
+
+
+def _check_own_data(flags: set[str], config: Config, file: Path) -> None:
+    # The dev manifests of a config that ships fit no others: `best` would be chosen by them.
+    if config.data.dev and "--data.train" in flags and "--data.dev" not in flags:
+        names = ", ".join(Path(path).name for path in config.data.dev)
+        raise UserError(f"--data.train without --data.dev: the dev manifests of {file.name} "
+                        f"({names}) would choose the best checkpoint for your data; give "
+                        "--data.dev FILE..., or --data.dev none to train without validation")
 
 
 def config_from_file(path: str | Path, *, resolve: bool = True) -> Config:

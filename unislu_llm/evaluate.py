@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +29,6 @@ from unislu_llm.scoring.calibration import calibrate
 from unislu_llm.scoring.predictions import check_predictions
 from unislu_llm.scoring.score import format_table, intervals, score_predictions
 from unislu_llm.scoring.text import PROTOCOLS
-from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import Example
 
 
@@ -108,6 +107,7 @@ def evaluate(options: Options) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     results: dict[str, Any] = {}
+    jobs: list[Job] = []
     for path in options.runs:
         try:
             job = make_job(path, options)
@@ -115,6 +115,7 @@ def evaluate(options: Options) -> int:
                 raise UserError(f"another run was named '{job.label}' before; rename one, or score "
                                 "them by separate commands with --label or --out")
             results[job.label] = _evaluate_run(job, options.out, options.again)
+            jobs.append(job)
         except UserError as error:
             where = "" if str(error).startswith(str(path)) else f"{path}: "
             print(f"error: {where}{error}", file=sys.stderr)
@@ -123,11 +124,28 @@ def evaluate(options: Options) -> int:
                   file=sys.stderr)
             return 130
     if results:
-        print(f"\n{format_table(results)}")
+        print("\n".join(["", format_table(results), *differences(jobs)]))
     if failed := len(options.runs) - len(results):
         print(f"error: {failed} of {len(options.runs)} runs could not be scored, see above",
               file=sys.stderr)
     return 2 if failed else 0
+
+
+def differences(jobs: Sequence[Job]) -> Iterator[str]:
+    """A line for each thing, beside the models, in which the rows of one table differ."""
+    def told(job: Job) -> dict[str, Any]:
+        options = {f"--decode.{name}".replace("_", "-"): value for name, value in job.decode
+                   if name != "batch_size"}  # which changes no answer
+        files = " ".join(f"{path.name} ({sha256(path)[:8]})" for path in job.manifests)
+        return options | {"--precision": job.precision, "--manifest": files}
+
+    every = [told(job) for job in jobs]
+    for name in every[0]:
+        if len({values[name] for values in every}) > 1:
+            each = ", ".join(f"{job.label} {values[name]}"
+                             for job, values in zip(jobs, every, strict=True))
+            yield (f"warning: the rows differ in {name} as well as in the model: {each}; "
+                   f"{name} sets it for all")
 
 
 def make_job(path: Path, options: Options) -> Job:
@@ -169,7 +187,8 @@ def _evaluate_run(job: Job, out: Path, again: bool) -> dict[str, Any]:
     """Decode (or take up predictions), score, write `<out>/<label>.json`; gives the scores."""
     registry, key = job.run.registry(), job.key()
     # Before the model is loaded: a bad manifest should not cost minutes.
-    examples = _examples(job, registry)
+    examples = load_examples([str(path) for path in job.manifests], registry, limit=job.limit,
+                             flag="manifest", scored=True)
     file = PredictionFile(job.run.folder / "predictions" / f"{job.stem}.jsonl", key)
     found = None if again else file.finished()
     if again:
@@ -216,18 +235,6 @@ def _about(job: Job, key: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[st
         "decoding": {k: meta[k] for k in ("seconds", "audio_seconds", "rtf", "threads", "date",
                                           "versions")},
         "command": " ".join(_without_paths(sys.argv)), **_made()})
-
-
-def _examples(job: Job, registry: TaskRegistry) -> list[Example]:
-    files = [str(path) for path in job.manifests]
-    examples = load_examples(files, registry, limit=job.limit, flag="manifest", scored=True)
-    # Predictions are told apart by these keys; two of one name would overwrite each other.
-    for key, count in Counter(example.key for example in examples).most_common(1):
-        if count > 1:
-            places = ", ".join(e.utterance.where for e in examples if e.key == key)
-            raise UserError(f"{places}: field 'id': {key} is there {count} times; give the "
-                            "manifests' rows a `corpus`, or score them one by one")
-    return examples
 
 
 def _decode(job: Job, examples: list[Example],

@@ -3,6 +3,7 @@
     runs/mine/
       config.yaml versions.json     what was asked for, and by which versions
       metrics.jsonl predictions/    the log, and what validations decoded
+      log.txt                       what was printed
       best/ last/                   models; `last` can be resumed as well
       finished.json                 there once the run has come to its end
 """

@@ -79,7 +79,7 @@ def test_hypotheses_are_those_that_a_run_asks_for(caplog: pytest.LogCaptureFixtu
     assert check_hypotheses(examples_with("a", ""), READS_ALONE) == examples_with("a", "")
     assert not caplog.text
     assert check_hypotheses(examples, READS) == examples
-    assert "1 of 3 examples have no hypothesis" in caplog.text
+    assert "1 of 3 examples have no hypothesis, the first m.jsonl:2; they train" in caplog.text
 
 
 @pytest.mark.parametrize(("examples", "model", "message"), [

@@ -236,3 +236,13 @@ def test_tasks_of_ones_own_and_rare_labels(tmp_path: Path) -> None:
     assert report.status() == 0
     assert "topic           302 rows: a 301, b 1" in report.page()
     assert f"{path}: topic: warning: 'b' is there 1 times, 'a' 301 times" in report.page()
+
+
+def test_annotations_of_no_known_task_are_warned_of(tmp_path: Path) -> None:
+    dose = {"label": "DOSE", "start": 0, "end": 3}
+    rows = [{"id": str(i), "text": TEXT, "drugs": [dose] * i, "gender": "f"} for i in range(3)]
+    report = validate([write_rows(tmp_path / "m.jsonl", rows)])
+    assert [str(p) for p in report.problems] == [
+        f"{tmp_path / 'm.jsonl'}:1: drugs: warning: is no known task (3 rows have it) and will not "
+        "be read; describe it in a tasks file (--tasks-file FILE)"]
+    assert (report.status(), report.status(strict=True)) == (0, 1)

@@ -73,6 +73,11 @@ def launch(tmp_path: Path) -> Callable[..., str]:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
         told = done.stderr.partition("elastic/multiprocessing")[0]  # the launcher's own traceback
         assert (done.returncode != 0) == fails, told[-4000:]
+        if not fails and not config.stages:  # libraries say nothing, and one process warns
+            lines = [line for line in told.replace("\r", "\n").splitlines()
+                     if line.strip() and not line.startswith("train:")]
+            assert all(line.startswith("warning: data.") for line in lines), told
+            assert len(lines) == len(set(lines)), told
         return done.stdout
 
     return run

@@ -58,6 +58,8 @@ STALLS = [{"wer": 50.0 - 5 * i, "ner_f1": 10.0} for i in range(4)]
      "one class only"),
     (LEARNS, [row("ner", None, [], ("missing_separator",))] * 10, "missing delimiter"),
     (STALLS, FINE, "ner stalls"),
+    ([{"wer": 99.0}, {"wer": 91.0}], FINE, "hardly a word is right (WER 91.0)"),
+    ([{"wer": 99.0}], FINE, None),
     (LEARNS, [row("ner", [], [], ("no_end",))] * 10, "no end"),
     (LEARNS[:1], [row("ner", None, [], ("missing_separator", "no_end"))] * 10, None),
 ])

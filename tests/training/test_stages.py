@@ -129,6 +129,12 @@ def test_ctc_learns_to_the_word(tiny_config: Make, capsys: pytest.CaptureFixture
     losses = [row["loss"] for row in logged(run)]
     assert losses[-1] < 0.2 * losses[0]
     assert "greedy CTC text" in capsys.readouterr().out
+    # And is spoilt by steps that are far too large, which the end says.
+    config.output, config.train.init, config.train.max_steps = f"{run}-on", str(run), 2
+    config.train.lr.projector = 50.0
+    end = (train("speech_llm", config) / "log.txt").read_text().partition("\ndev ")[2]
+    assert "warning: training made the model worse: its score was " in end
+    assert f"or keep {run}\n" in end
 
 
 def test_another_vocabulary_is_refused_and_a_saved_one_inherited(tiny_config: Make,

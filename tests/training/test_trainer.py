@@ -69,7 +69,7 @@ def test_a_run_learns_and_leaves_a_loadable_model(kind: str, tiny_config: Make,
     assert not (trainer.run / BEST / "optimizer.safetensors").exists()
     printed = capsys.readouterr()
     assert "nan" not in printed.out
-    assert len(printed.out.splitlines()) < 40, "a run fits a screen"
+    assert len(printed.out.splitlines()) < 60, "a run fits a screen"
 
 
 CASES: dict[str, dict[str, Any]] = {

@@ -8,6 +8,7 @@ segments'.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
@@ -15,7 +16,8 @@ from typing import Any
 
 from unislu_llm.config import ModelConfig
 from unislu_llm.data.audio import END_SLACK, MAX_SECONDS, SAMPLE_RATE, count_samples
-from unislu_llm.data.manifest import first_ten, manifest_name, read_manifest
+from unislu_llm.data.findings import Unread, unread_fields
+from unislu_llm.data.manifest import first_ten, manifest_name, read_rows
 from unislu_llm.data.row_reader import Problem, RowReader
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import Span, SpanTask, TaskRegistry
@@ -37,18 +39,21 @@ def load_examples(manifests: Sequence[str], registry: TaskRegistry, *, limit: in
     Args:
         limit: at most so many examples of each manifest, evenly spread; 0 takes all.
         flag: what names the manifests, for messages.
-        scored: rows without audio are refused.
+        scored: rows without audio are refused, and ids that come twice in a corpus.
 
     Raises:
-        UserError: no manifest is named, or one has problems or rows that cannot be used.
+        UserError: no manifest is named, one has problems or rows that cannot be used, or all
+            annotations of `data.train` are of unknown tasks.
     """
     if not manifests:
         raise UserError(f"{flag} names no manifest; list JSON-lines files in the config or give "
                         f"--{flag} FILE...")
     examples: list[Example] = []
+    unread: list[Unread] = []
     for path in manifests:
-        utterances = handle_long(read_manifest(path, registry, corpus=manifest_name(path),
-                                               check_audio=True), registry)
+        rows = read_rows(path, registry, corpus=manifest_name(path), check_audio=True)
+        unread += unread_fields(path, rows, registry)
+        utterances = handle_long([row.utterance for row in rows if row.utterance], registry)
         if scored and (mute := next((u for u in utterances if u.audio is None), None)):
             raise UserError(f"{mute.where}: field 'audio': the row has no audio, so nothing can be "
                             f"predicted for it; take it out of {flag}")
@@ -61,7 +66,32 @@ def load_examples(manifests: Sequence[str], registry: TaskRegistry, *, limit: in
         # Manifests are often sorted by speaker or length: the first ones would be no sample.
         step = len(found) / limit if limit and len(found) > limit else 1.0
         examples += [found[int(i * step)] for i in range(int(len(found) / step))]
+    _check_unread(unread, registry, flag, annotated=any(e.task for e in examples))
+    # Predictions are told apart by these keys; two of one name would overwrite each other.
+    for key, count in Counter(e.key for e in examples).most_common(1) if scored else ():
+        if count > 1:
+            places = ", ".join(e.utterance.where for e in examples if e.key == key)
+            raise UserError(f"{places}: field 'id': {key} is there {count} times in {flag}; give "
+                            "the manifests' rows a `corpus`, or score them one by one")
     return examples
+
+
+def _check_unread(unread: Sequence[Unread], registry: TaskRegistry, flag: str,
+                  annotated: bool) -> None:
+    """Say which annotations no task reads; raises UserError: `data.train` has no others."""
+    known, advice = ", ".join(registry.names), "describe it in a tasks file (--data.tasks FILE)"
+    spans = [field for field in unread if field.spans]
+    if spans and not annotated and flag == "data.train":
+        raise UserError(f"{flag}: nothing is annotated for a known task ({known}); is the field "
+                        f"{spans[0]} a task? Then {advice}; else take it out")
+    for field in spans:
+        _warn_once("%s: the field %s is no known task (%s) and is not read; if it is one, %s",
+                   flag, field, known, advice)
+    # Metadata is written like labels: worth a line only where nothing else is annotated.
+    if not annotated and flag == "data.train" and unread:
+        _warn_once("%s: nothing is annotated for a known task (%s), so that transcripts alone "
+                   "train; not read: %s; if one is a task, %s", flag, known,
+                   ", ".join(map(str, unread)), advice)
 
 
 def check_hypotheses(examples: Sequence[Example], model: ModelConfig) -> list[Example]:
@@ -80,7 +110,8 @@ def check_hypotheses(examples: Sequence[Example], model: ModelConfig) -> list[Ex
             text = any(u.audio is None for u in lacking)
             raise UserError(f"{share}, the first {lacking[0].where}; add them with `unislu "
                             f"transcribe{' --copy-text' * text}`")
-        log.warning("%s; they train without, as with train.hypothesis_dropout", share)
+        log.warning("%s, the first %s; they train without one, as with train.hypothesis_dropout; "
+                    "`unislu transcribe` adds them", share, lacking[0].where)
     return list(examples)
 
 

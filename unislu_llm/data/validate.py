@@ -20,6 +20,7 @@ from typing import Literal
 import numpy as np
 
 from unislu_llm.data.audio import MAX_SECONDS, SAMPLE_RATE, crop, open_audio, read_frames
+from unislu_llm.data.findings import unread_fields
 from unislu_llm.data.loading import read_segments
 from unislu_llm.data.manifest import Ids, Row, iter_rows, moved
 from unislu_llm.data.row_reader import Problem, RowReader
@@ -133,11 +134,17 @@ class Checker:
     def check(self, path: Path) -> Iterator[Row]:
         """Every row of a manifest, its duration measured; line 0 is for the file as a whole."""
         good: list[Utterance] = []
+        rows: list[Row] = []
         for row in iter_rows(path, self._registry, ids=self._ids):
+            rows.append(row)
             checked = self._check(row, row.utterance, path) if row.utterance else row
             good += [checked.utterance] if checked.utterance else []
             yield checked
-        yield Row(0, problems=tuple(p._replace(file=path) for p in self._rare(good)))
+        unread = (Problem(field.name, "unread", f"is no known task ({field.rows} rows have it) and "
+                          "will not be read; describe it in a tasks file (--tasks-file FILE)",
+                          line=field.line)
+                  for field in unread_fields(str(path), rows, self._registry) if field.spans)
+        yield Row(0, problems=tuple(p._replace(file=path) for p in (*unread, *self._rare(good))))
 
     def _check(self, row: Row, u: Utterance, path: Path) -> Row:
         problems, seconds, key = _check_audio(u, self._audio)

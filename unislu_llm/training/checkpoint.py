@@ -45,6 +45,7 @@ class Progress(BaseModel):
     best_score: float | None = None
     seconds: float = 0.0  # spent on steps, over all sittings; validation not counted
     history: list[dict[str, float]] = []  # headline scores of every validation
+    shown: list[str] = []  # keys of the dev examples that validations print
 
 
 def save_checkpoint(final: Path, write: Callable[[Path], object], progress: Progress) -> None:

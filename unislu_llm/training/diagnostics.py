@@ -13,6 +13,7 @@ from typing import Any
 from unislu_llm.tasks import LabelTask, SpanTask, Task, TaskRegistry
 
 STALL = 3  # validations that a trend must last to be named
+_DEAF = 90.0  # WER over which a model writes from what it knows of texts, not from what it hears
 
 Scores = Mapping[str, float]
 Predictions = Sequence[Mapping[str, Any]]
@@ -32,9 +33,13 @@ def validation_warnings(history: Sequence[Scores], predictions: Predictions,
     for task in registry:
         mine = [p for p in asked if p["task"] == task.name and p["hyp"] is not None]
         found += _one_class(task, mine) + _stalled(task, history)
+    wer = history[-1].get("wer", 0.0)
+    if trained and wer > _DEAF:
+        found.append(f"hardly a word is right (WER {wer:.1f}): see docs/troubleshooting.md")
     endless = sum("no_end" in p["problems"] for p in predictions)
     if trained and endless > 0.2 * len(predictions):
-        found.append(f"no end: {endless} of {len(predictions)} answers ran into the token bound")
+        found.append(f"no end: {endless} of {len(predictions)} answers ran into the token "
+                     "bound (train longer; for fast speech raise decode.tokens_per_second)")
     return found
 
 
@@ -45,7 +50,8 @@ def _one_class(task: Task, mine: Predictions) -> list[str]:
     label, count = Counter(p["hyp"] for p in mine).most_common(1)[0]
     if count < len(mine) or len({p["ref"] for p in mine}) == 1:
         return []
-    return [f"one class only: every {task.name} answer is '{label}'"]
+    return [f"one class only: every {task.name} answer is '{label}' (train longer, or give its "
+            "corpus a larger share by data.weights)"]
 
 
 def _stalled(task: Task, history: Sequence[Scores]) -> list[str]:
@@ -57,4 +63,5 @@ def _stalled(task: Task, history: Sequence[Scores]) -> list[str]:
     if wer[-1] >= wer[0] - 1.0 or f1[-1] > f1[0]:
         return []
     return [f"transcript improves (WER {wer[0]:.1f} to {wer[-1]:.1f}) while {task.name} stalls "
-            f"(F1 {f1[0]:.1f} to {f1[-1]:.1f}) over {STALL} validations"]
+            f"(F1 {f1[0]:.1f} to {f1[-1]:.1f}) over {STALL} validations (train.loss dynamic, a "
+            "larger share of its corpus by data.weights, or text injection)"]

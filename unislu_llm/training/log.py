@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
+import sys
+import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +14,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
+from tabulate import tabulate
 from torch import Tensor
 from tqdm import tqdm
 
@@ -22,7 +26,11 @@ from unislu_llm.io import append_json, write_json, write_text
 from unislu_llm.models.base import SLUModel
 from unislu_llm.tasks import ASR
 from unislu_llm.tokenizer import Example
-from unislu_llm.training.objectives import Objective, Predictions, Validation
+from unislu_llm.training.examples import LEGEND
+from unislu_llm.training.objectives import Objective, Predictions, Sums, Validation
+
+_PACKAGE = logging.getLogger("unislu_llm")
+LOG_FILE = "log.txt"  # in the run folder: all that was printed but the bars
 
 
 def check_trackers(names: Sequence[str]) -> None:
@@ -35,11 +43,58 @@ def check_trackers(names: Sequence[str]) -> None:
                             f"accelerate; available here: {', '.join(there) or 'none'}")
 
 
+def say(run: Path, text: str) -> None:
+    """Print, beside any bar, and write to the log of a run."""
+    tqdm.write(text)
+    with (run / LOG_FILE).open("a", encoding="utf-8") as file:
+        file.write(text + "\n")
+
+
+def bar(**options: Any) -> Any:
+    """A progress bar; where nobody watches it a line a minute, not one a step."""
+    return tqdm(**options, mininterval=0.1 if sys.stderr.isatty() else 60.0)
+
+
+class Notices(logging.Handler):
+    """Warnings of the package: printed at once, and in the log of the run once it has a folder.
+
+    With several processes those of the main one alone: all read the same data.
+    """
+
+    def __init__(self, main: bool) -> None:
+        super().__init__(logging.WARNING)
+        self.main, self.lines, self.run = main, list[str](), Path()
+        if not main:
+            warnings.simplefilter("ignore")
+        for handler in [h for h in _PACKAGE.handlers if isinstance(h, Notices)]:
+            handler.close()  # of a run of this process that did not come to its end
+        _PACKAGE.addHandler(self)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if self.main:
+            self.lines.append(f"warning: {record.getMessage()}")
+            tqdm.write(self.lines[-1], file=sys.stderr)
+            self.flush()
+
+    def close(self) -> None:
+        """Leave later warnings of this process to others."""
+        _PACKAGE.removeHandler(self)
+        super().close()
+
+    def flush(self) -> None:
+        """Write what has been held to the log of the run, where there is one."""
+        if self.run.name and self.lines:
+            with (self.run / LOG_FILE).open("a", encoding="utf-8") as file:
+                file.write("\n".join(self.lines) + "\n")
+            self.lines.clear()
+
+
 class Log:
     """The log of a run in the folder `run`; the main process alone writes."""
 
     def __init__(self, run: Path, accelerator: Accelerator, trackers: Sequence[str]) -> None:
         self.file, self.accelerator, self.trackers = run / "metrics.jsonl", accelerator, trackers
+        self.shown: Mapping[str, str] = {}  # examples as the last validation printed them
         if trackers:
             accelerator.project_configuration.logging_dir = str(run / "trackers")
             # The project, where a tracker keeps those of many; a run in it has its folder's name.
@@ -55,15 +110,53 @@ class Log:
                                   if key != "step"}, step=row["step"])
 
     def validation(self, step: int, predictions: Predictions, result: Validation,
-                   seconds: float) -> None:
+                   seconds: float, first: Sums, examples: Mapping[str, str]) -> None:
         """What a validation after `step` steps gave, for people and as files."""
         stem = self.file.with_name("predictions") / f"step-{step:06d}"
         write_text(stem.with_suffix(".jsonl"), "".join(
             json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
         write_json(stem.with_suffix(".scores.json"), result.report)
         self.write("dev", {"step": step, **result.scores, "seconds": seconds})
-        tqdm.write("\n".join([f"\nstep {step} ({len(predictions)} dev samples, {seconds:.0f} s)",
-                              result.table, *(f"warning: {text}" for text in result.warnings)]))
+        # The headlines, in one line of a screen; the files have the rest.
+        rows = {"first": first} if step else {}
+        table = [{"": name, **{key: value for key, value in scores.items()
+                               if _headline(key) and not key.startswith("wer_")}}
+                 for name, scores in {**rows, f"step {step}": result.scores}.items()]
+        told = [f"  {key}\n{text}" if self.shown.get(key) != text else f"  {key}: as before"
+                for key, text in examples.items()]
+        self.shown = examples
+        say(self.file.parent, "\n".join([
+            f"\nvalidation after {step} steps: {result.what}, {len(predictions)} dev samples, "
+            f"{seconds:.0f} s",
+            tabulate(table, headers="keys", floatfmt=".2f", missingval="-", disable_numparse=[0]),
+            f"examples ({LEGEND})", *told, *(f"warning: {text}" for text in result.warnings)]))
+
+
+def _headline(name: str) -> bool:
+    return not name.endswith(("_label_f1", "_position_f1")) and name != "slue"  # which is `score`
+
+
+def before_and_after(history: Sequence[Sums], best_step: int, best_score: float | None,
+                     init: str) -> str:
+    """What training has changed: scores of the first validation and the best, and in words whether
+    it made the model worse; nothing where there was no validation."""
+    if best_score is None:
+        return ""
+    first, last = history[0], history[-1]
+    best = next(scores for scores in reversed(history) if scores["score"] == best_score)
+    rows = [(key, first.get(key), best[key], best[key] - first.get(key, best[key]))
+            for key in filter(_headline, best)]
+    lines = ["", tabulate(rows, headers=("dev", "first", f"best (step {best_step})", "change"),
+                          floatfmt=("", ".2f", ".2f", "+.2f"), missingval="-")]
+    if best_score < first["score"]:
+        lines.append(f"warning: training made the model worse: its score was {first['score']:.2f} "
+                     f"before and is {best_score:.2f} at best; try lower rates (train.lr), fewer "
+                     f"train.epochs, more data{f', or keep {init}' * bool(init)}")
+    elif last["score"] < first["score"]:
+        lines.append(f"warning: the score was {first['score']:.2f} before training and is "
+                     f"{last['score']:.2f} after it; best is an earlier checkpoint. Train for "
+                     "fewer epochs (train.epochs), or at lower rates (train.lr)")
+    return "\n".join(lines)
 
 
 class Window:
@@ -103,10 +196,10 @@ def batch_counts(batch: Batch) -> dict[str, float]:
             "room": len(batch) * (max(speech) + max(target))}
 
 
-def describe_run(config: Config, model: SLUModel, examples: Sequence[Example], plan: BatchPlan,
-                 steps: int, world: int) -> str:
+def describe_run(config: Config, model: SLUModel, examples: Sequence[Example],
+                 dev: Sequence[Example], plan: BatchPlan, steps: int, world: int) -> str:
     """The plan of a run as text: data, batches for `steps` on `world` processes, parameters."""
-    train, tasks = config.train, Counter(example.task or ASR for example in examples)
+    train = config.train
     sizes = {name: sum(p.numel() for _, p in named)
              for name, named in model.trainable_groups().items()}
     trained, total = sum(sizes.values()), sum(p.numel() for p in model.parameters())
@@ -116,8 +209,8 @@ def describe_run(config: Config, model: SLUModel, examples: Sequence[Example], p
     size = (f"at most {train.batch_tokens} tokens" if train.batch_tokens
             else f"{train.batch_size} samples")
     return "\n".join([
-        f"data: {len(examples)} samples ({', '.join(f'{n} {task}' for task, n in tasks.items())}), "
-        f"{hours:.2f} h",
+        f"data: {_samples(examples)}, {hours:.2f} h",
+        f"dev: {_samples(dev) if dev else 'none; the last checkpoint is the model'}",
         *([str(plan.mixture)] if plan.mixture is not None else []),
         f"batch: {size}, shared by {world} process(es) x {train.accumulation} micro-batch(es); "
         f"{plan.steps(1)} steps an epoch, {steps} in all",
@@ -126,3 +219,8 @@ def describe_run(config: Config, model: SLUModel, examples: Sequence[Example], p
           for name, size in sizes.items()),
         f"  {'trained':<10} {trained / 1e6:9.3f} M   of {total / 1e6:.1f} M; "
         f"{memory / 2**30:.2f} GiB a process, plus activations"])
+
+
+def _samples(examples: Sequence[Example]) -> str:
+    tasks = Counter(example.task or ASR for example in examples)
+    return f"{len(examples)} samples ({', '.join(f'{n} {task}' for task, n in tasks.items())})"

@@ -27,7 +27,7 @@ from unislu_llm.loss import ASR_PART, TASK_PART, TokenCounts, asr_share, weighte
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.saved import Description
 from unislu_llm.models.speech_llm import SpeechLLM
-from unislu_llm.scoring.score import flat_scores, format_table, score_predictions
+from unislu_llm.scoring.score import flat_scores, score_predictions
 from unislu_llm.scoring.wer import corpus_wer
 from unislu_llm.tasks import ASR, TaskRegistry
 from unislu_llm.tokenizer import Example
@@ -47,7 +47,7 @@ class Validation:
 
     scores: dict[str, float]  # headline numbers; the highest `score` makes the best checkpoint
     report: dict[str, Any]  # all of them, as plain data
-    table: str  # for the terminal
+    what: str  # the scores are of, for the terminal
     warnings: Sequence[str] = ()  # what has gone wrong
 
 
@@ -92,12 +92,14 @@ class Objective(ABC):
         """Predictions for dev examples, in their order."""
 
     @abstractmethod
-    def score(self, predictions: Predictions, name: str, before: Sequence[Sums]) -> Validation:
-        """The validation of the run `name`, from all predictions and the scores of those before."""
+    def score(self, predictions: Predictions, before: Sequence[Sums]) -> Validation:
+        """A validation, from all its predictions and the scores of those before."""
 
-    def finish(self, model: SLUModel, folders: Sequence[Path], scores: Sums,  # noqa: B027
-               dev: Sequence[Example], cache: FrameCache | None) -> None:
-        """At the end, add to saved models, the best first, what its validation says: `scores`."""
+    def finish(self, model: SLUModel, folders: Sequence[Path], scores: Sums,
+               dev: Sequence[Example], cache: FrameCache | None) -> str:
+        """At the end, add to saved models, the best first, what its validation says: `scores`;
+        returns what to tell of it."""
+        return ""
 
 
 class UnifiedObjective(Objective):
@@ -155,26 +157,25 @@ class UnifiedObjective(Objective):
         return predict(model, dev, self.config.decode, progress=progress)
 
     def finish(self, model: SLUModel, folders: Sequence[Path], scores: Sums, dev: Sequence[Example],
-               cache: FrameCache | None) -> None:
+               cache: FrameCache | None) -> str:
         # What a model may do to a hypothesis is measured on dev data: there it is rewritten.
         given = scores.get("hypothesis_wer", scores.get("ctc_wer"))
         model_config = self.config.model
         if (given is None or model_config.transcript != "auto"
                 or model_config.hypothesis == "reference"):  # an upper bound is no choice
-            return
+            return ""
         way: Transcript = "rewrite" if scores["wer"] < given else "verbatim"
         for folder in folders:
             saved = Description.read(folder)
             saved.model.transcript = way
             saved.write(folder)
-        print(f"model.transcript {way}: WER on dev of the hypotheses {given:.1f} %, of the model, "
-              f"which rewrites them, {scores['wer']:.1f} %")
+        return (f"model.transcript {way}: WER on dev of the hypotheses {given:.1f} %, of the model, "
+                f"which rewrites them, {scores['wer']:.1f} %")
 
-    def score(self, predictions: Predictions, name: str, before: Sequence[Sums]) -> Validation:
+    def score(self, predictions: Predictions, before: Sequence[Sums]) -> Validation:
         report = score_predictions(predictions, self.registry)
         scores = flat_scores(report)
-        shown = report | {"protocols": {"whisper": report["protocols"]["whisper"]}}
-        return Validation(scores, report, format_table({name: shown}), validation_warnings(
+        return Validation(scores, report, "protocol whisper", validation_warnings(
             [*before, scores], predictions, self.registry))
 
 
@@ -232,19 +233,19 @@ class CTCObjective(Objective):
         for places in tqdm(groups, desc=progress, disable=not progress, unit="batch", leave=False):
             yield places, collate([dataset[place, 0] for place in places]).to(model.device)
 
-    def score(self, predictions: Predictions, name: str, before: Sequence[Sums]) -> Validation:
+    def score(self, predictions: Predictions, before: Sequence[Sums]) -> Validation:
         refs, hyps = ([p[key] for p in predictions] for key in ("ref_text", "hyp_text"))
         found = corpus_wer(refs, hyps, "whisper")
         return Validation({"wer": found.wer, "score": 100.0 - found.wer},
                           {"n_predictions": len(refs), "wer": found._asdict()},
-                          f"greedy CTC text of {name}: WER {found.wer:.1f} %")
+                          "greedy CTC text")
 
     def finish(self, model: SLUModel, folders: Sequence[Path], scores: Sums, dev: Sequence[Example],
-               cache: FrameCache | None) -> None:
+               cache: FrameCache | None) -> str:
         # Rates of text injection, on clips that the projector did not train on: on those that it
         # did it is surer than on any text.
         if not dev:
-            return
+            return ""
         assert isinstance(model, SpeechLLM)
         model.load_trained(folders[0])
         chosen = dev[::max(1, len(dev) // _FIT_CLIPS)]
@@ -257,9 +258,10 @@ class CTCObjective(Objective):
             rates = SimulationRates.fit(references, posteriors)
         except ValueError as error:
             log.warning("no rates of text injection were fitted: %s", error)
-            return
+            return ""
         for folder in folders:
             rates.save(folder)
+        return ""
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"unified": UnifiedObjective, "ctc": CTCObjective}

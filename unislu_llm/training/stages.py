@@ -7,11 +7,13 @@ like any other.
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 
 from unislu_llm.config import Config, Stage
 from unislu_llm.config_file import check, config_from_dict, inside, merge
+from unislu_llm.data.manifest import iter_rows
 from unislu_llm.errors import UserError
 from unislu_llm.run_folder import (
     BEST,
@@ -23,7 +25,9 @@ from unislu_llm.run_folder import (
     read_finished,
     write_finished,
 )
+from unislu_llm.tasks import TaskRegistry
 from unislu_llm.training.checkpoint import copy_model, read_progress
+from unislu_llm.training.log import say
 from unislu_llm.training.process import from_main, processes
 from unislu_llm.training.trainer import Trainer
 
@@ -42,7 +46,8 @@ def train(kind: str, config: Config, name: str = "run") -> Path:
     run = _train_stages(kind, config, name) if config.stages else Trainer(kind, config, name).fit()
     if processes().is_main_process:
         best = find_model(run) or run
-        print(f"{best.name}: {best}\nscore it: python eval/evaluate.py {run}")
+        say(run, f"{best.name}: {best}\nscore it: python eval/evaluate.py {run}\n"
+                 f"use it: unislu predict {run} {_clip(config)}")
     processes().destroy_process_group()
     return run
 
@@ -58,7 +63,7 @@ def _train_stages(kind: str, config: Config, name: str) -> Path:
             continue
         own.resume = from_main(partial(_resumable, folder))
         if main:
-            print(f"stage {stage}", flush=True)
+            say(run, f"stage {stage}")
         Trainer(kind, own, stage).fit()
         if main:
             # After each stage: a run that stops in a later one has a model.
@@ -70,6 +75,18 @@ def _train_stages(kind: str, config: Config, name: str) -> Path:
         done = [read_finished(run / stage) for stage, _ in stages]
         write_finished(run, {key: sum(d[key] for d in done) for key in ("step", "train_seconds")})
     return run
+
+
+def _clip(config: Config) -> str:
+    """A dev clip for the first try."""
+    rows = (row.utterance for path in config.data.dev
+            for row in iter_rows(path, TaskRegistry.from_yaml(config.data.tasks)))
+    whole = (u for u in rows if u and u.audio and not u.start and u.end is None and not u.segments)
+    clip = next(whole, None)
+    if clip is None or clip.audio is None:
+        return "clip.wav"
+    here = clip.audio.is_relative_to(Path.cwd())
+    return shlex.quote(str(clip.audio.relative_to(Path.cwd()) if here else clip.audio))
 
 
 def _claim(config: Config, name: str) -> Path:

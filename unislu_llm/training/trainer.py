@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import logging
 import math
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -22,10 +24,11 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, set_seed
 from torch.utils.data import DataLoader
-from tqdm import tqdm
+from transformers.utils.logging import disable_progress_bar
 
 from unislu_llm.config import Config
 from unislu_llm.data.batch import Batch
+from unislu_llm.data.findings import run_findings
 from unislu_llm.data.frame_cache import build_frames
 from unislu_llm.data.loading import load_examples
 from unislu_llm.errors import UserError
@@ -37,10 +40,23 @@ from unislu_llm.training import checkpoint
 from unislu_llm.training.build import build_model, fitted_rates
 from unislu_llm.training.checkpoint import Progress
 from unislu_llm.training.data import build_dataset, build_plan, deal
-from unislu_llm.training.log import Log, Window, batch_counts, check_trackers, describe_run
+from unislu_llm.training.examples import choose, show
+from unislu_llm.training.log import (
+    Log,
+    Notices,
+    Window,
+    bar,
+    batch_counts,
+    before_and_after,
+    check_trackers,
+    describe_run,
+    say,
+)
 from unislu_llm.training.objectives import OBJECTIVES
 from unislu_llm.training.optim import build_optimizer, group_rates, set_rates
 from unislu_llm.training.process import HostSum, from_main, peak_memory, processes, use_threads
+
+log = logging.getLogger(__name__)
 
 
 class Trainer:
@@ -63,6 +79,8 @@ class Trainer:
         self.rank, self.world = process.process_index, process.num_processes
         self.main, self.device = process.is_main_process, self.accelerator.device
         self.host_sum = HostSum()
+        self.notices = Notices(self.main)
+        disable_progress_bar()  # of the base checkpoints' tensors
 
         # 2. Data.
         data = config.data
@@ -85,10 +103,15 @@ class Trainer:
         self.total_steps = self.plan.steps(train.epochs)
         if train.max_steps:
             self.total_steps = min(self.total_steps, train.max_steps)
+        drawn = self.plan.mixture.size if self.plan.mixture else len(examples)
+        for line in run_findings(examples, self.dev, self.plan.mixture,
+                                 drawn * self.total_steps // max(self.plan.steps(1), 1)):
+            log.warning(line)
         optimizer = build_optimizer(self.model.trainable_groups(), train)
 
         # 4. The run folder: from here on something is written.
-        self.run = from_main(lambda: create_run(config, name))
+        self.run = self.notices.run = from_main(lambda: create_run(config, name))
+        self.notices.flush()
         set_seed(train.seed, device_specific=True)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self._fill_cache()
@@ -108,8 +131,12 @@ class Trainer:
             spoken = (*self.dataset.examples, *(self.dev if self.objective.caches_dev else ()))
             clips = [example.utterance for example in spoken]
             build_frames(cache, self.model.encoder, clips, device=self.device, rank=self.rank,
-                         world=self.world, progress="encode" if self.main else "")
+                         world=self.world, progress=self._progress("encode"))
             self.accelerator.wait_for_everyone()
+
+    def _progress(self, name: str) -> str:
+        """Title of a short bar, which is for eyes alone; empty shows none."""
+        return name if self.main and sys.stderr.isatty() else ""
 
     def batches(self, epoch: int, skip: int = 0) -> Iterator[list[Batch]]:
         """This process's micro-batches, a list a step, from step `skip` of an epoch on."""
@@ -179,20 +206,21 @@ class Trainer:
         p = self.progress
         self.log = Log(self.run, self.accelerator, self.config.train.trackers)
         if self.main:
-            print(describe_run(self.config, self.model, self.dataset.examples, self.plan,
-                               self.total_steps, self.world) + f"\nrun folder: {self.run}",
-                  flush=True)
+            say(self.run, describe_run(self.config, self.model, self.dataset.examples, self.dev,
+                                       self.plan, self.total_steps, self.world)
+                + f"\nrun folder: {self.run}")
         # The first one shows where the model began. A run that was killed in one resumes before it.
         if p.validated < 0 or (p.validated < p.step and self._validates()):
             self.validate()
-        with tqdm(total=self.total_steps, initial=p.step, desc="train", unit="step",
-                  disable=not self.main) as bar:
+        with bar(total=self.total_steps, initial=p.step, desc="train", unit="step",
+                 disable=not self.main) as steps:
             while p.step < self.total_steps:
-                self._epoch(bar)
+                self._epoch(steps)
         self._finish()
         # Stages and notebooks go on in these processes, which the trackers and DDP must leave.
         for tracker in self.accelerator.trackers:
             tracker.finish()
+        self.notices.close()
         # DDP's reducer goes first: freed after the process group, it can hold the GIL while
         # gloo's thread waits for it.
         self.wrapped = self.model
@@ -200,7 +228,7 @@ class Trainer:
         gc.collect()
         return self.run
 
-    def _epoch(self, bar: Any) -> None:
+    def _epoch(self, shown: Any) -> None:
         p, every = self.progress, self.config.train.save_every
         steps = self.batches(p.epoch, p.step_in_epoch)
         while p.step < self.total_steps:
@@ -212,7 +240,7 @@ class Trainer:
             self.window.waited += time.perf_counter() - started
             self.step(micro)
             p.step, p.step_in_epoch = p.step + 1, p.step_in_epoch + 1
-            self._log_step(bar)
+            self._log_step(shown)
             if self._validates() or (every and p.step % every == 0):
                 self.save()  # first: a validation that fails must not lose the steps before it
             if self._validates():
@@ -222,12 +250,12 @@ class Trainer:
         step, every = self.progress.step, self.config.train.eval_every
         return step == self.total_steps or bool(every and step % every == 0)
 
-    def _log_step(self, bar: Any) -> None:
+    def _log_step(self, shown: Any) -> None:
         p = self.progress
-        bar.update(1)
+        shown.update(1)
         row = self.window.read(self.accelerator)
         self.window = Window(self.objective, self.device)
-        bar.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "loss_asr", "loss_task", "w_asr")
+        shown.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "loss_asr", "loss_task", "w_asr")
                          if k in row}, refresh=False)
         self.log.write("train", {"step": p.step, "epoch": p.epoch, **row,
                                  "memory_gib": peak_memory(), **group_rates(self.optimizer)})
@@ -237,8 +265,11 @@ class Trainer:
         if self.main:
             best = self.run / BEST if p.best_step >= 0 else self.run / LAST
             scores = next((s for s in reversed(p.history) if s["score"] == p.best_score), {})
-            self.objective.finish(self.model, list(dict.fromkeys([best, self.run / LAST])), scores,
-                                  self.dev, self.dataset.frame_cache)
+            told = self.objective.finish(self.model, list(dict.fromkeys([best, self.run / LAST])),
+                                         scores, self.dev, self.dataset.frame_cache)
+            table = before_and_after(p.history, p.best_step, p.best_score, self.config.train.init)
+            if parts := [part for part in (table, told) if part]:
+                say(self.run, "\n".join(parts))
             write_finished(self.run, {"step": p.step, "train_seconds": round(p.seconds, 1),
                                       "best_step": p.best_step, "best_score": p.best_score})
         self.accelerator.wait_for_everyone()
@@ -256,13 +287,14 @@ class Trainer:
         with torch.random.fork_rng(devices), self.accelerator.autocast():
             if self.dev_share is None:
                 self.dev_share = self.objective.prepare(
-                    self.model, [self.dev[i] for i in mine], "hypotheses" if self.main else "")
+                    self.model, [self.dev[i] for i in mine], self._progress("hypotheses"))
             found = self.objective.decode(self.model, self.dev_share, self.dataset.frame_cache,
-                                          "validate" if self.main else "")
+                                          self._progress("validate"))
         everyone = sorted(gather_object(list(zip(mine, found, strict=True))), key=lambda x: x[0])
         predictions = [prediction for _, prediction in everyone]
-        result = self.objective.score(predictions, self.run.name, p.history)
+        result = self.objective.score(predictions, p.history)
         p.history.append(result.scores)
+        p.shown = p.shown or choose(predictions, self.registry)
         # A model that has not trained is never the best: there is no checkpoint of it.
         better = p.step > 0 and (p.best_score is None or result.scores["score"] > p.best_score)
         if better:
@@ -272,7 +304,8 @@ class Trainer:
                 checkpoint.copy_model(self.run / LAST, self.run / BEST, p)
             if p.step > 0:  # saved before: a resumed run must know of this validation
                 write_json(self.run / LAST / TRAINER_FILE, p.model_dump())
-            self.log.validation(p.step, predictions, result, time.perf_counter() - started)
+            self.log.validation(p.step, predictions, result, time.perf_counter() - started,
+                                p.history[0], show(predictions, p.shown, self.registry))
         self.accelerator.wait_for_everyone()
 
     def save(self) -> None:

@@ -1,0 +1,127 @@
+"""What is odd about the data of a run, a line each: true, and something that one can act on."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from unislu_llm.data.manifest import Row
+from unislu_llm.data.mixture import Mixture
+from unislu_llm.data.row_reader import FIELDS
+from unislu_llm.tasks import TaskRegistry
+from unislu_llm.tokenizer import Example
+
+_LABELS = 100  # a field with more values than this is metadata, and no label of a closed set
+_LABEL_LENGTH = 40
+
+
+class Unread(NamedTuple):
+    """A field of a manifest that may be an annotation, and is that of no known task."""
+
+    name: str
+    rows: int
+    file: str
+    line: int  # of the first
+    spans: bool  # labelled phrases; else labels, which metadata looks like as well
+
+    def __str__(self) -> str:
+        return f"'{self.name}' ({_count(self.rows, 'row')}, the first {self.file}:{self.line})"
+
+
+def unread_fields(path: str, rows: Iterable[Row], registry: TaskRegistry) -> list[Unread]:
+    """Fields of a manifest's rows that look like annotations and that no task reads."""
+    known = {*FIELDS, "draft", *registry.names}
+    found: dict[str, list[tuple[Row, Any]]] = {}
+    for row in rows:
+        for key, value in row.content.items():
+            if value is not None and key not in known:
+                found.setdefault(key, []).append((row, value))
+    return [Unread(name, len(some), path, some[0][0].line, spans) for name, some in found.items()
+            if (spans := _all(_are_spans, some)) or _all(_are_labels, some)
+            or _is_label([value for _, value in some])]
+
+
+def _all(test: Any, some: Sequence[tuple[Row, Any]]) -> bool:
+    # An empty list says that there are none, and nothing of what there could be.
+    lists = [(row, value) for row, value in some if value != []]
+    return bool(lists) and all(isinstance(value, list) and test(row, value) for row, value in lists)
+
+
+def _are_spans(row: Row, items: list[Any]) -> bool:
+    length = len(str(row.content.get("text", "")))
+    # Alignments are written alike, with times where spans have characters.
+    return all(isinstance(item.get("label"), str) if isinstance(item, dict) else
+               isinstance(item, list) and [type(part) for part in item] == [str, int, int]
+               and 0 <= item[1] < item[2] <= length for item in items)
+
+
+def _are_labels(row: Row, items: list[Any]) -> bool:
+    return all(isinstance(item, str) and len(item) <= _LABEL_LENGTH for item in items)
+
+
+def _is_label(values: Sequence[Any]) -> bool:
+    labels = {value for value in values if isinstance(value, str) and len(value) <= _LABEL_LENGTH}
+    # Words of a closed set come again; names and paths do not.
+    return (all(isinstance(value, str) and value in labels for value in values)
+            and 1 < len(labels) <= min(_LABELS, len(values) - 1))
+
+
+def run_findings(train: Sequence[Example], dev: Sequence[Example], mixture: Mixture | None,
+                 samples: int) -> list[str]:
+    """What is odd about the examples of a run that draws so many `samples` in all."""
+    found, drawn = [], list(train)
+    if mixture is not None:
+        kept = mixture.shares * samples >= 1
+        drawn = [e for e, group in zip(train, mixture.groups, strict=True) if kept[group]]
+        found = [f"data.weights: none of the {len(members)} examples of '{name}' trains: its share "
+                 f"is {100 * share:.2g} % of {samples} samples" for name, share, members, there
+                 in zip(mixture.names, mixture.shares, mixture.members, kept, strict=True)
+                 if not there]
+    return [*found, *_twice(drawn), *_leaks(drawn, dev), *_tasks(drawn, dev)]
+
+
+def _twice(train: Sequence[Example]) -> Iterator[str]:
+    clips: dict[Any, list[str]] = {}
+    for e in train:
+        u = e.utterance
+        if u.audio is not None:  # sentences alone may well be the same
+            clips.setdefault((u.audio, u.start, u.end, u.text, e.task), []).append(u.where)
+    if again := [places for places in clips.values() if len(places) > 1]:
+        yield (f"data.train: {_count(len(again), 'example')} more than once there, the first as "
+               f"{' and '.join(again[0][:2])}")
+
+
+def _leaks(train: Sequence[Example], dev: Sequence[Example]) -> Iterator[str]:
+    known = {(u.audio, u.start, u.end) for u in (e.utterance for e in train) if u.audio}
+    clips = {(u.audio, u.start, u.end): u.where for u in (e.utterance for e in dev)}
+    if both := [where for clip, where in clips.items() if clip in known]:
+        yield (f"data.dev: {len(both)} of {len(clips)} clips are in data.train too, the first "
+               f"{both[0]}; their scores say what was learnt by heart")
+
+
+def _tasks(train: Sequence[Example], dev: Sequence[Example]) -> Iterator[str]:
+    trained, scored = (Counter(e.task for e in some if e.task) for some in (train, dev))
+    for task, n in scored.items():
+        if task not in trained:
+            yield (f"task '{task}': {_count(n, 'example')} in data.dev and none in data.train; it "
+                   "is scored, and counts for the best checkpoint, but does not train")
+    for task, n in trained.items() if dev else ():
+        if task not in scored:
+            yield (f"task '{task}': {_count(n, 'example')} in data.train and none in data.dev; it "
+                   "trains, and nothing measures it")
+    # Where no task is scored at all, the lines above have said so.
+    if trained.keys() & scored.keys():
+        sources: dict[str, Counter[bool]] = {}
+        for e in dev:
+            manifest = e.utterance.source.rpartition(":")[0]
+            sources.setdefault(manifest, Counter())[e.task in trained] += 1
+        for manifest, counts in sources.items():
+            if not counts[True]:
+                yield (f"data.dev: {manifest} has none of the trained tasks "
+                       f"({', '.join(trained)}); of its {counts[False]} examples only the "
+                       "transcripts say something of this run")
+
+
+def _count(n: int, name: str) -> str:
+    return f"{n} {name}{'s' * (n != 1)}"
