@@ -78,7 +78,8 @@ def windows(utterance: Utterance, overlap: float = 0.0) -> list[Utterance]:
     :func:`split`."""
     if utterance.audio is None or utterance.seconds <= audio.MAX_SECONDS:
         return [utterance]
-    borders = split(audio.load(utterance.audio, utterance.start, utterance.end), overlap)
+    borders = split(audio.load(utterance.audio, utterance.start, utterance.end,
+                               samples=utterance.samples), overlap)
     # Crops are cut off to whole samples: half a sample more is safe from rounding.
     parts = [replace(utterance, start=utterance.start + (first + 0.5) / audio.SAMPLE_RATE,
                      end=utterance.start + (last + 0.5) / audio.SAMPLE_RATE,
