@@ -102,7 +102,7 @@ def _public_description(run: Run, names: Mapping[str, str]) -> Description:
                 saved.bases[key].name, saved.bases[key].revision = given, None
         # What resolves to a folder here is one, even where it looks like a name.
         elif used and name and (Path(name).exists()
-                                or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
+                                or not re.fullmatch(r"[\w.-]+(/[\w.-]+(@[\w./-]+)?)?", name)):
             raise UserError(f"model.{key} '{name}' is a folder of this machine; say what it is "
                             f"elsewhere by --{key} NAME, e.g. a name on the Hugging Face hub")
     return saved
