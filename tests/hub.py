@@ -46,11 +46,11 @@ class Hub:
                 name = f"{asked.get('organization') or 'me'}/{asked['name']}"
                 if name.startswith("other/"):
                     return 403, {"error": "You don't have the rights"}, "", ""
-                self.private.setdefault(name, bool(asked.get("private")))
                 fresh = name not in self.repos
-                if fresh:
+                if fresh:  # otherwise its visibility stays, whatever was asked for
+                    self.private[name] = asked.get("visibility") == "private"
                     self.commit(name, {})
-                return 200 if fresh else 409, {"url": f"http://localhost/{name}"}, "", ""
+                return 200 if fresh else 409, {"url": f"https://huggingface.co/{name}"}, "", ""
             if parts[1] == "validate-yaml":
                 return 200, {"errors": [], "warnings": []}, "", ""
             repo, what, branch = "/".join(parts[2:4]), parts[4], parts[5]
@@ -58,14 +58,15 @@ class Hub:
                 self.branches[repo].setdefault(branch, self.branches[repo]["main"])
                 return 200, {}, "", ""
             if what == "preupload":
-                return 200, {"files": [{"path": f["path"], "uploadMode": "regular"}
+                return 200, {"files": [{"path": f["path"], "uploadMode": "regular",
+                                        "shouldIgnore": False}
                                        for f in json.loads(body)["files"]]}, "", ""
             lines = [json.loads(line) for line in body.splitlines()]
             new = {v["value"]["path"]: base64.b64decode(v["value"]["content"]) for v in lines
                    if v["key"] == "file"}
             sha = self.commit(repo, self.repos[repo][self.branches[repo][branch]] | new, branch)
-            return 200, {"commitUrl": f"http://localhost/{repo}/commit/{sha}", "commitOid": sha,
-                         "success": True}, "", ""
+            return 200, {"commitUrl": f"https://huggingface.co/{repo}/commit/{sha}",
+                         "commitOid": sha, "success": True}, "", ""
         api = parts[:2] == ["api", "models"]
         repo = "/".join(parts[2:4] if api else parts[:2])
         rest = parts[4:] if api else parts[2:]  # revision/REV, or resolve/REV/FILE
@@ -80,8 +81,8 @@ class Hub:
             return 200, [{"type": "file", "path": f, "size": len(c), "oid": "0" * 40}
                          for f, c in files.items()], sha, ""
         if api:
-            return 200, {"id": repo, "sha": sha, "siblings": [{"rfilename": f} for f in files]
-                         }, sha, ""
+            return 200, {"id": repo, "sha": sha, "private": self.private.get(repo, False),
+                         "siblings": [{"rfilename": f} for f in files]}, sha, ""
         name = "/".join(rest[2:])
         return (200, files[name], sha, "") if name in files else (404, {}, sha, "EntryNotFound")
 

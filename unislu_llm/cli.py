@@ -302,10 +302,12 @@ def cache(source: Annotated[Path, tyro.conf.arg(metavar="RUN_OR_CONFIG")], /,
     print(f"{stored} clips stored")
 
 
-def export(run: Annotated[Path, tyro.conf.arg(metavar="RUN")], /, out: Path,
+def export(run: Annotated[str, tyro.conf.arg(metavar="RUN")], /, out: Path,
            dtype: Literal["fp32", "bf16", "fp16"] = "bf16", licence: str = "",
            results: tuple[Path, ...] = (), data_note: Path | None = None, encoder: str = "",
-           llm: str = "", recogniser: str = "", no_check: bool = False) -> None:
+           llm: str = "", recogniser: str = "", no_check: bool = False,
+           push: Annotated[str, tyro.conf.arg(metavar="USER/MODEL")] = "", private: bool = False,
+           revision: str = "") -> None:
     """Write a folder with the trained weights of a run, its configuration and a model card.
 
     It is used like any saved model. An earlier export in the folder is replaced.
@@ -321,15 +323,28 @@ def export(run: Annotated[Path, tyro.conf.arg(metavar="RUN")], /, out: Path,
         llm: The same of the LLM.
         recogniser: The same of what makes hypotheses.
         no_check: Do not load the model to compare it with the original.
+        push: Publish the folder on the Hugging Face hub under this name, which then loads it.
+        private: With --push: make the repository private.
+        revision: With --push: branch to publish on, made where it is lacking.
     """
-    from unislu_llm.export import export
+    if (private or revision) and not push:
+        raise UserError("--private and --revision are of what is published; add --push USER/MODEL")
+    from unislu_llm.export import PUBLISHED, export
+    from unislu_llm.weights.publish import check_login, publish
 
+    name = push + (f"@{revision}" if revision else "")
+    if push:  # before the work
+        check_login(push)
     size, difference = export(
         run, out, dtype=dtype, licence=licence, results=results, data_note=data_note,
-        names={"encoder": encoder, "llm": llm, "recogniser": recogniser}, check=not no_check)
+        names={"encoder": encoder, "llm": llm, "recogniser": recogniser}, check=not no_check,
+        published=name)
     print(f"{out}: {size / 1e6:.2f} MB in {dtype}")
     if difference is not None:
         print(f"largest difference of a token's loss from the original: {difference:.3g} nats")
+    if push:
+        address = publish(out, push, PUBLISHED, private=private, branch=revision)
+        print(f"published as {name}: {address}")
 
 
 if __name__ == "__main__":
