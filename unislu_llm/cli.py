@@ -112,11 +112,8 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
     paths = list(files.find_files(audio))
     answers = files.answer_files(partial(load_model, run, precision), paths, names, options,
                                  n_best=n_best, overlap=overlap, language=language or None)
-    show = (partial(files.as_json, confidences=confidences) if as_json or out else files.as_text)
-    failed = files.write_answers(answers, len(paths), show, out)
-    if out:
-        print(f"{out}: {len(paths) - failed} answers")
-    return 2 if failed else 0
+    show = partial(files.as_json, confidences=confidences) if as_json or out else files.as_text
+    return 2 if files.write_answers(answers, len(paths), show, out) else 0
 
 
 def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT")],

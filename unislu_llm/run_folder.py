@@ -92,9 +92,9 @@ def find_run(path: str | Path, checkpoint: str | None = None) -> Run:
             # Results are kept here: the hub's cache is no place for them.
             name = given.replace("/", "--")
             return Run(name, Path("runs", name), MODEL, fetch_model(given), None)
-        raise UserError(f"{path}: there is no such folder{near_models(path)}; give a run folder of "
-                        "a training recipe, the folder of a saved model, or a name on the Hugging "
-                        "Face hub (user/model)")
+        raise UserError(f"{path}: there is no such folder; give a run folder of a training recipe, "
+                        "the folder of a saved model, or a name on the Hugging Face hub "
+                        f"(user/model){near_models(path)}")
     if not is_run(path):
         if not is_saved_model(path):
             raise UserError(f"{path} is neither a run folder (config.yaml) nor a saved model "

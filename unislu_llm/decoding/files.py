@@ -89,6 +89,8 @@ def write_answers(answers: Iterable[tuple[str, Answer | UserError]], total: int,
                 tqdm.write(show(file, answer), file=target)
                 target.flush()
             bar.update()
+    if out:
+        print(f"{out}: {total - failed} answers")
     return failed
 
 
