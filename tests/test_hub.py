@@ -13,9 +13,11 @@ import torch
 
 from tests.hub import Hub, connected
 from unislu_llm import load, understand
+from unislu_llm.cli import main
 from unislu_llm.config import Config
 from unislu_llm.decoding.recogniser import ModelRecogniser, load_recogniser
 from unislu_llm.errors import UserError
+from unislu_llm.evaluate import Options, make_job
 from unislu_llm.run_folder import find_run
 from unislu_llm.training.build import build_model
 from unislu_llm.weights import resolve
@@ -123,15 +125,23 @@ def test_a_base_of_which_some_files_were_fetched_is_found_offline(
     assert resolve("me/base") == resolve("me/base", found.revision) == found
 
 
-def test_training_starts_from_a_name_and_a_recogniser_has_one(hub: Hub, best: Path) -> None:
+def test_a_name_is_taken_wherever_a_folder_is(hub: Hub, best: Path,
+                                              capsys: pytest.CaptureFixture[str]) -> None:
     hub.commit(NAME, files_of(best))
     run = find_run(best.parent)
     assert run.config is not None
     config = Config.model_validate(run.config.model_dump() | {"train": {"init": NAME}})
     assert torch.equal(weights(build_model("speech_llm", config, run.registry())),
                        weights(load(best)))
+    job = make_job(NAME, Options([NAME], manifest=[Path("corpus/dev.jsonl")]))
+    assert (job.label, job.run.folder) == ("me--tiny-dev", Path("runs/me--tiny"))
     load_recogniser.cache_clear()
     assert isinstance(load_recogniser(NAME), ModelRecogniser)
+    load_recogniser.cache_clear()
+    assert main(["transcribe", NAME, "corpus/dev.jsonl", "--out", "made"]) == 0
+    assert '"hypothesis"' in Path("made/dev.jsonl").read_text()
+    assert main(["predict", NAME, "corpus/audio/u0.wav"]) == 0
+    assert "  sa: " in capsys.readouterr().out
     load_recogniser.cache_clear()
 
 

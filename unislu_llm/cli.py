@@ -127,7 +127,7 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
     audio, are copied as they are.
 
     Args:
-        model: Whisper checkpoint (name or folder), or run folder or folder of a saved model.
+        model: Whisper or a saved model, by folder or name on the hub; or a run folder.
         manifests: JSON-lines files.
         out: Folder of the copies; a call that is stopped goes on from what it made.
         source: Of a saved model: its decoder's transcript, or the greedy text of its ctc projector.

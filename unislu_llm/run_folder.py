@@ -86,7 +86,7 @@ def find_run(path: str | Path, checkpoint: str | None = None) -> Run:
     UserError: no such folder, it is neither, it lacks the checkpoint, or the hub's model cannot be
     had.
     """
-    given, path = path, Path(path)
+    given, path = path, Path(path).expanduser()
     if not path.is_dir():
         if isinstance(given, str) and is_hub_name(given):
             # Results are kept here: the hub's cache is no place for them.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,19 @@ def test_what_is_refused_is_named(given: Any, message: str, clip: Path) -> None:
         with pytest.raises(UserError, match=message) as error:
             utterances_of(given)
         assert str(error.value).startswith("the input")
+
+
+def test_channels_that_cancel_each_other_are_told_of(tmp_path: Path) -> None:
+    wave = tone()
+    soundfile.write(tmp_path / "anti.flac", np.stack([wave, -wave], 1), RATE)
+    for given, name in ((tmp_path / "anti.flac", "anti.flac"), ((np.stack([wave, -wave]), RATE),
+                                                                "the input")):
+        with pytest.warns(UserWarning, match=f"{name}: its channels cancel each other out"):
+            assert float(samples_of(given).abs().max()) < 1e-3
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for quiet in (0 * wave, 1e-6 * wave):
+            samples_of((np.stack([quiet, quiet], 1), RATE))
 
 
 def test_bytes_are_checked_as_files_are(clip: Path, tmp_path: Path) -> None:

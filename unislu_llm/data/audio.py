@@ -10,6 +10,7 @@ import io
 import math
 import os
 import re
+import warnings
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -39,6 +40,7 @@ END_SLACK = 0.1  # seconds that a crop may pass the end of its file: corpora rou
 _SUFFIXES = {*(f".{name.lower()}" for name in soundfile.available_formats()), ".opus", ".oga",
              ".aif"}
 _MAX_PEAK = 100.0  # above it, samples are integers written as floats rather than loud audio
+_CANCELLED = 1e-3  # of the channels' peak, below which their mean is silent
 _MP3_PREROLL = 1 << 14  # samples decoded and dropped: an MP3 frame needs the bits of earlier ones
 _STREAM_SIZE = 0x7FFF0000  # a chunk size from here on stands for "not known": written to a pipe
 _OGG_TAIL = 1 << 17  # bytes; an Ogg page has 65,307 at most
@@ -86,6 +88,9 @@ def from_bytes(content: bytes, name: str) -> Tensor:
 def to_mono(name: object, block: np.ndarray, rate: float) -> Tensor:
     """Samples `(frames, channels)` of any rate: their mean `(samples,)` at 16 kHz."""
     mono = block.mean(axis=1)
+    if float(np.abs(mono).max()) < _CANCELLED * float(np.abs(block).max()):
+        warnings.warn(f"{name}: its channels cancel each other out, and their mean is silent; keep "
+                      "one of them", stacklevel=2)
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
     if mono.size == 0:
