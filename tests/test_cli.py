@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -69,7 +72,7 @@ def test_people_see_entities_and_labels(unislu: Run, tiny_run: Callable[..., Pat
     answers = [Answer("anna met the council", 1.0,
                       {"ner": (("PERSON", "anna"), ("ORG", "council")), "sa": "Neutral"}),
                Answer("\x1b[2J", 1.0, {"ner": (), "sa": None}, {"sa": ("no_end",)})]
-    monkeypatch.setattr("unislu_llm.decoding.predict.understand", lambda *_, **__: answers)
+    monkeypatch.setattr("unislu_llm.decoding.files.understand", lambda *_, **__: answers)
     _, out, _ = unislu("predict", tiny_run(), *files[:2])
     assert out.splitlines() == [
         str(files[0]), "  text: anna met the council", "  ner: PERSON: anna; ORG: council",
@@ -79,17 +82,68 @@ def test_people_see_entities_and_labels(unislu: Run, tiny_run: Callable[..., Pat
 
 def test_predict_answers_the_readable_files(unislu: Run, tiny_run: Callable[..., Path],
                                             files: list[Path], tmp_path: Path) -> None:
-    junk, gone, long = tmp_path / "junk.wav", tmp_path / "gone.wav", tmp_path / "long.wav"
+    junk, gone, empty = tmp_path / "junk.wav", tmp_path / "gone.wav", tmp_path / "empty"
     junk.write_text("not audio")
-    soundfile.write(long, np.zeros(31 * 8000, dtype=np.float32), 8000)
-    status, out, errors = unislu("predict", tiny_run(), files[0], junk, gone, files[1], long,
+    empty.mkdir()
+    status, out, errors = unislu("predict", tiny_run(), files[0], junk, gone, files[1], empty,
                                  "--json")
     assert status == 2
     assert [json.loads(line)["file"] for line in out.splitlines()] == [str(f) for f in files[:2]]
     assert len(errors) == 3
-    for path, error in zip((junk, gone, long), errors, strict=True):
+    for path, error in zip((junk, gone, empty), errors, strict=True):
         assert error.startswith(f"error: {path}: ")
-    assert "add --long-form" in errors[-1]
+
+
+def test_folders_patterns_and_the_standard_input(unislu: Run, tiny_run: Callable[..., Path],
+                                                 files: list[Path],
+                                                 monkeypatch: pytest.MonkeyPatch) -> None:
+    run, folder = tiny_run(), files[0].parent
+    pattern = f"{folder}/u[01].wav"
+    with files[2].open("rb") as file:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=file))
+        status, out, errors = unislu("predict", run, folder, pattern, "-", "--json",
+                                     "--batch-size", "1")
+    assert (status, errors) == (0, [])
+    rows = [json.loads(line) for line in out.splitlines()]
+    names = [row.pop("file") for row in rows]
+    assert names == [*map(str, files), *map(str, files[:2]), "-"]
+    assert [row["text"] for row in rows[3:]] == [rows[i]["text"] for i in (0, 1, 2)]
+    # The same lines in a file, which is made once.
+    args = ("predict", run, folder, "--out", "made/answers.jsonl")
+    assert unislu(*args) == (0, "made/answers.jsonl: 3 answers\n", [])
+    made = Path("made/answers.jsonl").read_text()
+    assert [json.loads(line)["text"] for line in made.splitlines()] == [
+        row["text"] for row in rows[:3]]
+    status, _, errors = unislu(*args)
+    assert (status, Path("made/answers.jsonl").read_text()) == (2, made)
+    assert "is there already" in errors[0]
+    assert unislu("predict", run, "gone.wav", "--out", "none.jsonl")[0] == 2
+    assert not Path("none.jsonl").exists()
+
+
+def test_answers_come_one_by_one_with_a_bar_on_a_terminal(
+        unislu: Run, tiny_run: Callable[..., Path], files: list[Path],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    printed: list[str] = []
+
+    def answers(_: object, inputs: list[object], *__: object, **___: object) -> list[Answer]:
+        printed.append(sys.stdout.getvalue())  # type: ignore[attr-defined]
+        return [Answer("words", 1.0) for _ in inputs]
+
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("unislu_llm.decoding.files.understand", answers)
+    run, shown = tiny_run(), Terminal()
+    with monkeypatch.context() as patch:
+        patch.setattr("sys.stderr", shown)
+        patch.setattr("sys.stdout", io.StringIO())
+        assert main(["predict", str(run), *map(str, files), "gone.wav", "--batch-size", "1"]) == 2
+    assert [text.count("words") for text in printed] == [0, 2]
+    assert "4/4" in shown.getvalue()
+    assert "error: gone.wav: audio file does not exist" in shown.getvalue()
+    assert "file/s" not in unislu("predict", run, *files)[1]
 
 
 def test_predict_answers_long_files_by_windows(unislu: Run, tiny_run: Callable[..., Path],
@@ -97,7 +151,7 @@ def test_predict_answers_long_files_by_windows(unislu: Run, tiny_run: Callable[.
     long = tmp_path / "long.wav"
     soundfile.write(long, 0.1 * np.random.default_rng(0).standard_normal(40 * 8000), 8000)
     run = tiny_run("whisper_slu")
-    ways = ("--long-form", "--overlap", "3", "--grounded", "--num-beams", "2")
+    ways = ("--overlap", "3", "--grounded", "--num-beams", "2")
     status, out, errors = unislu("predict", run, files[0], long, *ways, "--json")
     assert (status, errors) == (0, [])
     short, windowed = map(json.loads, out.splitlines())
@@ -122,7 +176,8 @@ def test_predict_answers_long_files_by_windows(unislu: Run, tiny_run: Callable[.
     (["runs/tiny", "a.wav"], "a.wav: audio file does not exist"),
     (["runs/tiny", "a.wav", "--n-best", "2"], "needs --num-beams 2"),
     (["runs/tiny", "a.wav", "--grounded", "--no-grammar"], "--grounded needs the grammar"),
-    (["runs/tiny", "a.wav", "--overlap", "2"], "add --long-form"),
+    (["runs/tiny", "corpus/audio/u0.wav", "--language", "de"], "language 'de': no recogniser"),
+    (["runs/tiny", "corpus/audio/u0.wav", "--overlap", "11"], "overlap of windows must be 0 to 10"),
 ])
 def test_predict_refuses(args: list[str], expected: str, unislu: Run,
                          tiny_run: Callable[..., Path]) -> None:

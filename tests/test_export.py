@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import yaml
 from safetensors.torch import load_file, save_file
 
+from tests.hub import TOKEN, Hub, connected
 from unislu_llm import load
 from unislu_llm.cli import main
 from unislu_llm.errors import UserError
@@ -158,6 +159,75 @@ def test_the_command_names_problems(run: Callable[..., Path],
         assert main(args) == 2
         assert expected in capsys.readouterr().err
         assert not Path("new").exists()
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with connected(Hub(), tmp_path / "cache", monkeypatch) as hub:
+        yield hub
+
+
+ARGS = ["export", str(RUN), "--out", str(OUT), "--no-check", "--encoder", NAMES["encoder"], "--llm",
+        NAMES["llm"]]
+
+
+def test_what_is_published_loads_by_its_name(hub: Hub, run: Callable[..., Path],
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    run()
+    assert main([*ARGS, "--push", "me/tiny", "--private"]) == 0
+    assert "published as me/tiny: https://huggingface.co/me/tiny/commit/" in capsys.readouterr().out
+    assert hub.private["me/tiny"]
+    for name in ("LICENSE", "predictions/dev.jsonl", "notes.txt"):
+        (OUT / name).parent.mkdir(exist_ok=True)
+        (OUT / name).write_text(f"own {name}")
+    assert main([*ARGS, "--push", "me/tiny", "--revision", "v1", "--dtype", "fp32"]) == 0
+    first, second = (hub.repos["me/tiny"][hub.branches["me/tiny"][b]] for b in ("main", "v1"))
+    assert set(first) == FILES
+    assert set(second) == {*FILES, "LICENSE"}
+    assert tuple(
+        re.search(rb"load\(.*\)", files["README.md"])[0]  # type: ignore[index]
+        for files in (first, second)) == (b'load("me/tiny")', b'load("me/tiny@v1")')
+    shutil.rmtree(OUT)
+    trained = load(RUN).trained_state()
+    for name, dtype in (("me/tiny", torch.bfloat16), ("me/tiny@v1", torch.float32)):
+        for key, value in load(name).trained_state().items():
+            assert torch.equal(value, trained[key].to(dtype).float())
+
+
+def test_what_cannot_be_published_is_said_before_the_work(
+        hub: Hub, run: Callable[..., Path], capsys: pytest.CaptureFixture[str],
+        monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    run()
+
+    def refused(*more: str) -> str:
+        assert main([*ARGS, *more]) == 2
+        error = capsys.readouterr().err
+        assert error.count("error: ") == 1
+        assert "Traceback" not in error
+        return error
+
+    assert "add --push USER/MODEL" in refused("--private")
+    assert "--push tiny: give user/model" in refused("--push", "tiny")
+    assert "--push a b/c: is no name on the hub" in refused("--push", "a b/c")
+    monkeypatch.setenv("HF_TOKEN", "hf_wrong")
+    assert "the hub does not know this token" in refused("--push", "me/tiny")
+    monkeypatch.delenv("HF_TOKEN")
+    monkeypatch.setattr("huggingface_hub.constants.HF_TOKEN_PATH", str(tmp_path / "none"))
+    assert "nobody is logged in; `hf auth login`" in refused("--push", "me/tiny")
+    monkeypatch.setenv("HF_TOKEN", TOKEN)
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.constants.ENDPOINT", "http://127.0.0.1:9")
+        assert "--push me/tiny: ConnectError" in refused("--push", "me/tiny")
+    assert not OUT.exists()
+    assert not hub.repos
+    # What only the upload shows leaves the folder, and says how to go on.
+    error = refused("--push", "other/tiny")
+    assert "this token may not write there" in error
+    assert f"`hf upload other/tiny {OUT}`" in error
+    assert {p.name for p in OUT.iterdir()} == FILES
+    hub.commit("me/open", {})
+    assert "the repository is there and public" in refused("--push", "me/open", "--private")
+    assert hub.repos["me/open"] == {hub.branches["me/open"]["main"]: {}}
 
 
 def test_a_value_out_of_range_is_refused(run: Callable[..., Path]) -> None:

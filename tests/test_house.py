@@ -58,11 +58,11 @@ def parsed(path: Path) -> ast.Module:
 
 
 def test_the_package_is_small() -> None:
-    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 13_150
+    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 14_600
 
 
 def test_the_tests_are_small() -> None:
-    assert sum(len(lines_of(p)) for p in TESTS) <= 11_400
+    assert sum(len(lines_of(p)) for p in TESTS) <= 12_600
 
 
 def test_no_line_is_over_100_characters() -> None:

@@ -3,7 +3,7 @@
     from unislu_llm import load, understand
 
     model = load("adapters/whisper-base--smollm2-135m")
-    answer, = understand(model, ["clip.wav"])
+    answer = understand(model, "clip.wav")
     print(answer.transcript, answer.outputs)
 """
 
@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from unislu_llm.decoding.answer import Answer
     from unislu_llm.decoding.predict import understand
-    from unislu_llm.models import load
     from unislu_llm.models.speech_llm import SpeechLLM
     from unislu_llm.models.whisper_slu import WhisperSLU
+    from unislu_llm.run_folder import load
 
 __all__ = ["Answer", "SpeechLLM", "WhisperSLU", "load", "understand"]
 
-_HOMES = {"Answer": "decoding.answer", "understand": "decoding.predict", "load": "models",
+_HOMES = {"Answer": "decoding.answer", "understand": "decoding.predict", "load": "run_folder",
           "SpeechLLM": "models.speech_llm", "WhisperSLU": "models.whisper_slu"}
 
 

@@ -3,24 +3,19 @@
 from __future__ import annotations
 
 import inspect
-import json
 import os
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
+from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
 from unislu_llm.errors import UserError, hint
 
-if TYPE_CHECKING:
-    from unislu_llm.decoding.answer import Answer
-
 Commands = dict[str, Callable[..., Any]]
 Manifests = Annotated[list[Path], tyro.conf.arg(metavar="MANIFEST [MANIFEST ...]")]
-
-_CHUNK = 64  # files answered together: enough for batches of like length, soon enough for people
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,31 +56,36 @@ def _fail(error: object) -> int:
     return 2
 
 
-def predict(model: Annotated[Path, tyro.conf.arg(metavar="MODEL")],
-            audio: Annotated[list[Path], tyro.conf.arg(metavar="AUDIO [AUDIO ...]")], /,
-            tasks: tuple[str, ...] = ("all",),
+def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
+            audio: Annotated[list[str], tyro.conf.arg(metavar="AUDIO [AUDIO ...]")], /,
+            tasks: tuple[str, ...] = ("all",), out: Path | None = None,
             as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-            long_form: bool = False, overlap: float = 0.0, num_beams: int = 1, n_best: int = 1,
+            overlap: float = 0.0, language: str = "", num_beams: int = 1, n_best: int = 1,
             transcript: Literal["rewrite", "margin", "verbatim"] | None = None,
             grounded: bool = False, no_grammar: bool = False, confidences: bool = False,
-            batch_size: int = 8) -> int:
-    """Print transcript, entities and labels of audio files.
+            precision: Literal["fp32", "bf16"] = "fp32", batch_size: int = 8) -> int:
+    """Print transcript, entities and labels of audio files, as they come.
 
-    A file that cannot be read is one error; the others are answered, and the exit status is 2.
+    What is over 30 s is cut at pauses into windows, whose answers are joined. A file that cannot
+    be read is one error; the others are answered, and the exit status is 2.
 
     Args:
-        model: Folder of a saved model, or a run folder (its best checkpoint).
-        audio: WAV, FLAC, Ogg, Opus, MP3; any rate, mixed down to mono.
+        model: Run folder (its best checkpoint), folder of a saved model, or name on the Hugging
+            Face hub.
+        audio: WAV, FLAC, Ogg, Opus, MP3; any rate, mixed down to mono. Files, folders with files in
+            and below them, patterns such as 'clips/*.wav', or - for a file on the standard input.
         tasks: Tasks to answer; without names: transcripts alone.
+        out: Write JSON lines into this new file, in place of printing.
         as_json: Print one JSON object a file, with all that is known.
-        long_form: Cut files over 30 s at pauses into windows, and join their answers.
         overlap: Seconds by which windows overlap.
+        language: Whisper language code for the model's recogniser; default: the model's own.
         num_beams: Beams; 1 is greedy.
-        n_best: With --json: alternatives to print, at most as many as beams.
+        n_best: With JSON: alternatives to print, at most as many as beams.
         transcript: How a hypothesis becomes the transcript; default: the model's own way.
         grounded: Phrases of span tasks are whole words of the transcript.
         no_grammar: Let the model write freely, malformed or not.
-        confidences: With --json: how sure the decoder is of tokens, entities and labels.
+        confidences: With JSON: how sure the decoder is of tokens, entities and labels.
+        precision: Of frozen weights; bf16 is faster on a GPU.
         batch_size: Files (or windows) decoded at one time.
     """
     if not audio:  # before anything is loaded, which takes seconds
@@ -94,11 +94,11 @@ def predict(model: Annotated[Path, tyro.conf.arg(metavar="MODEL")],
         raise UserError(f"--n-best {n_best} (1 or more) needs --num-beams {max(n_best, 1)} or more")
     if grounded and no_grammar:
         raise UserError("--grounded needs the grammar; drop --no-grammar")
-    if overlap and not long_form:
-        raise UserError("--overlap is that of windows; add --long-form")
+    if out and out.exists():
+        raise UserError(f"--out {out}: is there already; remove it, or give another")
     from unislu_llm.config import DecodeConfig
     from unislu_llm.config_file import check
-    from unislu_llm.decoding.predict import understand
+    from unislu_llm.decoding import files
     from unislu_llm.run_folder import find_run, load_model
 
     run = find_run(model)
@@ -109,64 +109,11 @@ def predict(model: Annotated[Path, tyro.conf.arg(metavar="MODEL")],
         "batch_size": batch_size, "num_beams": num_beams, "transcript": transcript,
         "grounded": grounded, "force_task": True, "grammar": not no_grammar},
         lambda place: f"--{place[0]}".replace("_", "-"))
-    loaded, failed = None, 0
-    for start in range(0, len(audio), _CHUNK):
-        good = list(_readable(audio[start:start + _CHUNK], long_form))
-        failed += len(audio[start:start + _CHUNK]) - len(good)
-        if good:
-            loaded = loaded or load_model(run)
-            answers = understand(loaded, good, names, options, n_best=n_best, long_form=long_form,
-                                 overlap=overlap)
-            for file, answer in zip(good, answers, strict=True):
-                print(_json(file, answer, confidences) if as_json else _lines(file, answer),
-                      flush=True)
-    return 2 if failed else 0
-
-
-def _readable(files: Sequence[Path], any_length: bool) -> Iterator[Path]:
-    """The files that can be decoded; of each other, an error is printed."""
-    from unislu_llm.data import audio
-
-    for file in files:
-        try:
-            # Read twice, here and to be decoded: one bad file must not end a batch of good ones.
-            seconds = len(audio.load(file)) / audio.SAMPLE_RATE
-            if not any_length and seconds > audio.MAX_SECONDS:
-                raise UserError(f"{file}: {seconds:.2f} s is longer than the limit of "
-                                f"{audio.MAX_SECONDS:g} s; add --long-form, or cut the file")
-            yield file
-        except UserError as error:
-            _fail(error)
-
-
-def _json(file: Path, answer: Answer, confidences: bool) -> str:
-    values = {"file": str(file), **answer.to_dict()}
-    for part in () if confidences else (values, *values.get("windows", ())):
-        part.pop("confidence", None)
-    return json.dumps(values, ensure_ascii=False)
-
-
-def _lines(file: Path, answer: Answer) -> str:
-    """An answer for people."""
-    values = answer.to_dict()
-    lines = [str(file), f"  text: {_printable(answer.transcript)}"]
-    for name in answer.outputs:
-        value = values[name]
-        # Where the words of a phrase could be found in the audio, its seconds are told as well.
-        if value is not None and name in answer.spans:
-            value = [f"{s['label']}: {s['phrase']} ({s['start_seconds']:.1f}-"
-                     f"{s['end_seconds']:.1f} s)" for s in answer.spans[name]]
-        if isinstance(value, list):
-            value = "; ".join(v if isinstance(v, str) else ": ".join(v) for v in value) or "none"
-        lines.append(f"  {name}: {_printable(value or 'no usable answer')}")
-    if values["problems"]:
-        lines.append(f"  malformed: {', '.join(values['problems'])}")
-    return "\n".join(lines)
-
-
-def _printable(text: str) -> str:
-    # Byte-level models can emit any character, and some of them steer a terminal.
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+    paths = list(files.find_files(audio))
+    answers = files.answer_files(partial(load_model, run, precision), paths, names, options,
+                                 n_best=n_best, overlap=overlap, language=language or None)
+    show = partial(files.as_json, confidences=confidences) if as_json or out else files.as_text
+    return 2 if files.write_answers(answers, len(paths), show, out) else 0
 
 
 def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT")],
@@ -180,7 +127,7 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
     audio, are copied as they are.
 
     Args:
-        model: Whisper checkpoint (name or folder), or run folder or folder of a saved model.
+        model: Whisper or a saved model, by folder or name on the hub; or a run folder.
         manifests: JSON-lines files.
         out: Folder of the copies; a call that is stopped goes on from what it made.
         source: Of a saved model: its decoder's transcript, or the greedy text of its ctc projector.
@@ -302,10 +249,12 @@ def cache(source: Annotated[Path, tyro.conf.arg(metavar="RUN_OR_CONFIG")], /,
     print(f"{stored} clips stored")
 
 
-def export(run: Annotated[Path, tyro.conf.arg(metavar="RUN")], /, out: Path,
+def export(run: Annotated[str, tyro.conf.arg(metavar="RUN")], /, out: Path,
            dtype: Literal["fp32", "bf16", "fp16"] = "bf16", licence: str = "",
            results: tuple[Path, ...] = (), data_note: Path | None = None, encoder: str = "",
-           llm: str = "", recogniser: str = "", no_check: bool = False) -> None:
+           llm: str = "", recogniser: str = "", no_check: bool = False,
+           push: Annotated[str, tyro.conf.arg(metavar="USER/MODEL")] = "", private: bool = False,
+           revision: str = "") -> None:
     """Write a folder with the trained weights of a run, its configuration and a model card.
 
     It is used like any saved model. An earlier export in the folder is replaced.
@@ -321,15 +270,28 @@ def export(run: Annotated[Path, tyro.conf.arg(metavar="RUN")], /, out: Path,
         llm: The same of the LLM.
         recogniser: The same of what makes hypotheses.
         no_check: Do not load the model to compare it with the original.
+        push: Publish the folder on the Hugging Face hub under this name, which then loads it.
+        private: With --push: make the repository private.
+        revision: With --push: branch to publish on, made where it is lacking.
     """
-    from unislu_llm.export import export
+    if (private or revision) and not push:
+        raise UserError("--private and --revision are of what is published; add --push USER/MODEL")
+    from unislu_llm.export import PUBLISHED, export
+    from unislu_llm.weights.publish import check_login, publish
 
+    name = push + (f"@{revision}" if revision else "")
+    if push:  # before the work
+        check_login(push)
     size, difference = export(
         run, out, dtype=dtype, licence=licence, results=results, data_note=data_note,
-        names={"encoder": encoder, "llm": llm, "recogniser": recogniser}, check=not no_check)
+        names={"encoder": encoder, "llm": llm, "recogniser": recogniser}, check=not no_check,
+        published=name)
     print(f"{out}: {size / 1e6:.2f} MB in {dtype}")
     if difference is not None:
         print(f"largest difference of a token's loss from the original: {difference:.3g} nats")
+    if push:
+        address = publish(out, push, PUBLISHED, private=private, branch=revision)
+        print(f"published as {name}: {address}")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from unislu_llm.config import Config, ModelConfig, Precision, Section, Stage
 from unislu_llm.errors import Place, UserError, dotted, explain
+from unislu_llm.io import is_hub_name
 
 Values = dict[str, Any]
 S = TypeVar("S", bound=Section)
@@ -234,7 +235,7 @@ def _resolve_paths(values: Values, folder: Path) -> None:
             value = section.get(key)
             if isinstance(value, list):
                 section[key] = [str((folder / item).resolve()) for item in value]
-            elif value:
+            elif value and not (key == "init" and is_hub_name(value, folder)):
                 section[key] = str((folder / value).resolve())
 
 

@@ -51,9 +51,10 @@ DecodeFlags = create_model(
 class Options:
     """What is scored, and how."""
 
-    runs: Annotated[tyro.conf.Positional[list[Path]],
+    runs: Annotated[tyro.conf.Positional[list[str]],
                     tyro.conf.arg(metavar="RUN [RUN ...]")] = field(default_factory=list)
-    """Run folders of the recipes, or folders of saved models (these need --manifest)."""
+    """Run folders of the recipes, or saved models: folders, or names on the Hugging Face hub (these
+    need --manifest)."""
     manifest: list[Path] = field(default_factory=list)
     """Manifests to score, all of them together; default: the dev manifests of each run."""
     checkpoint: Literal["best", "last"] | None = None
@@ -148,7 +149,7 @@ def differences(jobs: Sequence[Job]) -> Iterator[str]:
                    f"{name} sets it for all")
 
 
-def make_job(path: Path, options: Options) -> Job:
+def make_job(path: str | Path, options: Options) -> Job:
     """What `options` mean for one run.
 
     Raises UserError: no such run or checkpoint, no manifest to score it on, or a bad option.

@@ -25,17 +25,19 @@ from unislu_llm.utterance import Utterance
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _WRITTEN = (WEIGHTS_FILE, MODEL_FILE, CARD, RATES_FILE)
+PUBLISHED = (*_WRITTEN, "LICENSE*", "NOTICE*")  # not predictions, which may quote people
 _TEXT = "the council met in paris on monday"
 
 
-def export(folder: Path, out: Path, *, names: Mapping[str, str], dtype: str = "bf16",
+def export(folder: str | Path, out: Path, *, names: Mapping[str, str], dtype: str = "bf16",
            licence: str = "", results: Sequence[Path] = (), data_note: Path | None = None,
-           check: bool = True) -> tuple[int, float | None]:
+           check: bool = True, published: str = "") -> tuple[int, float | None]:
     """Write a folder; an earlier export there is replaced when the new one is whole.
 
     Arguments are those of `unislu export`, with public names of `encoder`, `llm` and `recogniser`
-    where the run names a folder, and whether to `check` the result. Other files in an earlier
-    export (a LICENSE, predictions) stay.
+    where the run names a folder, and whether to `check` the result. The card's examples use the
+    name under which it will be `published`, if it will. Other files in an earlier export (a
+    LICENSE, predictions) stay.
 
     Returns:
         Its size, bytes, and the largest difference of a token's loss from the original, nats.
@@ -47,7 +49,8 @@ def export(folder: Path, out: Path, *, names: Mapping[str, str], dtype: str = "b
     run, kept = find_run(folder), _kept(out)
     if run.config is None:
         raise UserError(f"{folder} is a saved model without its run; give the run folder "
-                        "(config.yaml, versions.json), which the model card is made from")
+                        "(config.yaml, versions.json), which the model card is made from. An "
+                        "export is published as it is by `hf upload NAME FOLDER`")
     saved = _public_description(run, names)
     out.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -63,7 +66,8 @@ def export(folder: Path, out: Path, *, names: Mapping[str, str], dtype: str = "b
         hashes = {sha256(run.model / WEIGHTS_FILE): "the run's weights, not yet in this dtype",
                   sha256(new / WEIGHTS_FILE): "these weights"}
         write_card(new / CARD, run, saved, read_results(results, hashes), data_note, out=out,
-                   licence=licence, dtype=dtype, parameters=count, difference=difference)
+                   published=published, licence=licence, dtype=dtype, parameters=count,
+                   difference=difference)
         size = sum(path.stat().st_size for path in new.iterdir())
         for path in kept:
             path.rename(new / path.name)
@@ -102,7 +106,7 @@ def _public_description(run: Run, names: Mapping[str, str]) -> Description:
                 saved.bases[key].name, saved.bases[key].revision = given, None
         # What resolves to a folder here is one, even where it looks like a name.
         elif used and name and (Path(name).exists()
-                                or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name)):
+                                or not re.fullmatch(r"[\w.-]+(/[\w.-]+(@[\w./-]+)?)?", name)):
             raise UserError(f"model.{key} '{name}' is a folder of this machine; say what it is "
                             f"elsewhere by --{key} NAME, e.g. a name on the Hugging Face hub")
     return saved

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator, Mapping
@@ -140,6 +141,14 @@ def is_saved_model(folder: str | Path) -> bool:
         return read_json(folder / MODEL_FILE).get("model_type") in ("speech_llm", "whisper_slu")
     except UserError:
         return False
+
+
+def is_hub_name(text: str, folder: str | Path = ".") -> bool:
+    """Whether a model that is not there, seen from a folder, may be one of the Hugging Face hub:
+    `user/model`, or `user/model@revision`."""
+    # A mistyped `runs/mine` should be asked of nobody: the name may be somebody's by chance.
+    return (re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@\w[\w./-]*)?", text) is not None
+            and not (Path(folder) / text.partition("/")[0]).exists())
 
 
 def portable(path: str | Path) -> str:

@@ -46,10 +46,12 @@ def read_results(paths: Sequence[Path], hashes: Mapping[str, str]) -> list[tuple
 
 
 def write_card(path: Path, run: Run, saved: Description, results: Sequence[tuple[Values, str]],
-               data_note: Path | None, *, out: Path, licence: str, **facts: Any) -> None:
+               data_note: Path | None, *, out: Path, published: str, licence: str,
+               **facts: Any) -> None:
     """Write the card, YAML front matter and Markdown; raises as :func:`export`, which calls it.
 
-    The examples in it name `out`, the final folder; `facts` are what else the template shows.
+    The examples in it name `out`, the final folder, or the `published` name; `facts` are what else
+    the template shows.
     """
     if licence and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", licence):
         raise UserError(f"--licence '{licence}' is no SPDX identifier; give one such as Apache-2.0 "
@@ -76,9 +78,10 @@ def write_card(path: Path, run: Run, saved: Description, results: Sequence[tuple
         pipeline_tag="automatic-speech-recognition",
         tags=["spoken-language-understanding", "speech", *registry.names])
     card = ModelCard.from_template(
-        front, template_path=str(_TEMPLATE), name=out.name, folder=_name(out), corpora=corpora,
-        tasks=list(registry), languages=languages, starts=sorted(starts), data_note=note, run=run,
-        saved=saved, finished=read_finished(run.folder), versions=versions,
+        front, template_path=str(_TEMPLATE), name=published.partition("@")[0] or out.name,
+        folder=published or _name(out), corpora=corpora, tasks=list(registry), languages=languages,
+        starts=sorted(starts), data_note=note, run=run, saved=saved,
+        finished=read_finished(run.folder), versions=versions,
         command=_public(versions.get("command", "")),
         settings=_public(yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)),
         scores=[{**_scores(values), "scored": what} for values, what in results], **facts)

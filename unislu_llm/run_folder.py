@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 import subprocess
 import sys
@@ -23,11 +24,21 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from unislu_llm import models
+from unislu_llm import models, weights
 from unislu_llm.config import Config, Precision
 from unislu_llm.config_file import config_from_file, to_yaml
-from unislu_llm.errors import UserError
-from unislu_llm.io import is_saved_model, read_json, restore_folder, write_json, write_text
+from unislu_llm.data.text_injection import RATES_FILE
+from unislu_llm.errors import UserError, hint
+from unislu_llm.io import (
+    MODEL_FILE,
+    WEIGHTS_FILE,
+    is_hub_name,
+    is_saved_model,
+    read_json,
+    restore_folder,
+    write_json,
+    write_text,
+)
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.saved import Description
 from unislu_llm.tasks import TaskRegistry
@@ -69,15 +80,22 @@ class Run:
 
 
 def find_run(path: str | Path, checkpoint: str | None = None) -> Run:
-    """The model in a run folder, or in a model folder (`RUN/best`, `RUN/last` count as their run).
+    """The model in a run folder, or in a model folder (`RUN/best`, `RUN/last` count as their run),
+    or of a name on the Hugging Face hub (`user/model`, `user/model@revision`; no `Path` is one).
 
     `checkpoint` is `best` or `last`; default: best, or last where there is no best. Raises
-    UserError: no such folder, it is neither, or it lacks the checkpoint.
+    UserError: no such folder, it is neither, it lacks the checkpoint, or the hub's model cannot be
+    had.
     """
-    path = Path(path)
+    given, path = path, Path(path).expanduser()
     if not path.is_dir():
+        if isinstance(given, str) and is_hub_name(given):
+            # Results are kept here: the hub's cache is no place for them.
+            name = given.replace("/", "--")
+            return Run(name, Path("runs", name), MODEL, fetch_model(given), None)
         raise UserError(f"{path}: there is no such folder; give a run folder of a training recipe, "
-                        "or the folder of a saved model")
+                        "the folder of a saved model, or a name on the Hugging Face hub "
+                        f"(user/model){near_models(path)}")
     if not is_run(path):
         if not is_saved_model(path):
             raise UserError(f"{path} is neither a run folder (config.yaml) nor a saved model "
@@ -103,17 +121,74 @@ def find_run(path: str | Path, checkpoint: str | None = None) -> Run:
 
 
 def find_model(folder: str | Path) -> Path | None:
-    """The folder itself, or a run's best, else its last: the first that is a saved model."""
+    """The folder itself, or a run's best, else its last: the first that is a saved model; or that
+    of a name on the hub, which raises as :func:`fetch_model`."""
+    if isinstance(folder, str) and not Path(folder).exists() and is_hub_name(folder):
+        return fetch_model(folder)
     folder = Path(folder)
     return next((p for p in (folder, folder / BEST, folder / LAST) if is_saved_model(p)), None)
 
 
-def load_model(run: Run, precision: Precision = "fp32") -> SLUModel:
-    """The model of a run, frozen weights in `precision`; on the GPU where there is one."""
+def near_models(path: str | Path) -> str:
+    """The end of a message: the nearest name of a model on this machine, or nothing."""
+    places = (Path(path).parent, Path("."), Path("runs"), Path("adapters"))
+    return hint(path, (str(p) for place in places if place.is_dir() for p in sorted(place.iterdir())
+                       if find_model(p)))
+
+
+def fetch_model(name: str) -> Path:
+    """Folder with a saved model of the hub, `user/model` or `user/model@revision`.
+
+    Raises UserError: it is not there, cannot be reached and is not cached, or is no model of ours.
+    """
+    try:
+        found = weights.resolve(name, files=(MODEL_FILE,))
+        kind = read_json(found.path / MODEL_FILE).get("model_type")
+        if kind not in models.KINDS:  # before gigabytes are fetched
+            raise UserError(f"{name}: its model_type is '{kind}', and no model that unislu_llm "
+                            f"has saved ({', '.join(models.KINDS)})")
+        # The weights of this commit, whatever is pushed meanwhile. Nothing else is taken.
+        return weights.resolve(name.partition("@")[0], found.revision,
+                               files=(WEIGHTS_FILE, MODEL_FILE, RATES_FILE)).path
+    except UserError as error:
+        raise UserError(f"{error}{near_models(name)}") from None
+
+
+def load(model: str | os.PathLike[str], dtype: torch.dtype | Precision = "fp32",
+         device: torch.device | str | None = None) -> SLUModel:
+    """A trained model of either kind, in eval mode.
+
+    Args:
+        model: run folder (its best checkpoint), folder of a saved model, or name on the Hugging
+            Face hub: `user/model`, or `user/model@revision`.
+        dtype: of frozen weights, fp32 or bf16; :func:`understand` computes in it.
+        device: default: the GPU where there is one, else the CPU.
+
+    Raises:
+        UserError: no such model, a base checkpoint that cannot be had, or another dtype or device.
+    """
+    dtypes: dict[Any, Precision] = {torch.float32: "fp32", torch.bfloat16: "bf16",
+                                    "fp32": "fp32", "bf16": "bf16"}
+    if dtype not in dtypes:
+        raise UserError(f"dtype {dtype}: models compute in fp32 or bf16; activations of some LLMs "
+                        "do not fit fp16")
+    return load_model(find_run(model if isinstance(model, str) else Path(model)), dtypes[dtype],
+                      device)
+
+
+def load_model(run: Run, precision: Precision = "fp32",
+               device: torch.device | str | None = None) -> SLUModel:
+    """The model of a run; see :func:`load`."""
     disable_progress_bar()  # of the base checkpoints' tensors
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        torch.empty(0, device=device)  # before minutes of loading
+    except (RuntimeError, AssertionError) as error:  # torch asserts that it has CUDA
+        why = str(error).splitlines()[0]
+        raise UserError(f"device '{device}' cannot be used here ({why}); leave it out, or give "
+                        "cpu or cuda") from error
     model = models.load(run.model, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    return model.eval()
+    return model.to(device).eval()
 
 
 def create_run(config: Config, name: str) -> Path:

@@ -6,12 +6,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import soundfile
 
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import LabelValue
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -33,6 +36,8 @@ class Utterance:
     hypothesis: str | None = None  # a recogniser's transcript; "" where it recognised nothing
     text_source: str | None = None  # recogniser that wrote `text` (a pseudo-label); None: people
     segments: Sequence[Any] | None = None  # as written: where a long recording may be cut
+    # (samples,) at 16 kHz of audio in memory; `audio` is then what messages call it.
+    samples: Tensor | None = field(default=None, compare=False, repr=False)
 
     @cached_property
     def seconds(self) -> float:

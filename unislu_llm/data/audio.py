@@ -6,13 +6,15 @@ natural length of a clip: its frames are the first ones of the clip zero-padded 
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
-from collections.abc import Sequence
+import warnings
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -35,7 +37,10 @@ MAX_SAMPLES = int(MAX_SECONDS * SAMPLE_RATE)
 MAX_MEL_FRAMES = MAX_SAMPLES // HOP
 END_SLACK = 0.1  # seconds that a crop may pass the end of its file: corpora round their time stamps
 
+_SUFFIXES = {*(f".{name.lower()}" for name in soundfile.available_formats()), ".opus", ".oga",
+             ".aif"}
 _MAX_PEAK = 100.0  # above it, samples are integers written as floats rather than loud audio
+_CANCELLED = 1e-3  # of the channels' peak, below which their mean is silent
 _MP3_PREROLL = 1 << 14  # samples decoded and dropped: an MP3 frame needs the bits of earlier ones
 _STREAM_SIZE = 0x7FFF0000  # a chunk size from here on stands for "not known": written to a pipe
 _OGG_TAIL = 1 << 17  # bytes; an Ogg page has 65,307 at most
@@ -54,25 +59,42 @@ def encoder_length(n_mel: int) -> int:
 
 
 def load(path: str | Path, start: float = 0.0, end: float | None = None, *,
-         max_seconds: float = math.inf) -> Tensor:
+         max_seconds: float = math.inf, samples: Tensor | None = None) -> Tensor:
     """Read a file of any rate, or a stretch of it in seconds: mono `(samples,)` float32 at 16 kHz.
+
+    Of `samples`, which are that already, the stretch alone; `path` is then their name.
 
     Raises:
         UserError: the file is missing, unreadable or truncated, the stretch is empty, outside or
             longer than `max_seconds`, or samples are not usable.
     """
     path = Path(path)
+    if samples is not None:
+        first, last = _stretch(path, len(samples), SAMPLE_RATE, start, end, max_seconds)
+        return samples[first:last]
     with open_audio(path) as sound:
         rate = sound.samplerate
-        first, last = crop(path, sound.frames, rate, start, end)
-        if (last - first) / rate > max_seconds:
-            raise UserError(f"{path}: {(last - first) / rate:.2f} s is longer than the limit of "
-                            f"{max_seconds:g} s; cut it with `start` and `end`, or drop it")
-        mono = read_frames(path, sound, first, last).mean(axis=1)
+        first, last = _stretch(path, sound.frames, rate, start, end, max_seconds)
+        return to_mono(path, read_frames(path, sound, first, last), rate)
+
+
+def from_bytes(content: bytes, name: str) -> Tensor:
+    """:func:`load` from the content of a file, which messages call `name`."""
+    with _open(name, content) as sound:
+        block = read_frames(name, sound, 0, sound.frames)
+        return to_mono(name, block, sound.samplerate)
+
+
+def to_mono(name: object, block: np.ndarray, rate: float) -> Tensor:
+    """Samples `(frames, channels)` of any rate: their mean `(samples,)` at 16 kHz."""
+    mono = block.mean(axis=1)
+    if float(np.abs(mono).max()) < _CANCELLED * float(np.abs(block).max()):
+        warnings.warn(f"{name}: its channels cancel each other out, and their mean is silent; keep "
+                      "one of them", stacklevel=2)
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
     if mono.size == 0:
-        raise UserError(f"{path}: holds {last - first} samples at {rate} Hz, none at "
+        raise UserError(f"{name}: holds {len(block)} samples at {rate:g} Hz, none at "
                         f"{SAMPLE_RATE} Hz; drop it")
     return torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))
 
@@ -85,26 +107,43 @@ def count_samples(path: str | Path, start: float = 0.0, end: float | None = None
         return math.floor((last - first) * SAMPLE_RATE / sound.samplerate + 0.5)
 
 
+def files_below(folder: Path, more: Collection[str] = ()) -> list[Path]:
+    """Audio files in a folder and below it, by their suffix (or one of `more`), in the same order
+    everywhere."""
+    # What begins with a dot was left by some system, and is no audio.
+    return sorted((p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")
+                   and (p.suffix.lower() in _SUFFIXES or p.suffix.lower() in more)),
+                  key=Path.as_posix)
+
+
 def open_audio(path: Path) -> soundfile.SoundFile:
     """Open for reading; refuse what is not there, not audio, truncated or without a length."""
     if not os.path.isfile(path):  # of a name that cannot be, unlike `path.is_file()`
         raise UserError(f"{path}: " + ("not a file; give an audio file" if os.path.exists(path) else
                         "audio file does not exist; correct the path (in a manifest: from its "
                         "folder)"))
+    return _open(path)
+
+
+def _open(name: str | Path, content: bytes | None = None) -> soundfile.SoundFile:
+    """The file of this name, or what is called so."""
     try:
-        sound = soundfile.SoundFile(path)
+        sound = soundfile.SoundFile(name if content is None else io.BytesIO(content))
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: headerless .raw
-        raise UserError(f"{path}: cannot be read as audio ({error}); convert it to WAV, FLAC or "
+        raise UserError(f"{name}: cannot be read as audio ({error}); convert it to WAV, FLAC or "
                         "Ogg/Opus") from error
-    if problem := _damage(path, sound):
+    if problem := _damage(name, content, sound):
         sound.close()
-        raise UserError(f"{path}: {problem}")
+        raise UserError(f"{name}: {problem}")
     return sound
 
 
-def _damage(path: Path, sound: soundfile.SoundFile) -> str:
+def _damage(name: str | Path, content: bytes | None, sound: soundfile.SoundFile) -> str:
     """What libsndfile passes over in silence: data cut off, or a length that nobody wrote."""
-    cut = "its last page is incomplete" if sound.format == "OGG" and _ogg_cut(path) else ""
+    cut = ""
+    if sound.format == "OGG":
+        with open(name, "rb") if content is None else io.BytesIO(content) as handle:
+            cut = "its last page is incomplete" if _ogg_cut(handle) else ""
     # Its log is the only place where it says that a chunk is shorter than declared.
     for declared, found in _DECLARED.findall(sound.extra_info):
         if int(found) < int(declared) < _STREAM_SIZE:
@@ -116,17 +155,26 @@ def _damage(path: Path, sound: soundfile.SoundFile) -> str:
     return "" if sound.frames else "holds no samples; drop it"
 
 
-def _ogg_cut(path: Path) -> bool:
+def _ogg_cut(handle: BinaryIO) -> bool:
     """Whether the last Ogg page (RFC 3533: 27 bytes, segment table, segments) is incomplete."""
-    with path.open("rb") as handle:
-        size = handle.seek(0, 2)
-        handle.seek(max(0, size - _OGG_TAIL))
-        tail = handle.read()
+    size = handle.seek(0, 2)
+    handle.seek(max(0, size - _OGG_TAIL))
+    tail = handle.read()
     page = tail[tail.rfind(b"OggS"):]
     return len(page) < 27 or len(page) < 27 + page[26] + sum(page[27:27 + page[26]])
 
 
-def crop(path: Path, frames: int, rate: int, start: float, end: float | None) -> tuple[int, int]:
+def _stretch(name: object, frames: int, rate: int, start: float, end: float | None,
+             max_seconds: float) -> tuple[int, int]:
+    """:func:`crop`, of so many seconds at most."""
+    first, last = crop(name, frames, rate, start, end)
+    if (last - first) / rate > max_seconds:
+        raise UserError(f"{name}: {(last - first) / rate:.2f} s is longer than the limit of "
+                        f"{max_seconds:g} s; cut it with `start` and `end`, or drop it")
+    return first, last
+
+
+def crop(path: object, frames: int, rate: int, start: float, end: float | None) -> tuple[int, int]:
     """First and last (exclusive) frame of a stretch in seconds, as slue-toolkit crops."""
     total = frames / rate
     last = total if end is None else end
@@ -141,7 +189,7 @@ def crop(path: Path, frames: int, rate: int, start: float, end: float | None) ->
     return begin, stop
 
 
-def read_frames(path: Path, sound: soundfile.SoundFile, first: int, last: int) -> np.ndarray:
+def read_frames(path: object, sound: soundfile.SoundFile, first: int, last: int) -> np.ndarray:
     """`(frames, channels)` float32, usually in -1..1, of frames `first` to `last`; raises
     UserError: they cannot be decoded, are fewer than the header says, not finite, or integers."""
     skip = min(first, _MP3_PREROLL) if sound.format == "MP3" else 0
@@ -156,10 +204,15 @@ def read_frames(path: Path, sound: soundfile.SoundFile, first: int, last: int) -
         raise UserError(f"{path}: the file is truncated: {len(block) / sound.samplerate:.2f} s of "
                         f"{(last - first) / sound.samplerate:.2f} s can be decoded; fetch or "
                         "convert it again")
+    return check_samples(path, block)
+
+
+def check_samples(name: object, block: np.ndarray) -> np.ndarray:
+    """Samples as they are; raises UserError: they are not finite, or integers written as floats."""
     if not np.isfinite(block).all():
-        raise UserError(f"{path}: has samples that are NaN or infinite; decode it again or drop it")
+        raise UserError(f"{name}: has samples that are NaN or infinite; decode it again or drop it")
     if (peak := float(np.abs(block).max())) > _MAX_PEAK:
-        raise UserError(f"{path}: samples reach {peak:g}, expected -1 to 1; divide 16-bit samples "
+        raise UserError(f"{name}: samples reach {peak:g}, expected -1 to 1; divide 16-bit samples "
                         "by 32768")
     return block
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import soundfile
 import soxr
 import torch
 from torch import Tensor
@@ -34,7 +33,6 @@ _TIME_SECONDS, _TIME_SHARE = 0.5, 0.1  # of a clip that a mask covers at most
 # The hypothesis of a row without audio is a copy of the transcript, and a model that reads nothing
 # but perfect hypotheses learns to trust them: at least about a recogniser's WER has to be wrong.
 _LEAST_WORDS_OF_TEXT = 0.15
-_EXTENSIONS = {*(f".{name.lower()}" for name in soundfile.available_formats()), ".opus", ".aif"}
 
 
 class Key(NamedTuple):
@@ -165,8 +163,7 @@ def _rms(wave: Tensor) -> float:
 
 def _scan(folder: Path) -> list[tuple[Path, int]]:
     """Audio files below a folder with their samples at 16 kHz, in the same order everywhere."""
-    paths = sorted((p for p in folder.rglob("*") if p.suffix.lower() in _EXTENSIONS
-                    and p.is_file()), key=Path.as_posix)
+    paths = audio.files_below(folder)
     if not paths:
         raise UserError(f"augment.noise: {folder} is no folder with audio files")
     return [(path, audio.count_samples(path)) for path in paths]

@@ -155,6 +155,8 @@ def load_clip(utterance: Utterance) -> Tensor:
         raise UserError(f"{utterance.where}: field 'audio': the row has no audio")
     try:
         return audio.load(utterance.audio, utterance.start, utterance.end,
-                          max_seconds=audio.MAX_SECONDS)
+                          max_seconds=audio.MAX_SECONDS, samples=utterance.samples)
     except UserError as error:
+        if not utterance.source:  # of no manifest
+            raise
         raise UserError(f"{utterance.where}: field 'audio': {error}") from error

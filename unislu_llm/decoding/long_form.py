@@ -38,15 +38,19 @@ def split(wave: Tensor, overlap: float = 0.0) -> list[tuple[int, int]]:
     Raises:
         UserError: an overlap that is negative or more than half of the shortest window.
     """
-    most = SHORTEST / 2 / audio.SAMPLE_RATE
-    if not 0.0 <= overlap <= most:
-        raise UserError(f"an overlap of windows must be 0 to {most:g} s, found {overlap:g}")
+    _check(overlap)
     found, start = [], 0
     while len(wave) - start > audio.MAX_SAMPLES:
         end = start + SHORTEST + _pause(wave[start:start + LONGEST].numpy())
         found.append((start, end))
         start = end - int(overlap * audio.SAMPLE_RATE)
     return [*found, (start, len(wave))]
+
+
+def _check(overlap: float) -> None:
+    most = SHORTEST / 2 / audio.SAMPLE_RATE
+    if not 0.0 <= overlap <= most:
+        raise UserError(f"an overlap of windows must be 0 to {most:g} s, found {overlap:g}")
 
 
 def _pause(wave: np.ndarray) -> int:
@@ -76,9 +80,11 @@ def _pause(wave: np.ndarray) -> int:
 def windows(utterance: Utterance, overlap: float = 0.0) -> list[Utterance]:
     """The utterances of up to 30 s that make up a recording: itself, or its windows; raises as
     :func:`split`."""
+    _check(overlap)  # also where nothing is cut
     if utterance.audio is None or utterance.seconds <= audio.MAX_SECONDS:
         return [utterance]
-    borders = split(audio.load(utterance.audio, utterance.start, utterance.end), overlap)
+    borders = split(audio.load(utterance.audio, utterance.start, utterance.end,
+                               samples=utterance.samples), overlap)
     # Crops are cut off to whole samples: half a sample more is safe from rounding.
     parts = [replace(utterance, start=utterance.start + (first + 0.5) / audio.SAMPLE_RATE,
                      end=utterance.start + (last + 0.5) / audio.SAMPLE_RATE,

@@ -1,20 +1,23 @@
-"""Answers to whole lists: of annotated examples beside their references, or of audio files."""
+"""Answers to whole lists: of annotated examples beside their references, or of any speech."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, overload
 
+import torch
 from tqdm import tqdm
 
 from unislu_llm.config import DecodeConfig
+from unislu_llm.data.audio import MAX_SECONDS
 from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.data.sampler import sorted_batches
 from unislu_llm.decoding.answer import Answer, prediction
 from unislu_llm.decoding.engine import Engine
+from unislu_llm.decoding.inputs import One, utterances_of
 from unislu_llm.decoding.long_form import join, windows
 from unislu_llm.decoding.recogniser import with_hypotheses
+from unislu_llm.errors import UserError
 from unislu_llm.models.base import SLUModel
 from unislu_llm.tokenizer import Example
 from unislu_llm.utterance import Utterance
@@ -58,41 +61,66 @@ def predict(model: SLUModel, examples: Sequence[Example], options: DecodeConfig 
     return predictions
 
 
-def understand(model: SLUModel, inputs: Sequence[str | Path], tasks: Sequence[str] | None = None,
-               options: DecodeConfig | None = None, *, n_best: int = 1, long_form: bool = False,
-               overlap: float = 0.0) -> list[Answer]:
-    """Transcripts and annotations of audio files, an answer a file.
+@overload
+def understand(model: SLUModel, inputs: One, *rest: Any, **how: Any) -> Answer: ...
+@overload
+def understand(model: SLUModel, inputs: Iterable[One], *rest: Any, **how: Any) -> list[Answer]: ...
+def understand(model: SLUModel, inputs: One | Iterable[One],
+               tasks: str | Sequence[str] | None = None, options: DecodeConfig | None = None, *,
+               n_best: int = 1, long_form: bool = True, overlap: float = 0.0,
+               language: str | None = None) -> Any:
+    """Transcript and annotations of speech: an answer for one input, a list for several.
 
     Args:
         model: either decoder.
-        inputs: files of any format that soundfile reads.
+        inputs: a path, the content of an audio file or the open file, `(array, rate)`, or several
+            of them (:data:`~unislu_llm.decoding.inputs.One`).
         tasks: default: all of the model's; none gives transcripts alone.
         options: how to decode; the grammar and forced tasks are on unless they are turned off.
         n_best: answers to each task; needs as many beams.
-        long_form: cut files over 30 s at pauses into windows, and join their answers.
+        long_form: cut what is over 30 s at pauses into windows, and join their answers; False
+            refuses it.
         overlap: seconds by which windows overlap.
+        language: Whisper language code for the model's recogniser; default: the model's own.
 
     Raises:
-        UserError: unreadable audio, a file over 30 s without `long_form`, an unknown task, a model
-            that reads reference transcripts, or more answers than beams.
+        UserError: unreadable or unusable audio, audio over 30 s without `long_form`, an unknown
+            task, a language where no recogniser is told one, a model that reads reference
+            transcripts, or more answers than beams.
     """
     options = options or DecodeConfig()
     # What the caller set on purpose stays, also where it equals a default.
     usual = {name: True for name in ("grammar", "force_task")
              if name not in options.model_fields_set}
     engine = Engine(model, options.model_copy(update=usual))
-    names = list(model.registry.names if tasks is None else tasks)
+    names = [tasks] if isinstance(tasks, str) else list(
+        model.registry.names if tasks is None else tasks)
     for name in names:
         model.registry[name]  # an unknown task is named before anything is read
-    whole = [Utterance(str(i), Path(f), "", source=str(f)) for i, f in enumerate(inputs)]
+    if language and (not model.reads_hypothesis or model.config.recogniser == "ctc"):
+        raise UserError(f"language '{language}': no recogniser makes hypotheses for this model, to "
+                        "which it could be told; leave it out")
+    whole, one = utterances_of(inputs, language)
+    if not long_form and (long := next((u for u in whole if u.seconds > MAX_SECONDS), None)):
+        raise UserError(f"{long.audio}: {long.seconds:.2f} s is longer than {MAX_SECONDS:g} s; "
+                        "leave out long_form=False, or cut it")
+    # Frozen weights may be in half precision, in which what was trained beside them is not.
+    half = any(p.dtype == torch.bfloat16 for p in model.parameters())
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
+        answers = _understand(engine, whole, names, n_best, long_form, overlap)
+    return answers[0] if one else answers
+
+
+def _understand(engine: Engine, whole: Sequence[Utterance], tasks: Sequence[str], n_best: int,
+                long_form: bool, overlap: float) -> list[Answer]:
     parts = [windows(u, overlap) if long_form else [u] for u in whole]
-    every = with_hypotheses(model, [part for some in parts for part in some])
+    every = with_hypotheses(engine.model, [part for some in parts for part in some])
     found: dict[int, Answer] = {}
-    for indices, done in _batches(engine, every, [names] * len(every), n_best=n_best):
+    for indices, done in _batches(engine, every, [tasks] * len(every), n_best=n_best):
         found |= zip(indices, done, strict=True)
     ordered = iter(sorted(found.items()))
     answers = [[next(ordered)[1] for _ in some] for some in parts]
-    return [join(model.registry, some, its) if len(some) > 1 else its[0]
+    return [join(engine.model.registry, some, its) if len(some) > 1 else its[0]
             for some, its in zip(parts, answers, strict=True)]
 
 

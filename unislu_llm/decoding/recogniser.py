@@ -162,16 +162,16 @@ def _cut(ids: Sequence[int], tokenizer: Any) -> Transcript:
 def load_recogniser(name: str, source: str = "decoder", revision: str | None = None,
                     device: torch.device | str = "cpu",
                     dtype: torch.dtype = torch.float32) -> Recogniser:
-    """The recogniser in a folder of a saved model (see :class:`ModelRecogniser` for `source`), or a
-    Whisper checkpoint (of some `revision`); the last one is kept.
+    """The recogniser that a saved model is (see :class:`ModelRecogniser` for `source`), or a plain
+    Whisper, by folder or name on the hub (of some `revision`); the last one is kept.
 
     A saved model has `dtype` for its frozen weights, and needs autocast around its calls then.
 
     Raises:
         UserError: there is none.
     """
-    if is_saved_model(name):
-        return ModelRecogniser(models.load(name, dtype=dtype).to(device), source)
+    if is_saved_model(found := weights.resolve(name, revision).path):
+        return ModelRecogniser(models.load(found, dtype=dtype).to(device), source)
     if source == "ctc":
         raise UserError(f"{name}: hypotheses by `ctc` need a saved model with the projector 'ctc'")
     return WhisperRecogniser(name, revision, device, dtype)

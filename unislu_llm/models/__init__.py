@@ -15,7 +15,9 @@ KINDS: dict[str, type[SLUModel]] = {"speech_llm": SpeechLLM, "whisper_slu": Whis
 
 
 def load(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> SLUModel:
-    """A saved model of either kind, in eval mode; frozen weights are of `dtype`.
+    """The saved model of either kind in a folder, in eval mode; frozen weights are of `dtype`.
+
+    :func:`unislu_llm.load` takes names and runs as well.
 
     Raises:
         UserError: not such a folder, or a base checkpoint that cannot be had.

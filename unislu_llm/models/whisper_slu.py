@@ -154,6 +154,6 @@ def whisper_prompt(whisper: Any, tokenizer: PreTrainedTokenizerBase, language: s
     if getattr(whisper.generation_config, "is_multilingual", True):
         names = [f"<|{language}|>", "<|transcribe|>", *names]
     if names[0] not in vocabulary:
-        raise UserError(f"model.language '{language}' is not one of Whisper's; use a code such as "
+        raise UserError(f"language '{language}' is not one of Whisper's; use a code such as "
                         "en, de, fr")
     return [int(whisper.config.decoder_start_token_id), *(vocabulary[name] for name in names)]

@@ -16,7 +16,7 @@ from unislu_llm.models import KINDS
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.saved import Description
 from unislu_llm.models.speech_llm import SpeechLLM
-from unislu_llm.run_folder import LAST, find_model
+from unislu_llm.run_folder import LAST, find_model, near_models
 from unislu_llm.tasks import TaskRegistry
 
 log = logging.getLogger(__name__)
@@ -48,7 +48,7 @@ def build_model(kind: str, config: Config, registry: TaskRegistry,
     if isinstance(model, SpeechLLM) and config.model.projector == "ctc" and tokens is None:
         model.learn_vocabulary(dict.fromkeys(texts))
     if train.init:
-        start_from(model, Path(train.init))
+        start_from(model, train.init)
     model.select_groups(["projector"] if train.objective == "ctc" else train.groups)
     if train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
@@ -59,8 +59,8 @@ def build_model(kind: str, config: Config, registry: TaskRegistry,
     return model
 
 
-def start_from(model: SLUModel, folder: Path) -> None:
-    """Lay the trained weights of a saved model, or of a run's best, over a new model.
+def start_from(model: SLUModel, folder: str | Path) -> None:
+    """Lay the trained weights of a saved model (a folder, a run, a name on the hub) over a new one.
 
     Raises UserError: no such model, or one that does not fit.
     """
@@ -76,17 +76,18 @@ def start_from(model: SLUModel, folder: Path) -> None:
             f"{n} {group} parameters" for group, n in sorted(lacking.items())))
 
 
-def _saved(folder: Path) -> Path:
+def _saved(folder: str | Path) -> Path:
     found = find_model(folder)
     if found is None:
-        raise UserError(f"train.init: {folder} is neither a saved model nor a run with one")
+        raise UserError(f"train.init: {folder} is neither a saved model nor a run with one"
+                        f"{near_models(folder)}")
     return found
 
 
 def _sources(config: Config) -> list[Path]:
     """Saved models that a run goes on from: its own checkpoint, what it was begun with."""
     own = find_model(Path(config.output) / LAST) if config.resume else None
-    init = _saved(Path(config.train.init)) if config.train.init else None
+    init = _saved(config.train.init) if config.train.init else None
     return [folder for folder in (own, init) if folder]
 
 

