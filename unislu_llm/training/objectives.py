@@ -169,8 +169,8 @@ class UnifiedObjective(Objective):
             saved = Description.read(folder)
             saved.model.transcript = way
             saved.write(folder)
-        return (f"model.transcript {way}: WER on dev of the hypotheses {given:.1f} %, of the model, "
-                f"which rewrites them, {scores['wer']:.1f} %")
+        return (f"model.transcript {way}: WER on dev of the hypotheses {given:.1f} %, of the "
+                f"model, which rewrites them, {scores['wer']:.1f} %")
 
     def score(self, predictions: Predictions, before: Sequence[Sums]) -> Validation:
         report = score_predictions(predictions, self.registry)
