@@ -25,7 +25,7 @@ TESTS = tuple(sorted((ROOT / "tests").rglob("*.py")))
 
 LAYERS = ("cli", "evaluate export", "model_card prediction_file", "training",
           "run_folder", "decoding", "scoring", "models", "data", "weights", "config_file",
-          "config", "io", "tokenizer", "unified", "utterance", "tasks", "loss", "errors")
+          "flags", "config", "io", "tokenizer", "unified", "utterance", "tasks", "loss", "errors")
 """Rooms of the package from the roof down; a room imports what is below it, and itself."""
 RANKS = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms.split()}
 
