@@ -13,7 +13,6 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-
 Precision = Literal["fp32", "bf16"]
 Transcript = Literal["rewrite", "margin", "verbatim"]  # as ModelConfig.transcript says
 _JSON = tyro.conf.arg(constructor=json.loads, metavar="JSON")  # a flag whose value is JSON

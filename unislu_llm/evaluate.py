@@ -7,7 +7,7 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -22,12 +22,19 @@ from unislu_llm.config import DecodeConfig, Precision
 from unislu_llm.data.loading import load_examples
 from unislu_llm.decoding.predict import predict
 from unislu_llm.errors import UserError, dotted, explain
+from unislu_llm.flags import refuse_repeats
 from unislu_llm.io import MODEL_FILE, WEIGHTS_FILE, portable, read_json, sha256, write_text
-from unislu_llm.prediction_file import PredictionFile, Rows, key_of
+from unislu_llm.prediction_file import (
+    PredictionFile,
+    Rows,
+    decoding_of,
+    differences,
+    key_of,
+)
 from unislu_llm.run_folder import Run, find_run, load_model, versions
 from unislu_llm.scoring.calibration import calibrate
 from unislu_llm.scoring.predictions import check_predictions
-from unislu_llm.scoring.score import format_table, intervals, score_predictions
+from unislu_llm.scoring.score import format_table, intervals, same_data, score_predictions
 from unislu_llm.scoring.text import PROTOCOLS
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import Example
@@ -94,6 +101,18 @@ class Job:
                 "manifests": [sha256(path) for path in self.manifests], "limit": self.limit,
                 "decode": self.decode.model_dump(), "precision": self.precision}
 
+    def decoding(self) -> dict[str, Any]:
+        """What has to be alike where systems are compared."""
+        return decoding_of({"decode": self.decode.model_dump(), "precision": self.precision,
+                            "model": read_json(self.run.model / MODEL_FILE)})
+
+
+def main(args: Sequence[str], description: str, prog: str | None = None) -> int:
+    """:func:`evaluate` by a command line; raises UserError: a list flag is there twice."""
+    refuse_repeats(args, Options)
+    return evaluate(tyro.cli(Options, args=args, prog=prog, description=description,
+                             config=(tyro.conf.FlagCreatePairsOff,)))
+
 
 def evaluate(options: Options) -> int:
     """Score every run, write its results, and print one table a protocol over all of them.
@@ -102,12 +121,13 @@ def evaluate(options: Options) -> int:
     others have their results), 130 when interrupted (what was decoded is kept), else 0.
     """
     if not options.runs:
-        print("error: no run is named; give run folders, e.g. eval/evaluate.py runs/my-run",
+        print("error: no run is named; give run folders, e.g. unislu evaluate runs/my-run",
               file=sys.stderr)
         return 2
     if options.threads:
         torch.set_num_threads(options.threads)
     results: dict[str, Any] = {}
+    decodings: dict[str, dict[str, Any]] = {}
     for path in options.runs:
         try:
             job = make_job(path, options)
@@ -115,6 +135,7 @@ def evaluate(options: Options) -> int:
                 raise UserError(f"another run was named '{job.label}' before; rename one, or score "
                                 "them by separate commands with --label or --out")
             results[job.label] = _evaluate_run(job, options.out, options.again)
+            decodings[job.label] = job.decoding()
         except UserError as error:
             where = "" if str(error).startswith(str(path)) else f"{path}: "
             print(f"error: {where}{error}", file=sys.stderr)
@@ -123,7 +144,7 @@ def evaluate(options: Options) -> int:
                   file=sys.stderr)
             return 130
     if results:
-        print(f"\n{format_table(results)}")
+        print("\n".join(["", format_table(results), *same_data(results), *differences(decodings)]))
     if failed := len(options.runs) - len(results):
         print(f"error: {failed} of {len(options.runs)} runs could not be scored, see above",
               file=sys.stderr)
@@ -260,7 +281,7 @@ def _decode(job: Job, examples: list[Example],
             "seconds": round(seconds, 3), "audio_seconds": round(audio, 3),
             "rtf": seconds / audio if audio else 0.0,
             "trainable_parameters": {"total": sum(parameters.values()), **parameters},
-            "threads": torch.get_num_threads(), **_made()}
+            "threads": torch.get_num_threads(), "decoding": job.decoding(), **_made()}
     return rows, file.finish(rows, meta)
 
 

@@ -1,4 +1,4 @@
-"""A run's flags: all of :class:`~unislu_llm.config.Config`, of which `--help` shows the common ones.
+"""A run's flags: all settings, of which `--help` shows the common ones.
 
 Flags and both helps are made from the settings themselves; there is no second list of them.
 """
