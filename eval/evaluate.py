@@ -2,7 +2,6 @@
 
     python eval/evaluate.py runs/my-run                          # its dev manifests, its best model
     python eval/evaluate.py runs/a runs/b --manifest test.jsonl  # several runs, one table
-    python eval/evaluate.py runs/a --checkpoint last --force-task --decode.grammar
 
 Predictions go to the run folder, scores to eval/results; see eval/README.md.
 """
@@ -12,8 +11,8 @@ from __future__ import annotations
 import sys
 
 from unislu_llm.errors import reported
-from unislu_llm.evaluate import main
+from unislu_llm.run_commands import evaluate
 
 if __name__ == "__main__":
     with reported():
-        raise SystemExit(main(sys.argv[1:], str(__doc__)))
+        raise SystemExit(evaluate(sys.argv[1:], "eval/evaluate.py"))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -19,6 +20,7 @@ from unislu_llm.cli import main
 from unislu_llm.config import DecodeConfig
 from unislu_llm.utterance import Utterance
 
+ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, list[str]]]
 
 
@@ -221,6 +223,15 @@ def test_mistyped_decoders_and_configs(unislu: Run) -> None:
     assert "'wisper' is not one of llm, whisper; did you mean 'whisper'?" in unislu(
         "train", "--decoder", "wisper")[2][0]
     assert "config file gone.yaml does not exist" in unislu("train", "--config", "gone.yaml")[2][0]
+
+
+def test_a_mini_corpus_that_is_not_there_is_named(unislu: Run, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "recipes" / "configs", tmp_path / "recipes" / "configs")
+    monkeypatch.setattr("unislu_llm.training.recipe.shipped", lambda: tmp_path)
+    status, out, errors = unislu("train")
+    assert (status, out) == (2, "")
+    assert "the mini corpus is not there; give corpora of your own by --data.train" in errors[0]
 
 
 def test_accelerate_launches_the_command(tmp_path: Path) -> None:

@@ -15,7 +15,8 @@ from eval.errors import Options, report
 from tests.test_evaluate import options
 from unislu_llm.compare import compare
 from unislu_llm.errors import UserError
-from unislu_llm.evaluate import DecodeFlags, evaluate
+from unislu_llm.evaluate import evaluate
+from unislu_llm.evaluate_options import DecodeFlags
 from unislu_llm.io import read_json_lines
 
 A, B = Path("runs/tiny"), Path("runs/perfect")

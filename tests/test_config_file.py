@@ -136,8 +136,8 @@ def test_help_shows_twenty_settings_and_help_all_the_rest(
         # Long flags at the start of a line, or behind a short name; no `--no-` twins.
         flag = r"--(?!no-)(?:\w+\.)*(?!no-)\w[\w-]*(?![\w.-])"
         shown = set(re.findall(rf"(?m)(?:^[^\w-]*|, )({flag})", printed))
-        shown -= {"--llm", "--encoder", "--projector", "--config", "--adapter", "--help",
-                  "--help-all"}
+        shown -= {"--llm", "--encoder", "--projector", "--tasks-file", "--config", "--adapter",
+                  "--help", "--help-all"}
         assert shown == flags_of(Config, common)
         assert "Run folder, never overwritten" in printed, "descriptions are the settings' own"
         assert "two.yaml" in printed, "of this LLM"

@@ -26,7 +26,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "eval" / "README.md",
          ROOT / "eval" / "results" / "README.md", ROOT / "adapters" / "README.md",
          *sorted((ROOT / "adapters").glob("*/README.md")), ROOT / "recipes/data/mini/README.md"]
-RECIPE_FLAGS = {"config", "adapter", "llm", "encoder", "projector", "nproc_per_node"}
+RECIPE_FLAGS = {"config", "adapter", "llm", "encoder", "projector", "tasks_file", "nproc_per_node"}
 QUICK_START = ("python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt -e "
                "'.[dev]' && accelerate launch recipes/train_llm.py")
 

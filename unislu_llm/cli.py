@@ -57,16 +57,17 @@ def _run(args: list[str]) -> int:
                         f"Commands: {', '.join(commands)}")
     if name in ("train", "evaluate"):  # their flags are settings, and read where those are
         return commands[name](args[1:])
-    if name in commands and not {"-h", "--help"} & set(args):
+    if name not in commands:  # `--help`: a line for each command
+        lines = {n: _named(str(c.__doc__).splitlines()[0]) for n, c in commands.items()}
+        return tyro.extras.subcommand_cli_from_dict(lines, args=args, prog=program,
+                                                    description=about) or 0
+    if not {"-h", "--help"} & set(args):
         from unislu_llm.flags import refuse_repeats
 
         refuse_repeats(args, commands[name])
-    if name.startswith("-"):  # the list of commands: a line for each, not their whole help
-        commands = {n: _named(str(c.__doc__).splitlines()[0]) for n, c in commands.items()}
     # Flags keep their short names, and switches have no --no- twin.
     plain = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
-    return tyro.extras.subcommand_cli_from_dict(commands, args=args, prog=program,
-                                                description=about, config=plain) or 0
+    return tyro.cli(commands[name], args=args[1:], prog=f"{program} {name}", config=plain) or 0
 
 
 def _named(doc: str) -> Callable[..., Any]:

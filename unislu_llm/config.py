@@ -113,9 +113,8 @@ class DataConfig(Section):
     """Training manifests (JSON lines)."""
     dev: Annotated[list[str], Common] = []
     """Manifests that are scored before, during and after training."""
-    tasks: Annotated[str | None, Common] = None
-    """YAML list of tasks; default: named entities and sentiment. Commands without a config take it
-    as --tasks-file."""
+    tasks: Annotated[str | None, tyro.conf.arg(aliases=["--tasks-file"]), Common] = None
+    """YAML list of tasks; default: named entities and sentiment."""
     weights: Annotated[dict[str, Rate], _JSON] = {}
     """Share of each corpus (or manifest, by its stem) in training; overrides the temperature."""
     temperature: Annotated[Number, Field(gt=0)] = 1.0

@@ -7,22 +7,20 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
-from pydantic import Field, ValidationError, create_model
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 
 from unislu_llm.config import DecodeConfig, Precision
 from unislu_llm.data.loading import load_examples
 from unislu_llm.decoding.predict import predict
 from unislu_llm.errors import UserError, dotted, explain
-from unislu_llm.flags import refuse_repeats
+from unislu_llm.evaluate_options import Options
 from unislu_llm.io import MODEL_FILE, WEIGHTS_FILE, portable, read_json, sha256, write_text
 from unislu_llm.prediction_file import (
     PredictionFile,
@@ -38,48 +36,6 @@ from unislu_llm.scoring.score import format_table, intervals, same_data, score_p
 from unislu_llm.scoring.text import PROTOCOLS
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import Example
-
-
-def _flag(name: str, setting: FieldInfo) -> tuple[Any, Any]:
-    # A switch is left out by not being given; other values need a None that says so.
-    switch = setting.annotation is bool
-    kind: Any = bool if switch else setting.annotation | None  # type: ignore[operator]
-    if name == "force_task":
-        kind = Annotated[kind, tyro.conf.arg(aliases=["--force-task"])]
-    return kind, Field(False if switch else None, description=setting.description)
-
-
-DecodeFlags = create_model(
-    "DecodeFlags", **{name: _flag(name, setting)  # type: ignore[call-overload]
-                      for name, setting in DecodeConfig.model_fields.items()})
-"""The settings of :class:`~unislu_llm.config.DecodeConfig`, each of which may be left out."""
-
-
-@dataclass
-class Options:
-    """What is scored, and how."""
-
-    runs: Annotated[tyro.conf.Positional[list[Path]],
-                    tyro.conf.arg(metavar="RUN [RUN ...]")] = field(default_factory=list)
-    """Run folders of the recipes, or folders of saved models (these need --manifest)."""
-    manifest: list[Path] = field(default_factory=list)
-    """Manifests to score, all of them together; default: the dev manifests of each run."""
-    checkpoint: Literal["best", "last"] | None = None
-    """Which model of a run; default: best, or last where there is no best."""
-    out: Path = Path("eval/results")
-    """Folder of the scores, one JSON file a run."""
-    label: str = ""
-    """Added to the names of runs in tables and files, e.g. to keep --force-task apart."""
-    decode: DecodeFlags = field(default_factory=DecodeFlags)  # type: ignore[valid-type]
-    """What is not given stays as in the run's config."""
-    precision: Precision | None = None
-    """Default: what the run was trained in; fp32 for a model folder."""
-    limit: int = 0
-    """Score at most so many examples of each manifest, evenly spread; 0 means all."""
-    threads: int = 0
-    """CPU threads; 0 leaves it to torch."""
-    again: bool = False
-    """Decode anew even where predictions of this model, manifest and decoding exist."""
 
 
 @dataclass(frozen=True)
@@ -105,13 +61,6 @@ class Job:
         """What has to be alike where systems are compared."""
         return decoding_of({"decode": self.decode.model_dump(), "precision": self.precision,
                             "model": read_json(self.run.model / MODEL_FILE)})
-
-
-def main(args: Sequence[str], description: str, prog: str | None = None) -> int:
-    """:func:`evaluate` by a command line; raises UserError: a list flag is there twice."""
-    refuse_repeats(args, Options)
-    return evaluate(tyro.cli(Options, args=args, prog=prog, description=description,
-                             config=(tyro.conf.FlagCreatePairsOff,)))
 
 
 def evaluate(options: Options) -> int:

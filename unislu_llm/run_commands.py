@@ -43,7 +43,7 @@ def train(args: Sequence[str] = ()) -> int:
     return 0
 
 
-def evaluate(args: Sequence[str] = ()) -> int:
+def evaluate(args: Sequence[str] = (), prog: str = "unislu evaluate") -> int:
     """Decode and score trained models under both protocols.
 
         unislu evaluate runs/my-run                          # its dev manifests, its best model
@@ -52,9 +52,12 @@ def evaluate(args: Sequence[str] = ()) -> int:
 
     Predictions go to the run folder, scores to the folder --out.
     """
-    from unislu_llm.evaluate import main
+    from unislu_llm.evaluate_options import parse_options
 
-    return main(args, str(inspect.getdoc(evaluate)), "unislu evaluate")
+    options = parse_options(args, str(inspect.getdoc(evaluate)), prog)
+    from unislu_llm.evaluate import evaluate as score
+
+    return score(options)
 
 
 def compare(systems: Annotated[list[Path], tyro.conf.arg(metavar="SYSTEM SYSTEM [SYSTEM ...]")], /,

@@ -54,7 +54,7 @@ def test_the_quick_start_goes_on_from_the_shipped_adapter() -> None:
     saved["transcript"] = "auto"  # what is trained further is validated anew
     assert config.model.model_dump() == saved
     for flags in (["--llm", "x"], ["--projector=conv"], ["--adapter", "a.yaml"],
-                  ["--data.tasks", "t.yaml"]):
+                  ["--data.tasks", "t.yaml"], ["--tasks-file=t.yaml"]):
         assert default_config("llm", flags).name == "from_scratch.yaml"
     assert default_config("whisper", []).name == "whisper.yaml"
     assert not load("from_scratch.yaml").train.init

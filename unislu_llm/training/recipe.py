@@ -12,8 +12,8 @@ from pydantic import Field
 from unislu_llm.config_file import config_from_file, load_config, shipped
 from unislu_llm.errors import UserError, hint, launched
 
-PARTS = ("--llm", "--encoder", "--projector", "--adapter", "--data.tasks",
-         "--model.llm", "--model.encoder", "--model.projector")
+PARTS = ("--llm", "--encoder", "--projector", "--adapter", "--tasks-file",
+         "--data.tasks", "--model.llm", "--model.encoder", "--model.projector")
 """Flags that ask for other parts than the shipped adapter's."""
 
 
@@ -61,6 +61,11 @@ def run_recipe(argv: Sequence[str], description: str, prog: str | None = None,
     config = load_config(argv, default_config(decoder, argv),
                          shipped() / "adapters" if decoder == "llm" else None, description,
                          prog=prog, extra=extra, say=told.append)
+    mini = shipped() / "recipes" / "data" / "mini"
+    for path in map(Path, (*config.data.train, *config.data.dev)):
+        if path.is_relative_to(mini.resolve()) and not path.is_file():
+            raise UserError(f"{path}: the mini corpus is not there; give corpora of your own by "
+                            "--data.train FILE... --data.dev FILE...")
     if os.environ.get("RANK", "0") == "0":
         print(*told, sep="\n", flush=True)
     # After --help, which should not wait for torch.
