@@ -85,8 +85,9 @@ def help_of(*program: str) -> str:
 def known_flag(words: list[str], flag: str) -> bool:
     """Whether a command takes a flag."""
     script = next((w for w in words if w.startswith(("recipes/", "eval/"))), "")
-    if script.startswith("recipes/train_"):
-        return flag.replace("-", "_") in settings() | RECIPE_FLAGS
+    train = words[:2] == ["unislu", "train"] or "unislu_llm.cli" in words
+    if train or script.startswith("recipes/train_"):
+        return flag.replace("-", "_") in settings() | RECIPE_FLAGS | ({"decoder"} if train else set())
     # `unislu prepare` has commands of its own.
     program = words[:2 + (words[1] == "prepare")] if words[0] == "unislu" else [script]
     return f"--{flag} " in re.sub(r"[\s,│|]+", " ", help_of(*program)).replace("_", "-") + " "

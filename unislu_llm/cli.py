@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, get_type_hints
 
 import tyro
 
-from unislu_llm.errors import UserError, hint, report
+from unislu_llm.errors import UserError, hint, quiet_libraries, report
 from unislu_llm.run_commands import cache, compare, evaluate, train, version
 
 if TYPE_CHECKING:
@@ -26,8 +26,7 @@ _CHUNK = 64  # files answered together: enough for batches of like length, soon 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 2 for bad input, else the command's."""
-    # The tokenizer's threads do not survive a fork, and it warns at every one.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    quiet_libraries()
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(args or ["--help"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
 import os
 import re
 import sys
@@ -42,6 +43,14 @@ def report(error: object) -> None:
         quiet = "" if "LOCAL_RANK" in os.environ else " (`accelerate launch --quiet` prints none)"
         print(f"What follows is the launcher's traceback; it says nothing more{quiet}.",
               file=sys.stderr, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Switch off what libraries say at a start that no user can act on."""
+    # The tokenizer's threads do not survive a fork, and it warns at every one.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Where it is installed it is imported, and misses kernels for a CPU, which never runs it.
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 
 
 def launched() -> bool:

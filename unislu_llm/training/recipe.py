@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from unislu_llm.config_file import config_from_file, load_config, shipped
-from unislu_llm.errors import UserError, hint, launched
+from unislu_llm.errors import UserError, hint, launched, quiet_libraries
 
 PARTS = ("--llm", "--encoder", "--projector", "--adapter", "--tasks-file",
          "--data.tasks", "--model.llm", "--model.encoder", "--model.projector")
@@ -66,13 +66,18 @@ def run_recipe(argv: Sequence[str], description: str, prog: str | None = None,
         if path.is_relative_to(mini.resolve()) and not path.is_file():
             raise UserError(f"{path}: the mini corpus is not there; give corpora of your own by "
                             "--data.train FILE... --data.dev FILE...")
-    if os.environ.get("RANK", "0") == "0":
+    quiet_libraries()
+    main = os.environ.get("RANK", "0") == "0"
+    if main:
         print(*told, sep="\n", flush=True)
     # After --help, which should not wait for torch.
     import torch
+    from transformers.utils.logging import disable_progress_bar
 
     from unislu_llm.training.stages import train
 
+    if not main:  # each process would show the same bars of loading
+        disable_progress_bar()
     if (cards := torch.cuda.device_count()) > 1 and not launched():
         print(f"one of {cards} GPUs is used; `accelerate launch -m unislu_llm.cli train ...` uses "
               "them all", flush=True)
