@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import re
 import shutil
 import subprocess
@@ -217,6 +218,15 @@ def test_runs_are_trained_scored_and_compared(decoder: str, kind: str, unislu: R
         status, out, _ = unislu("compare", *systems)
         assert status == 0
         assert re.search(r"\| wer .* \+0\.00 \[\+0\.00, \+0\.00\] p 1\.000 \|", out)
+
+
+def test_libraries_are_quiet_about_what_nobody_can_change(
+        unislu: Run, caplog: pytest.LogCaptureFixture) -> None:
+    unislu("--version")
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    log.warning("kernels are missing")
+    log.error("this matters")
+    assert caplog.messages == ["this matters"]
 
 
 def test_mistyped_decoders_and_configs(unislu: Run) -> None:

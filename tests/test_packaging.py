@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,15 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(root / "installed")
     return root / "installed"
+
+
+def test_the_revision_of_another_project_is_not_its_version(installed: Path) -> None:
+    git = ["git", "-C", str(installed.parent), "-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run([*git, "init", "-q"], check=True)
+    subprocess.run([*git, "commit", "-q", "--allow-empty", "-m", "theirs"], check=True)
+    done = subprocess.run([sys.executable, "-m", "unislu_llm.cli", "--version"], text=True,
+                          cwd=installed, capture_output=True, check=True)
+    assert re.fullmatch(r"unislu_llm \d\S+\n", done.stdout)
 
 
 def test_defaults_are_found_from_any_folder(installed: Path, tmp_path: Path) -> None:
