@@ -18,13 +18,14 @@ import tyro
 from numpy.typing import NDArray
 from tabulate import tabulate
 
+from unislu_llm.compare import difference, read_predictions, same_data
 from unislu_llm.errors import UserError, reported
-from unislu_llm.io import portable, read_json_lines, sha256, write_json, write_text
+from unislu_llm.io import portable, sha256, write_json, write_text
 from unislu_llm.run_folder import find_run
-from unislu_llm.scoring.bootstrap import Counts, bootstrap
+from unislu_llm.scoring.bootstrap import bootstrap
 from unislu_llm.scoring.entities import KINDS, entity_errors, place, prf
 from unislu_llm.scoring.labels import label_scores
-from unislu_llm.scoring.predictions import Prediction, annotated, check_predictions, spoken_once
+from unislu_llm.scoring.predictions import Prediction, annotated, spoken_once
 from unislu_llm.scoring.score import by_corpus, utterance_counts
 from unislu_llm.scoring.text import Protocol
 from unislu_llm.scoring.wer import WER, edit_counts
@@ -34,7 +35,6 @@ ALL = "(all)"
 """Name of the group of all corpora."""
 
 Block = Mapping[str, Any]
-Systems = dict[str, list[Prediction]]
 
 
 @dataclass
@@ -51,7 +51,7 @@ class Options:
     """Markdown report, with its numbers as FILE.json beside it; default: it is printed."""
     common: bool = False
     """Compare what all systems have; without it, systems scored on other data are refused."""
-    tasks: Path | None = None
+    tasks_file: Path | None = None
     """Task file (YAML), for predictions of other tasks that do not lie in their run's folder."""
     resamples: int = 1000
     """Of the paired bootstrap."""
@@ -71,8 +71,8 @@ def report(options: Options) -> None:
         raise UserError(f"--out {out}: names the Markdown report, e.g. {out.with_suffix('.md')}; "
                         "its numbers go to the .json beside it")
     files, registry = find_files(options)
-    systems, left_out = same_data({name: read(path, registry) for name, path in files.items()},
-                                  options.common)
+    systems, left_out = same_data({name: read_predictions(path, registry)
+                                   for name, path in files.items()}, options.common)
     (name, first), *others = systems.items()
     result = {
         "protocol": options.protocol, "resamples": options.resamples, "predictions": len(first),
@@ -94,12 +94,12 @@ def report(options: Options) -> None:
 
 
 def find_files(options: Options) -> tuple[dict[str, Path], TaskRegistry]:
-    """Prediction files by name of the system, and the tasks: of --tasks, else of the first run."""
+    """Prediction files by name of the system; the tasks: of --tasks-file, else the first run's."""
     if not options.systems or options.resamples < 1:
         raise UserError("--resamples must be 1 or more" if options.systems else
                         "no system is named; give prediction files or run folders, e.g. "
                         "eval/errors.py runs/a runs/b")
-    registry = TaskRegistry.from_yaml(options.tasks) if options.tasks else None
+    registry = TaskRegistry.from_yaml(options.tasks_file) if options.tasks_file else None
     found: dict[str, Path] = {}
     for path in options.systems:
         name, file = path.stem, path
@@ -115,43 +115,6 @@ def find_files(options: Options) -> tuple[dict[str, Path], TaskRegistry]:
             raise UserError(f"{file} is named twice; name every system once")
         found[name if name not in found else portable(file)] = file
     return found, registry or TaskRegistry()
-
-
-def read(path: Path, registry: TaskRegistry) -> list[Prediction]:
-    """Predictions of a file; what it holds instead is named."""
-    try:
-        if found := check_predictions(read_json_lines(path), registry):
-            return found
-        fault = "there are none"
-    except UserError as error:
-        fault = str(error)
-    raise UserError(f"{path} cannot be read as predictions: {fault}; give a file of a run's "
-                    "`predictions` folder, written by eval/evaluate.py, or the run folder (and "
-                    "--tasks FILE for other tasks than the built-in ones)")
-
-
-def same_data(systems: Systems, common: bool) -> tuple[Systems, int]:
-    """Predictions that all systems have, in one order, and how many are left out (`common`)."""
-    # The order of rows in a file decides nothing, not even the draws of the bootstrap.
-    keyed = {name: {p.key: p for p in sorted(some, key=lambda p: p.key)}
-             for name, some in systems.items()}
-    # Compared on other data, systems would differ by what the data are.
-    union = set().union(*keyed.values())
-    shared = union.intersection(*keyed.values())
-    if (union != shared and not common) or not shared:
-        lacking = [f"'{name}' lacks {len(gone)} of {len(union)} (e.g. {min(gone)})"
-                   for name, some in keyed.items() if (gone := union - set(some))]
-        raise UserError(f"the systems were not scored on the same data: {', '.join(lacking)}; "
-                        "score them on the same manifests, or give --common to compare what all "
-                        "have")
-    name, first = next(iter(keyed.items()))
-    for other, some in keyed.items():
-        for key in sorted(shared):
-            if (some[key].ref_text, some[key].ref) != (first[key].ref_text, first[key].ref):
-                raise UserError(f"'{other}' and '{name}' have different references of {key}; score "
-                                "them on the same manifests")
-    return ({other: [some[key] for key in sorted(shared)] for other, some in keyed.items()},
-            len(union) - len(shared))
 
 
 # ---- errors of one system
@@ -222,17 +185,6 @@ def edits(some: Sequence[Prediction], protocol: Protocol) -> NDArray[np.int64]:
 
 
 # ---- two systems
-
-
-def difference(one: Counts, two: Counts) -> Counts:
-    """The score of a system less that of another one, as a score of their common utterances."""
-    def statistic(sums: NDArray[np.float64]) -> NDArray[np.float64]:
-        first, second = np.split(sums, 2, axis=1)
-        return one.statistic(first) - two.statistic(second)
-
-    # Side by side in one matrix, the rows of both systems are drawn together.
-    assert one.utterances == two.utterances
-    return Counts(one.utterances, np.concatenate([one.matrix, two.matrix], axis=1), statistic)
 
 
 def compare(first: Sequence[Prediction], other: Sequence[Prediction], registry: TaskRegistry,

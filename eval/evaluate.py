@@ -1,18 +1,18 @@
-"""Decode and score trained models under both protocols.
+"""Decode and score trained models under both protocols: `unislu evaluate` as a script.
 
     python eval/evaluate.py runs/my-run                          # its dev manifests, its best model
     python eval/evaluate.py runs/a runs/b --manifest test.jsonl  # several runs, one table
-    python eval/evaluate.py runs/a --checkpoint last --force-task --decode.grammar
 
 Predictions go to the run folder, scores to eval/results; see eval/README.md.
 """
 
 from __future__ import annotations
 
-import tyro
+import sys
 
-from unislu_llm.evaluate import Options, evaluate
+from unislu_llm.errors import reported
+from unislu_llm.run_commands import evaluate
 
 if __name__ == "__main__":
-    raise SystemExit(evaluate(tyro.cli(Options, description=str(__doc__),
-                                       config=(tyro.conf.FlagCreatePairsOff,))))
+    with reported():
+        raise SystemExit(evaluate(sys.argv[1:], "eval/evaluate.py"))

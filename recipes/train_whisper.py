@@ -4,29 +4,18 @@
     accelerate launch recipes/train_whisper.py --encoder openai/whisper-small --train.loss uniform
     accelerate launch recipes/train_whisper.py --config my.yaml --output runs/mine
 
-`--help` lists every setting; recipes/configs/whisper.yaml is the config without --config.
+`--help` lists the common settings, `--help-all` every one; recipes/configs/whisper.yaml is the
+config without --config. `unislu train --decoder whisper` is the same without accelerate's launcher.
 """
 
 from __future__ import annotations
 
-from pathlib import Path
+import sys
 
 from unislu_llm.errors import reported
 
-HERE = Path(__file__).resolve().parent
-
-
-def main() -> None:
-    """Parse the command line and train."""
-    with reported():
-        from unislu_llm.config_file import load_config
-
-        config = load_config(None, HERE / "configs" / "whisper.yaml", None, str(__doc__))
-        # After --help, which should not wait for torch.
-        from unislu_llm.training.stages import train
-
-        train("whisper_slu", config, Path(__file__).stem)
-
-
 if __name__ == "__main__":
-    main()
+    with reported():
+        from unislu_llm.training.recipe import run_recipe
+
+        run_recipe(sys.argv[1:], str(__doc__), decoder="whisper")

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import logging
+import re
+import shutil
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -12,12 +16,14 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import soundfile
+from accelerate.state import AcceleratorState, GradientState, PartialState
 
 from unislu_llm import Answer, load, understand
 from unislu_llm.cli import main
 from unislu_llm.config import DecodeConfig
 from unislu_llm.utterance import Utterance
 
+ROOT = Path(__file__).parents[1]
 Run = Callable[..., tuple[int, str, list[str]]]
 
 
@@ -226,14 +232,105 @@ def test_frames_are_stored_once(unislu: Run, tiny_run: Callable[..., Path]) -> N
     assert len(list(Path("frames").glob("*/*.npy"))) == 8
 
 
+def test_flags_of_commands_are_mistyped_or_given_twice(
+        unislu: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    for args, flag in ((("predict", "m", "a.wav", "--taks", "ner"), "--tasks"),
+                       (("evaluate", "m", "--manifset", "a.jsonl"), "--manifest"),
+                       (("train", "--train.epcohs", "2"), "--train.epochs")):
+        with pytest.raises(SystemExit) as stop:
+            main(list(args))
+        assert stop.value.code == 2
+        assert flag in capsys.readouterr().err
+    for args in (("predict", "m", "a.wav", "--tasks", "ner", "--tasks", "sa"),
+                 ("evaluate", "m", "--manifest", "a.jsonl", "--manifest", "b.jsonl"),
+                 ("export", "m", "--out", "o", "--results", "a.json", "--results=b.json"),
+                 ("prepare", "csv", "--file", "f", "--out", "o", "--exclude", "a", "--exclude",
+                  "b"), ("train", "--data.dev", "a", "--data.dev", "b")):
+        status, _, errors = unislu(*args)
+        assert status == 2
+        assert re.search(r"--(\S+) is given 2 times; give all of its values behind one", errors[0])
+
+
+@pytest.mark.parametrize(("decoder", "kind"), [("llm", "speech_llm"), ("whisper", "whisper_slu")])
+def test_runs_are_trained_scored_and_compared(decoder: str, kind: str, unislu: Run,
+                                              tiny_run: Callable[..., Path]) -> None:
+    run = tiny_run(kind)
+    dev = "corpus/dev.jsonl"
+    status, out, errors = unislu("train", "--decoder", decoder, "--config", run / "config.yaml",
+                                 "--output", "a", "--data.train", dev, "--data.dev", dev)
+    for state in (AcceleratorState, GradientState, PartialState):
+        state._reset_state()
+    assert (status, errors) == (0, [])
+    assert out.startswith(f"config: {run / 'config.yaml'}")
+    assert ("; preset: none for " in out.splitlines()[0]) == (decoder == "llm")
+    assert out.endswith("score it: unislu evaluate a\n")
+    status, out, errors = unislu("evaluate", "a", run, "--out", "scores")
+    assert (status, errors) == (0, [])
+    assert out.count("| a ") == out.count("| tiny ") == 2
+    # The same settings, by the command and by the training loop itself.
+    for systems in (("a", run), ("scores/a.json", "scores/tiny.json")):
+        status, out, _ = unislu("compare", *systems)
+        assert status == 0
+        assert re.search(r"\| wer .* \+0\.00 \[\+0\.00, \+0\.00\] p 1\.000 \|", out)
+
+
+def test_libraries_are_quiet_about_what_nobody_can_change(
+        unislu: Run, caplog: pytest.LogCaptureFixture) -> None:
+    unislu("--version")
+    log = logging.getLogger("bitsandbytes.backends.cpu.ops")
+    log.warning("kernels are missing")
+    log.error("this matters")
+    assert caplog.messages == ["this matters"]
+
+
+def test_mistyped_decoders_and_configs(unislu: Run) -> None:
+    assert "'wisper' is not one of llm, whisper; did you mean 'whisper'?" in unislu(
+        "train", "--decoder", "wisper")[2][0]
+    assert "config file gone.yaml does not exist" in unislu("train", "--config", "gone.yaml")[2][0]
+
+
+def test_a_mini_corpus_that_is_not_there_is_named(unislu: Run, tmp_path: Path,
+                                                  monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(ROOT / "recipes" / "configs", tmp_path / "recipes" / "configs")
+    monkeypatch.setattr("unislu_llm.training.recipe.shipped", lambda: tmp_path)
+    status, out, errors = unislu("train")
+    assert (status, out) == (2, "")
+    assert "the mini corpus is not there; give corpora of your own by --data.train" in errors[0]
+
+
+def test_accelerate_launches_the_command(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--quiet", "-m",
+               "unislu_llm.cli", "train", "--config", "gone.yaml"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode
+    assert "error: config file gone.yaml does not exist" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_under_a_launcher_the_message_says_that_nothing_more_follows(
+        unislu: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    for name, quiet in (("ACCELERATE_MIXED_PRECISION", True), ("LOCAL_RANK", False)):
+        monkeypatch.setenv(name, "0")
+        assert main(["train", "--config", "gone.yaml"]) == 2
+        error, *more = capsys.readouterr().err.splitlines()
+        assert error.startswith("error: config file gone.yaml")
+        assert len(more) == 1
+        assert "launcher" in more[0]
+        assert ("--quiet" in more[0]) == quiet
+
+
 def test_help_version_and_mistyped_commands(unislu: Run) -> None:
     for args in ((), ("--help",)):
         status, out, _ = unislu(*args)
         assert status == 0
-        assert all(name in out for name in ("predict", "transcribe", "validate", "prepare",
-                                            "cache", "export"))
-    assert unislu("--version")[1].startswith("unislu_llm ")
-    for words, known in ((("predit",), "predict"), (("prepare", "csvv"), "csv")):
+        assert re.findall(r"• (\w+)", out) == [
+            "predict", "transcribe", "prepare", "validate", "train", "evaluate", "compare",
+            "export", "cache"]
+        assert len(out.splitlines()) < 40, "a page, not the help of every command"
+    assert re.fullmatch(r"unislu_llm \S+( \(git [0-9a-f]{40}(\+dirty)?\))?\n",
+                        unislu("--version")[1])
+    for words, known in ((("predit",), "predict"), (("prepare", "csvv"), "csv"),
+                         (("trian",), "train"), (("evalute",), "evaluate")):
         status, _, errors = unislu(*words)
         assert status == 2
         assert f"unknown command '{words[-1]}'; did you mean '{known}'?" in errors[0]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+from pydantic import BaseModel
 
-from unislu_llm.config import Config
+from unislu_llm.config import Common, Config
 from unislu_llm.config_file import config_from_file, load_config, to_yaml
 from unislu_llm.errors import UserError
 
@@ -127,6 +129,64 @@ def test_a_bad_flag_is_named(flags: list[str], message: str, files: tuple[Path, 
     (files[1] / "one.yaml").write_text("llm: org/one\nlora:\n  ranks: 4\n")
     with pytest.raises(UserError, match=message):
         load_config(flags, *files, "")
+
+
+def flags_of(config: type[BaseModel], common: bool, prefix: str = "--") -> set[str]:
+    """Flags of all settings, or of the common ones."""
+    found: set[str] = set()
+    for name, field in config.model_fields.items():
+        kind, flag = field.annotation, prefix + name.replace("_", "-")
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found |= flags_of(kind, common, f"{flag}.")
+        elif Common in field.metadata or not common:
+            found.add(flag)
+    return found
+
+
+def test_help_shows_twenty_settings_and_help_all_the_rest(
+        files: tuple[Path, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    for asked, common in (("--help", True), ("--help-all", False)):
+        with pytest.raises(SystemExit) as stop:
+            load_config([asked, "--llm", "org/two"], *files, "Train it.")
+        assert stop.value.code == 0
+        printed = capsys.readouterr().out
+        # Long flags at the start of a line, or behind a short name; no `--no-` twins.
+        flag = r"--(?!no-)(?:\w+\.)*(?!no-)\w[\w-]*(?![\w.-])"
+        shown = set(re.findall(rf"(?m)(?:^[^\w-]*|, )({flag})", printed))
+        shown -= {"--llm", "--encoder", "--projector", "--tasks-file", "--config", "--adapter",
+                  "--help", "--help-all"}
+        assert shown == flags_of(Config, common)
+        assert "Run folder, never overwritten" in printed, "descriptions are the settings' own"
+        assert "two.yaml" in printed, "of this LLM"
+    assert len(flags_of(Config, True)) == 20
+
+
+def test_a_list_given_twice_is_refused_and_of_other_flags_the_last_wins(
+        files: tuple[Path, Path]) -> None:
+    for again in ("--data.train", "--data.train=b.jsonl"):
+        with pytest.raises(UserError, match=r"--data\.train is given 2 times.*--data\.train A B"):
+            load_config(["--data.train", "a.jsonl", again, "b.jsonl"], *files, "")
+    with pytest.raises(UserError, match="target-modules is given 2"):
+        load_config(["--model.lora.target_modules", "a", "--model.lora.target-modules", "b"],
+                    *files, "")
+    assert load_config(["--train.epochs", "2", "--train.epochs", "4"], *files, "").train.epochs == 4
+
+
+@pytest.mark.parametrize(("flags", "said"), [
+    (["--llm", "org/two"], "preset: .*two.yaml"), (["--llm", "org/x"], "preset: none for org/x"),
+    (["--adapter", "one"], "preset: .*one.yaml")])
+def test_it_is_said_which_preset_was_taken(flags: list[str], said: str,
+                                           files: tuple[Path, Path]) -> None:
+    told: list[str] = []
+    flags = [str(files[1] / "one.yaml") if flag == "one" else flag for flag in flags]
+    load_config(flags, *files, "", say=told.append)
+    assert len(told) == 1
+    assert re.fullmatch(rf"config: .*c\.yaml; {said}.*", told[0])
+
+
+def test_whispers_decoder_has_no_llm(files: tuple[Path, Path]) -> None:
+    with pytest.raises(UserError, match="--llm, --projector and --adapter are of an LLM decoder"):
+        load_config(["--llm", "org/two"], files[0], None, "")
 
 
 @pytest.mark.parametrize(("flags", "status", "shown"), [

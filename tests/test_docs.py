@@ -26,7 +26,8 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "eval" / "README.md",
          ROOT / "eval" / "results" / "README.md", ROOT / "adapters" / "README.md",
          *sorted((ROOT / "adapters").glob("*/README.md")), ROOT / "recipes/data/mini/README.md"]
-RECIPE_FLAGS = {"config", "adapter", "llm", "encoder", "projector", "nproc_per_node"}
+RECIPE_FLAGS = {"config", "adapter", "llm", "encoder", "projector", "tasks_file",
+                "decoder", "nproc_per_node"}
 QUICK_START = ("python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt -e "
                "'.[dev]' && accelerate launch recipes/train_llm.py")
 
@@ -85,7 +86,8 @@ def help_of(*program: str) -> str:
 def known_flag(words: list[str], flag: str) -> bool:
     """Whether a command takes a flag."""
     script = next((w for w in words if w.startswith(("recipes/", "eval/"))), "")
-    if script.startswith("recipes/train_"):
+    train = words[:2] == ["unislu", "train"] or "unislu_llm.cli" in words
+    if train or script.startswith("recipes/train_"):
         return flag.replace("-", "_") in settings() | RECIPE_FLAGS
     # `unislu prepare` has commands of its own.
     program = words[:2 + (words[1] == "prepare")] if words[0] == "unislu" else [script]

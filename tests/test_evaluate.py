@@ -13,7 +13,8 @@ import pytest
 from eval.calibration import draw
 from unislu_llm import evaluate as module
 from unislu_llm.config import DecodeConfig
-from unislu_llm.evaluate import DecodeFlags, Options, evaluate
+from unislu_llm.evaluate import evaluate
+from unislu_llm.evaluate_options import DecodeFlags, Options
 from unislu_llm.io import read_json_lines as lines
 from unislu_llm.model_card import read_results
 from unislu_llm.scoring.score import score_predictions

@@ -148,12 +148,14 @@ def test_the_command_names_problems(run: Callable[..., Path],
     run()
     names = ["--encoder", NAMES["encoder"], "--llm", NAMES["llm"]]
     base = ["export", str(RUN), "--no-check"]
+    Path("empty.md").touch()
     assert main([*base, "--out", str(OUT), *names]) == 0
     capsys.readouterr()
     for args, expected in (
         ([*base, "--out", "new"], "model.encoder"),
         ([*base, "--out", "new", *names, "--results", "gone.json"], "gone.json cannot be read"),
-        ([*base, "--out", "new", *names, "--data-note", "gone.md"], "gone.md cannot be read"),
+        ([*base, "--out", "new", *names, "--data-note", "FILE"], "--data-note FILE cannot be read"),
+        ([*base, "--out", "new", *names, "--data-note", "empty.md"], "empty.md is empty"),
         (["export", str(OUT), "--out", "new", *names], "saved model without its run"),
     ):
         assert main(args) == 2
@@ -228,6 +230,14 @@ def test_what_cannot_be_published_is_said_before_the_work(
     hub.commit("me/open", {})
     assert "the repository is there and public" in refused("--push", "me/open", "--private")
     assert hub.repos["me/open"] == {hub.branches["me/open"]["main"]: {}}
+
+
+def test_a_note_that_is_not_there_is_said_before_a_model_is_loaded(
+        run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    run()
+    monkeypatch.setattr("unislu_llm.export.load_model", lambda *_: pytest.fail("was loaded"))
+    with pytest.raises(UserError, match=r"--data-note gone\.md cannot be read"):
+        export(RUN, OUT, names=NAMES, data_note=Path("gone.md"))
 
 
 def test_a_value_out_of_range_is_refused(run: Callable[..., Path]) -> None:

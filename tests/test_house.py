@@ -23,9 +23,10 @@ CODE = tuple(sorted(p for top in ("unislu_llm", "recipes", "eval")
                     for p in (ROOT / top).rglob("*.py")))
 TESTS = tuple(sorted((ROOT / "tests").rglob("*.py")))
 
-LAYERS = ("cli", "evaluate export", "model_card prediction_file", "training",
-          "run_folder", "decoding", "scoring", "models", "data", "weights", "config_file",
-          "config", "io", "tokenizer", "unified", "utterance", "tasks", "loss", "errors")
+LAYERS = ("cli", "run_commands", "compare", "evaluate export", "evaluate_options",
+          "model_card prediction_file", "training", "run_folder", "decoding", "scoring", "models",
+          "data", "weights", "config_file", "flags", "config", "io", "tokenizer", "unified",
+          "utterance", "tasks", "loss", "errors")
 """Rooms of the package from the roof down; a room imports what is below it, and itself."""
 RANKS = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms.split()}
 
@@ -211,6 +212,7 @@ def test_there_is_no_circle() -> None:
     ("unislu_llm", "torch pydantic numpy yaml"),
     ("unislu_llm.decoding.predict, unislu_llm.run_folder",
      "unislu_llm.training unislu_llm.evaluate"),
+    ("unislu_llm.training.recipe, unislu_llm.evaluate_options", "torch transformers"),
     ("unislu_llm.scoring.score", "unislu_llm.models transformers.models"),
 ])
 def test_what_a_start_does_not_load(start: str, absent: str) -> None:

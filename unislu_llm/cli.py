@@ -12,7 +12,8 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
-from unislu_llm.errors import UserError, hint
+from unislu_llm.errors import UserError, hint, quiet_libraries, report
+from unislu_llm.run_commands import cache, compare, evaluate, train, version
 
 Commands = dict[str, Callable[..., Any]]
 Manifests = Annotated[list[Path], tyro.conf.arg(metavar="MANIFEST [MANIFEST ...]")]
@@ -20,40 +21,55 @@ Manifests = Annotated[list[Path], tyro.conf.arg(metavar="MANIFEST [MANIFEST ...]
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit status: 2 for bad input, else the command's."""
-    # The tokenizer's threads do not survive a fork, and it warns at every one.
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    args, program = list(sys.argv[1:] if argv is None else argv), "unislu"
-    about = "Unified spoken language understanding: transcript, entities and labels from speech."
-    commands: Commands = {command.__name__: command for command in (
-        predict, transcribe, validate, prepare, cache, export)}
-    if args[:1] == ["--version"]:
-        from importlib.metadata import version
-
-        print(f"unislu_llm {version('unislu_llm')}")
-        return 0
+    quiet_libraries()
+    args = list(sys.argv[1:] if argv is None else argv)
     try:
-        if args[:1] == ["prepare"]:  # has commands of its own
-            about, commands = str(prepare.__doc__), prepare()
-            program, args = "unislu prepare", args[1:]
-        args = args or ["--help"]
-        if not args[0].startswith("-") and args[0] not in commands:
-            raise UserError(f"{program}: unknown command '{args[0]}'{hint(args[0], commands)} "
-                            f"Commands: {', '.join(commands)}")
-        # Flags keep their short names, and switches have no --no- twin.
-        plain = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
-        status = tyro.extras.subcommand_cli_from_dict(commands, args=args, prog=program,
-                                                      description=about, config=plain)
+        return _run(args or ["--help"])
     except UserError as error:
-        return _fail(error)
+        report(error)
+        return 2
     except BrokenPipeError:  # `unislu ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    return status or 0
 
 
-def _fail(error: object) -> int:
-    print(f"error: {error}", file=sys.stderr, flush=True)
-    return 2
+def _run(args: list[str]) -> int:
+    program = "unislu"
+    about = ("Unified spoken language understanding: transcript, entities and labels from speech. "
+             "`unislu --version` says which this is.")
+    commands: Commands = {command.__name__: command for command in (
+        predict, transcribe, prepare, validate, train, evaluate, compare, export, cache)}
+    if args[0] == "--version":
+        print(version())
+        return 0
+    if args[0] == "prepare":  # has commands of its own
+        about, commands = str(prepare.__doc__), prepare()
+        program, args = "unislu prepare", args[1:] or ["--help"]
+    name = args[0]
+    if not name.startswith("-") and name not in commands:
+        raise UserError(f"{program}: unknown command '{name}'{hint(name, commands)} "
+                        f"Commands: {', '.join(commands)}")
+    if name in ("train", "evaluate"):  # their flags are settings, and read where those are
+        return commands[name](args[1:])
+    if name not in commands:  # `--help`: a line for each command
+        lines = {n: _named(str(c.__doc__).splitlines()[0]) for n, c in commands.items()}
+        return tyro.extras.subcommand_cli_from_dict(lines, args=args, prog=program,
+                                                    description=about) or 0
+    if not {"-h", "--help"} & set(args):
+        from unislu_llm.flags import refuse_repeats
+
+        refuse_repeats(args, commands[name])
+    # Flags keep their short names, and switches have no --no- twin.
+    plain = (tyro.conf.FlagCreatePairsOff, tyro.conf.OmitArgPrefixes)
+    return tyro.cli(commands[name], args=args[1:], prog=f"{program} {name}", config=plain) or 0
+
+
+def _named(doc: str) -> Callable[..., Any]:
+    def command() -> None:
+        pass
+
+    command.__doc__ = doc
+    return command
 
 
 def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
@@ -132,7 +148,7 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
         out: Folder of the copies; a call that is stopped goes on from what it made.
         source: Of a saved model: its decoder's transcript, or the greedy text of its ctc projector.
         language: Whisper language code of rows that name none.
-        tasks_file: YAML list of tasks; default: named entities and sentiment.
+        tasks_file: YAML list of tasks (data.tasks of a config); default: entities, sentiment.
         copy_text: Rows without audio get their own transcript as hypothesis.
         pseudo_label: Rows with audio that lack `text` get the transcript as `text`, and no row gets
             a hypothesis. Those that are empty, repeat themselves or are over 30 s are left out.
@@ -176,7 +192,7 @@ def validate(manifests: Manifests, /, tasks_file: Path | None = None,
 
     Args:
         manifests: JSON-lines files; ids, texts and audio in two of them are found.
-        tasks_file: YAML list of tasks; default: named entities and sentiment.
+        tasks_file: YAML list of tasks (data.tasks of a config); default: entities, sentiment.
         audio: none believes the manifest, header opens each file, full decodes the samples.
         fix: Write the rows without errors to this file (several manifests: into this folder).
         strict: Exit with status 1 also for warnings.
@@ -208,47 +224,6 @@ def prepare() -> Commands:
     return {name: command(source) for name, source in SOURCES.items()}
 
 
-def cache(source: Annotated[Path, tyro.conf.arg(metavar="RUN_OR_CONFIG")], /,
-          folder: Path | None = None, kind: Literal["speech_llm", "whisper_slu"] = "speech_llm"
-          ) -> None:
-    """Store the encoder frames of a run's training clips, which training would compute first.
-
-    It can be stopped and started again, and runs where the training's GPU is not needed yet.
-
-    Args:
-        source: Run folder, or config file of a recipe.
-        folder: Of the cache; default: data.frame_cache of the config.
-        kind: Decoder it is for; with bf16 alone, LLM and Whisper runs have other frames.
-    """
-    import torch
-    from transformers import WhisperModel
-
-    from unislu_llm.config_file import config_from_file
-    from unislu_llm.data.frame_cache import FrameCache, build_frames, encoder_settings
-    from unislu_llm.data.loading import load_examples
-    from unislu_llm.models.encoder import SpeechEncoder
-    from unislu_llm.tasks import TaskRegistry
-    from unislu_llm.weights import resolve
-
-    run = source / "config.yaml"  # its paths are as the run was given them
-    config = config_from_file(run, resolve=False) if run.is_file() else config_from_file(source)
-    model, data, precision = config.model, config.data, config.train.precision
-    if not (home := folder or data.frame_cache):
-        raise UserError(f"{source} names no data.frame_cache; give --folder")
-    examples = load_examples(data.train, TaskRegistry.from_yaml(data.tasks))
-    clips = [example.utterance for example in examples]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    whisper: Any = WhisperModel.from_pretrained(resolve(model.encoder).path, dtype=torch.float32,
-                                                attn_implementation="sdpa")
-    # As the models build their encoders: frames of another dtype would not be found again.
-    half = precision == "bf16" and kind == "speech_llm"
-    encoder = SpeechEncoder(whisper.encoder.to(torch.bfloat16 if half else torch.float32),
-                            model).eval().to(device)
-    stored = build_frames(FrameCache(home, encoder_settings(encoder, precision)), encoder, clips,
-                          device=device, progress="encode")
-    print(f"{stored} clips stored")
-
-
 def export(run: Annotated[str, tyro.conf.arg(metavar="RUN")], /, out: Path,
            dtype: Literal["fp32", "bf16", "fp16"] = "bf16", licence: str = "",
            results: tuple[Path, ...] = (), data_note: Path | None = None, encoder: str = "",
@@ -264,7 +239,7 @@ def export(run: Annotated[str, tyro.conf.arg(metavar="RUN")], /, out: Path,
         out: Folder to write.
         dtype: Of the stored weights; they are loaded as fp32.
         licence: SPDX identifier of the weights' licence.
-        results: Score files of eval/evaluate.py, of this checkpoint or its export.
+        results: Score files of `unislu evaluate`, of this checkpoint or its export.
         data_note: File that says what the training data is, and its licence.
         encoder: Public name of the encoder's checkpoint, where the run names a folder.
         llm: The same of the LLM.

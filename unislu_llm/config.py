@@ -13,11 +13,15 @@ from typing import Annotated, Any, Literal
 import tyro
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
-from unislu_llm.loss import LossMode
-
 Precision = Literal["fp32", "bf16"]
 Transcript = Literal["rewrite", "margin", "verbatim"]  # as ModelConfig.transcript says
 _JSON = tyro.conf.arg(constructor=json.loads, metavar="JSON")  # a flag whose value is JSON
+
+
+class Common:
+    """Mark of a setting that most users set: `--help` shows those, `--help-all` the others too."""
+
+
 # Strict: otherwise `"5"` and `true` would pass for numbers.
 Count = Annotated[int, Field(ge=0, strict=True)]
 Positive = Annotated[int, Field(ge=1, strict=True)]
@@ -62,7 +66,7 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """Which parts are put together, and which of them train."""
 
-    encoder: Annotated[str, tyro.conf.arg(aliases=["--encoder"])] = "openai/whisper-base"
+    encoder: Annotated[str, tyro.conf.arg(aliases=["--encoder"]), Common] = "openai/whisper-base"
     """Whisper checkpoint of any size: a folder or a name."""
     encoder_mode: Literal["frozen", "lora", "top", "full"] = "frozen"
     """What trains in the encoder: nothing, adapters, the last layers, or everything."""
@@ -70,9 +74,10 @@ class ModelConfig(Section):
     """With encoder_mode top: how many of the last layers train."""
     pad_to_30s: bool = False
     """Pad every clip to 30 s, as Whisper was trained; about 3 times the encoder frames."""
-    llm: Annotated[str, tyro.conf.arg(aliases=["--llm"])] = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    llm: Annotated[str, tyro.conf.arg(aliases=["--llm"]), Common] = (
+        "HuggingFaceTB/SmolLM2-135M-Instruct")
     """Causal LM, any of transformers: a folder or a name."""
-    projector: Annotated[str, tyro.conf.arg(aliases=["--projector"])] = "mlp"
+    projector: Annotated[str, tyro.conf.arg(aliases=["--projector"]), Common] = "mlp"
     """linear, mlp, conv, qformer, ctc; or none: the LLM reads the hypothesis and no speech."""
     projector_options: Options = {}
     """Keyword arguments of the projector, e.g. {"stack": 4}."""
@@ -82,7 +87,7 @@ class ModelConfig(Section):
     """Text before the speech; special tokens may be written out."""
     prompt_suffix: str = ""
     """Text between the speech and hypothesis and the answer."""
-    hypothesis: Literal["none", "manifest", "reference"] = "none"
+    hypothesis: Annotated[Literal["none", "manifest", "reference"], Common] = "none"
     """Transcript in the LLM's prompt: the manifest's, else the recogniser's; or the reference."""
     hypothesis_prompt: str = "\nDraft:"
     """Text before the hypothesis."""
@@ -93,7 +98,7 @@ class ModelConfig(Section):
     it is surer of another word by hypothesis_bias), verbatim; auto: validation chooses."""
     recogniser: str = ""
     """What makes hypotheses: a Whisper or saved model, ctc (the projector), empty: the encoder."""
-    quantization: Literal["none", "8bit", "4bit"] = "none"
+    quantization: Annotated[Literal["none", "8bit", "4bit"], Common] = "none"
     """Frozen LLM weights in 8 or 4 bits (bitsandbytes)."""
     language: str = "en"
     """Language code of Whisper's prompt, for its decoder and where it makes hypotheses."""
@@ -104,11 +109,11 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Manifests and how they are read. Paths are relative to the config file that names them."""
 
-    train: list[str] = []
+    train: Annotated[list[str], Common] = []
     """Training manifests (JSON lines)."""
-    dev: list[str] = []
+    dev: Annotated[list[str], Common] = []
     """Manifests that are scored before, during and after training; `--data.dev none`: none."""
-    tasks: str | None = None
+    tasks: Annotated[str | None, tyro.conf.arg(aliases=["--tasks-file"]), Common] = None
     """YAML list of tasks; default: named entities and sentiment."""
     weights: Annotated[dict[str, Rate], _JSON] = {}
     """Share of each corpus (or manifest, by its stem) in training; overrides the temperature."""
@@ -155,7 +160,7 @@ class LearningRates(Section):
     """Peak learning rate of each parameter group."""
 
     projector: Rate = 1e-3
-    lora: Rate = 3e-4
+    lora: Annotated[Rate, Common] = 3e-4
     markers: Rate = 1e-3
     encoder: Rate = 1e-5
     decoder: Rate = 1e-5
@@ -166,9 +171,9 @@ class TrainConfig(Section):
 
     objective: Literal["unified", "ctc"] = "unified"
     """unified: transcript and task outputs. ctc: transcripts by the ctc projector alone."""
-    loss: LossMode = "dynamic"
+    loss: Annotated[Literal["dynamic", "fixed", "uniform"], Common] = "dynamic"
     """dynamic (the paper's), fixed or uniform."""
-    init: str = ""
+    init: Annotated[str, Common] = ""
     """Saved model (or run: its best) to start from; what it lacks starts untrained."""
     groups: list[str] = []
     """Parameter groups that train (projector, lora, markers, encoder, decoder); default: all."""
@@ -176,15 +181,15 @@ class TrainConfig(Section):
     """Part of the samples whose hypothesis is left out, so that the model listens too."""
     hypothesis_word_dropout: Share = 0.0
     """Part of the hypotheses' words deleted or replaced; if not 0, 0.15 or more without audio."""
-    epochs: Positive = 10
+    epochs: Annotated[Positive, Common] = 10
     """Passes over the training samples."""
-    max_steps: Count = 0
+    max_steps: Annotated[Count, Common] = 0
     """Stop after so many steps; 0 means by epochs alone."""
-    batch_size: Positive = 16
+    batch_size: Annotated[Positive, Common] = 16
     """Samples of a global batch, over all processes and accumulation steps."""
     batch_tokens: Count = 0
     """Tokens of a global batch, padding included, in place of batch_size; 0: batch_size counts."""
-    accumulation: Positive = 1
+    accumulation: Annotated[Positive, Common] = 1
     """Micro-batches that each process takes for one step; more need less memory."""
     lr: LearningRates = LearningRates()
     """Peak learning rates; the schedule is a linear warm-up and a cosine to zero."""
@@ -192,13 +197,13 @@ class TrainConfig(Section):
     """Steps of the warm-up."""
     max_grad_norm: Rate = 1.0
     """Gradient clipping; 0 switches it off."""
-    precision: Precision = "fp32"
+    precision: Annotated[Precision, Common] = "fp32"
     """fp32 or bf16. fp16 is not offered: activations of Whisper and of most LLMs overflow it."""
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
-    seed: Count = 1
+    seed: Annotated[Count, Common] = 1
     """Of data order, initial weights and dropout."""
-    eval_every: Count = 0
+    eval_every: Annotated[Count, Common] = 0
     """Steps between validations by generation; 0 validates before and after training."""
     save_every: Count = 0
     """Steps between checkpoints; 0 saves at each validation."""
@@ -257,9 +262,9 @@ class Stage(Sections):
 class Config(Sections):
     """One training run."""
 
-    output: str = ""
+    output: Annotated[str, Common] = ""
     """Run folder, never overwritten; default: runs/<recipe>-<date-time>."""
-    resume: bool = False
+    resume: Annotated[bool, Common] = False
     """Go on with the run in `output` from its last checkpoint."""
     stages: Annotated[list[dict[str, Any]], _JSON] = []
     """Stages in order, each a mapping with a `name` and sections laid over this config."""

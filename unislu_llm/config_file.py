@@ -7,22 +7,20 @@ the file and line, or the flag, that is at fault.
 from __future__ import annotations
 
 import argparse
-import contextlib
-import io
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-import tyro
 import yaml
-from pydantic import ValidationError
+from pydantic import Field, ValidationError
 
-from unislu_llm.config import Config, ModelConfig, Precision, Section, Stage
+from unislu_llm.config import Common, Config, ModelConfig, Precision, Section, Stage
 from unislu_llm.errors import Place, UserError, dotted, explain
+from unislu_llm.flags import Extra, parse_flags
 from unislu_llm.io import is_hub_name
 
 Values = dict[str, Any]
@@ -40,7 +38,8 @@ class Preset(ModelConfig):
 
 
 def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | None,
-                description: str) -> Config:
+                description: str, *, prog: str | None = None, extra: Extra | None = None,
+                say: Callable[[str], object] = lambda _: None) -> Config:
     """The configuration of a run; later wins: defaults, preset, config file, flags.
 
     Args:
@@ -48,19 +47,26 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
         default_file: config used without `--config`.
         presets: folder of presets, looked up by LLM name; None where there is no LLM.
         description: shown by `--help`.
+        prog: name of the program in `--help`.
+        extra: as of :func:`unislu_llm.flags.parse_flags`.
+        say: is told in one line which config file and which preset were taken.
 
     Raises UserError: a file that is missing or no YAML, an unknown key, a value out of bounds.
     """
+    argv = sys.argv[1:] if argv is None else argv
     # These four decide what the defaults of all other flags are, so they are read before them.
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
     first.add_argument("--config", type=Path, default=default_file)
     first.add_argument("--adapter", type=Path)
     first.add_argument("--llm", "--model.llm", dest="llm")
     first.add_argument("--projector", "--model.projector", dest="projector")
-    chosen, rest = first.parse_known_args(argv)
+    chosen, _ = first.parse_known_args(argv)
     values = read_layer(chosen.config)
     flags = {key: value for key in ("llm", "projector")
              if (value := getattr(chosen, key)) is not None}
+    told = f"config: {chosen.config}"
+    shown = {"config": (Path, Field(chosen.config, description="Config file (YAML).")),
+             **(extra or {})}
     if presets is not None:
         llm = flags.get("llm") or values.get("model", {}).get("llm") or ModelConfig().llm
         preset = chosen.adapter or next((path for path in sorted(presets.glob("*.yaml"))
@@ -69,14 +75,20 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
         if chosen.adapter and "llm" in below["model"]:
             flags.setdefault("llm", below["model"]["llm"])  # an explicit preset names its LLM
         values = merge(Config, below, values)
+        told += f"; preset: {preset}" if preset else f"; preset: none for {llm} (defaults)"
+        shown["adapter"] = (Path | None, Field(preset, description=(
+            "Preset of an LLM (YAML); default: the one that names the LLM.")))
+    elif flags or chosen.adapter:
+        raise UserError("--llm, --projector and --adapter are of an LLM decoder, and this run "
+                        "trains Whisper's own; drop them")
     config = Config.model_validate(merge(Config, values, {"model": flags}))
-    description += (f"\n\n--config FILE (default {default_file.name}) and --adapter FILE (a "
-                    "preset) set the defaults shown here.")
-    config = _with_flags(config, rest, description)
+    shown = {name: (Annotated[kind, Common], field) for name, (kind, field) in shown.items()}
+    config = parse_flags(config, argv, prog=prog, description=description, extra=shown)
     if config.data.dev == ["none"]:
         config.data.dev = []
     elif chosen.config.resolve().parent == default_file.resolve().parent:
-        _check_own_data({word.partition("=")[0] for word in rest}, config, chosen.config)
+        _check_own_data({word.partition("=")[0] for word in argv or ()}, config, chosen.config)
+    say(told)
     return config
 
 
@@ -87,6 +99,13 @@ def _check_own_data(flags: set[str], config: Config, file: Path) -> None:
         raise UserError(f"--data.train without --data.dev: the dev manifests of {file.name} "
                         f"({names}) would choose the best checkpoint for your data; give "
                         "--data.dev FILE..., or --data.dev none to train without validation")
+
+
+def shipped() -> Path:
+    """The folder with `recipes/configs`, `recipes/data/mini` and `adapters/*.yaml`: the checkout,
+    or what an installed package carries of it."""
+    package = Path(__file__).parent
+    return installed if (installed := package / "shipped").is_dir() else package.parent
 
 
 def config_from_file(path: str | Path, *, resolve: bool = True) -> Config:
@@ -237,30 +256,3 @@ def _resolve_paths(values: Values, folder: Path) -> None:
                 section[key] = [str((folder / item).resolve()) for item in value]
             elif value and not (key == "init" and is_hub_name(value, folder)):
                 section[key] = str((folder / value).resolve())
-
-
-def _with_flags(config: Config, args: Sequence[str], description: str) -> Config:
-    said = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(said):
-            return tyro.cli(Config, args=args, default=config, description=description)
-    except SystemExit as stop:
-        # tyro says in a box of its own what pydantic found; of that it is better to say more.
-        fault: BaseException | None = stop
-        while fault is not None and not isinstance(fault, ValidationError):
-            fault = fault.__context__
-        if fault is None:  # `--help` and unknown flags are tyro's to answer
-            print(said.getvalue(), end="", file=sys.stderr)
-            raise
-        # pydantic knows the class of the section, and what lies in it, but not where it lies.
-        place = next((p for p, kind in _sections(Config) if kind.__name__ == fault.title), ())
-        raise explain(fault, Config, lambda at: "--" + dotted((*place, *at)).replace("_", "-")
-                      ) from None
-
-
-def _sections(model: type[Section], place: Place = ()) -> Iterator[tuple[Place, type[Section]]]:
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            yield (*place, name), kind
-            yield from _sections(kind, (*place, name))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,8 +31,31 @@ def reported() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        report(error)
         raise SystemExit(2) from None
+
+
+def report(error: object) -> None:
+    """Print a message for users on stderr."""
+    print(f"error: {error}", file=sys.stderr, flush=True)
+    # A launcher answers every exit status but 0 with a traceback, which no child can prevent.
+    if launched():
+        quiet = "" if "LOCAL_RANK" in os.environ else " (`accelerate launch --quiet` prints none)"
+        print(f"What follows is the launcher's traceback; it says nothing more{quiet}.",
+              file=sys.stderr, flush=True)
+
+
+def quiet_libraries() -> None:
+    """Switch off what libraries say at a start that no user can act on."""
+    # The tokenizer's threads do not survive a fork, and it warns at every one.
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # Where it is installed it is imported, and misses kernels for a CPU, which never runs it.
+    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
+
+
+def launched() -> bool:
+    """Whether `accelerate launch` or `torchrun` started this process."""
+    return bool({"LOCAL_RANK", "ACCELERATE_MIXED_PRECISION"} & set(os.environ))
 
 
 def hint(name: object, known: Iterable[str]) -> str:

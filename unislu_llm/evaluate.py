@@ -7,72 +7,34 @@ import re
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import torch
-import tyro
-from pydantic import Field, ValidationError, create_model
-from pydantic.fields import FieldInfo
+from pydantic import ValidationError
 
 from unislu_llm.config import DecodeConfig, Precision
 from unislu_llm.data.loading import load_examples
 from unislu_llm.decoding.predict import predict
 from unislu_llm.errors import UserError, dotted, explain
+from unislu_llm.evaluate_options import Options
 from unislu_llm.io import MODEL_FILE, WEIGHTS_FILE, portable, read_json, sha256, write_text
-from unislu_llm.prediction_file import PredictionFile, Rows, key_of
+from unislu_llm.prediction_file import (
+    PredictionFile,
+    Rows,
+    decoding_of,
+    differences,
+    key_of,
+)
 from unislu_llm.run_folder import Run, find_run, load_model, versions
 from unislu_llm.scoring.calibration import calibrate
 from unislu_llm.scoring.predictions import check_predictions
-from unislu_llm.scoring.score import format_table, intervals, score_predictions
+from unislu_llm.scoring.score import format_table, intervals, same_data, score_predictions
 from unislu_llm.scoring.text import PROTOCOLS
 from unislu_llm.tokenizer import Example
-
-
-def _flag(name: str, setting: FieldInfo) -> tuple[Any, Any]:
-    # A switch is left out by not being given; other values need a None that says so.
-    switch = setting.annotation is bool
-    kind: Any = bool if switch else setting.annotation | None  # type: ignore[operator]
-    if name == "force_task":
-        kind = Annotated[kind, tyro.conf.arg(aliases=["--force-task"])]
-    return kind, Field(False if switch else None, description=setting.description)
-
-
-DecodeFlags = create_model(
-    "DecodeFlags", **{name: _flag(name, setting)  # type: ignore[call-overload]
-                      for name, setting in DecodeConfig.model_fields.items()})
-"""The settings of :class:`~unislu_llm.config.DecodeConfig`, each of which may be left out."""
-
-
-@dataclass
-class Options:
-    """What is scored, and how."""
-
-    runs: Annotated[tyro.conf.Positional[list[str]],
-                    tyro.conf.arg(metavar="RUN [RUN ...]")] = field(default_factory=list)
-    """Run folders of the recipes, or saved models: folders, or names on the Hugging Face hub (these
-    need --manifest)."""
-    manifest: list[Path] = field(default_factory=list)
-    """Manifests to score, all of them together; default: the dev manifests of each run."""
-    checkpoint: Literal["best", "last"] | None = None
-    """Which model of a run; default: best, or last where there is no best."""
-    out: Path = Path("eval/results")
-    """Folder of the scores, one JSON file a run."""
-    label: str = ""
-    """Added to the names of runs in tables and files, e.g. to keep --force-task apart."""
-    decode: DecodeFlags = field(default_factory=DecodeFlags)  # type: ignore[valid-type]
-    """What is not given stays as in the run's config."""
-    precision: Precision | None = None
-    """Default: what the run was trained in; fp32 for a model folder."""
-    limit: int = 0
-    """Score at most so many examples of each manifest, evenly spread; 0 means all."""
-    threads: int = 0
-    """CPU threads; 0 leaves it to torch."""
-    again: bool = False
-    """Decode anew even where predictions of this model, manifest and decoding exist."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +56,11 @@ class Job:
                 "manifests": [sha256(path) for path in self.manifests], "limit": self.limit,
                 "decode": self.decode.model_dump(), "precision": self.precision}
 
+    def decoding(self) -> dict[str, Any]:
+        """What has to be alike where systems are compared."""
+        return decoding_of({"decode": self.decode.model_dump(), "precision": self.precision,
+                            "model": read_json(self.run.model / MODEL_FILE)})
+
 
 def evaluate(options: Options) -> int:
     """Score every run, write its results, and print one table a protocol over all of them.
@@ -102,13 +69,13 @@ def evaluate(options: Options) -> int:
     others have their results), 130 when interrupted (what was decoded is kept), else 0.
     """
     if not options.runs:
-        print("error: no run is named; give run folders, e.g. eval/evaluate.py runs/my-run",
+        print("error: no run is named; give run folders, e.g. unislu evaluate runs/my-run",
               file=sys.stderr)
         return 2
     if options.threads:
         torch.set_num_threads(options.threads)
     results: dict[str, Any] = {}
-    jobs: list[Job] = []
+    decodings: dict[str, dict[str, Any]] = {}
     for path in options.runs:
         try:
             job = make_job(path, options)
@@ -116,7 +83,7 @@ def evaluate(options: Options) -> int:
                 raise UserError(f"another run was named '{job.label}' before; rename one, or score "
                                 "them by separate commands with --label or --out")
             results[job.label] = _evaluate_run(job, options.out, options.again)
-            jobs.append(job)
+            decodings[job.label] = job.decoding()
         except UserError as error:
             where = "" if str(error).startswith(str(path)) else f"{path}: "
             print(f"error: {where}{error}", file=sys.stderr)
@@ -125,28 +92,11 @@ def evaluate(options: Options) -> int:
                   file=sys.stderr)
             return 130
     if results:
-        print("\n".join(["", format_table(results), *differences(jobs)]))
+        print("\n".join(["", format_table(results), *same_data(results), *differences(decodings)]))
     if failed := len(options.runs) - len(results):
         print(f"error: {failed} of {len(options.runs)} runs could not be scored, see above",
               file=sys.stderr)
     return 2 if failed else 0
-
-
-def differences(jobs: Sequence[Job]) -> Iterator[str]:
-    """A line for each thing, beside the models, in which the rows of one table differ."""
-    def told(job: Job) -> dict[str, Any]:
-        options = {f"--decode.{name}".replace("_", "-"): value for name, value in job.decode
-                   if name != "batch_size"}  # which changes no answer
-        files = " ".join(f"{path.name} ({sha256(path)[:8]})" for path in job.manifests)
-        return options | {"--precision": job.precision, "--manifest": files}
-
-    every = [told(job) for job in jobs]
-    for name in every[0]:
-        if len({values[name] for values in every}) > 1:
-            each = ", ".join(f"{job.label} {values[name]}"
-                             for job, values in zip(jobs, every, strict=True))
-            yield (f"warning: the rows differ in {name} as well as in the model: {each}; "
-                   f"{name} sets it for all")
 
 
 def make_job(path: str | Path, options: Options) -> Job:
@@ -268,7 +218,7 @@ def _decode(job: Job, examples: list[Example],
             "seconds": round(seconds, 3), "audio_seconds": round(audio, 3),
             "rtf": seconds / audio if audio else 0.0,
             "trainable_parameters": {"total": sum(parameters.values()), **parameters},
-            "threads": torch.get_num_threads(), **_made()}
+            "threads": torch.get_num_threads(), "decoding": job.decoding(), **_made()}
     return rows, file.finish(rows, meta)
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from unislu_llm.data.text_injection import RATES_FILE
 from unislu_llm.errors import UserError
 from unislu_llm.io import MODEL_FILE, WEIGHTS_FILE, sha256, swap_folder, write_json
-from unislu_llm.model_card import CARD, read_results, write_card
+from unislu_llm.model_card import CARD, read_note, read_results, write_card
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.saved import Description
 from unislu_llm.run_folder import Run, find_run, load_model
@@ -51,7 +51,7 @@ def export(folder: str | Path, out: Path, *, names: Mapping[str, str], dtype: st
         raise UserError(f"{folder} is a saved model without its run; give the run folder "
                         "(config.yaml, versions.json), which the model card is made from. An "
                         "export is published as it is by `hf upload NAME FOLDER`")
-    saved = _public_description(run, names)
+    saved, note = _public_description(run, names), read_note(data_note)
     out.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
@@ -65,7 +65,7 @@ def export(folder: str | Path, out: Path, *, names: Mapping[str, str], dtype: st
         # these two.
         hashes = {sha256(run.model / WEIGHTS_FILE): "the run's weights, not yet in this dtype",
                   sha256(new / WEIGHTS_FILE): "these weights"}
-        write_card(new / CARD, run, saved, read_results(results, hashes), data_note, out=out,
+        write_card(new / CARD, run, saved, read_results(results, hashes), note, out=out,
                    published=published, licence=licence, dtype=dtype, parameters=count,
                    difference=difference)
         size = sum(path.stat().st_size for path in new.iterdir())

@@ -9,6 +9,7 @@ import os
 import re
 import secrets
 import shutil
+import subprocess
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -18,6 +19,21 @@ from unislu_llm.errors import UserError
 WEIGHTS_FILE = "model.safetensors"
 MODEL_FILE = "config.json"
 """Files of a saved model: what was trained, and what it was trained on."""
+
+
+def git_revision() -> str:
+    """Commit of the checkout that runs, `+dirty` where files have changed; empty if it is none."""
+    root = Path(__file__).resolve().parents[1]
+    # An installed package may lie inside a checkout of something else, whose commit says nothing.
+    if not (root / ".git").exists():
+        return ""
+    # Tags are excluded, for they are no commits.
+    git = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=40",
+           "--dirty=+dirty"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
 
 
 @contextlib.contextmanager

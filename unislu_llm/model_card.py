@@ -16,7 +16,7 @@ from unislu_llm.errors import UserError
 from unislu_llm.io import portable, read_json, write_text
 from unislu_llm.models.saved import Description
 from unislu_llm.run_folder import Run, read_finished
-from unislu_llm.scoring.score import flat_scores
+from unislu_llm.scoring.score import flat_scores, interval_of
 from unislu_llm.tasks import TaskRegistry
 
 CARD = "README.md"
@@ -45,21 +45,28 @@ def read_results(paths: Sequence[Path], hashes: Mapping[str, str]) -> list[tuple
     return found
 
 
+def read_note(path: Path | None) -> str:
+    """Text of --data-note; raises UserError: no such file, not text, or nothing in it."""
+    try:
+        note = path.read_text(encoding="utf-8").strip() if path else ""
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--data-note {path} cannot be read: {error}") from error
+    if path and not note:
+        raise UserError(f"--data-note {path} is empty; say what the training data is")
+    return note
+
+
 def write_card(path: Path, run: Run, saved: Description, results: Sequence[tuple[Values, str]],
-               data_note: Path | None, *, out: Path, published: str, licence: str,
-               **facts: Any) -> None:
+               note: str, *, out: Path, published: str, licence: str, **facts: Any) -> None:
     """Write the card, YAML front matter and Markdown; raises as :func:`export`, which calls it.
 
-    The examples in it name `out`, the final folder, or the `published` name; `facts` are what else
+    `note` says what the data is; the examples name `out`, the final folder, or the `published`
+    name; `facts` are what else
     the template shows.
     """
     if licence and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", licence):
         raise UserError(f"--licence '{licence}' is no SPDX identifier; give one such as Apache-2.0 "
                         "or CC-BY-4.0")
-    try:
-        note = data_note.read_text(encoding="utf-8").strip() if data_note else ""
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data-note {data_note} cannot be read: {error}") from error
     assert run.config is not None
     registry = TaskRegistry.from_dict(saved.tasks)
     manifests, starts = _sources(run.folder)
@@ -122,9 +129,7 @@ def _scores(values: Values) -> Values:
     for protocol in values["scores"]["protocols"]:
         spans = values.get("intervals", {}).get(protocol, {})
         for key, value in flat_scores(values["scores"], protocol).items():
-            # `wer_<corpus>`, `ner_f1`, `sa_f1` and `slue` are named otherwise among intervals.
-            names = (key, key.replace("_", "/", 1), key.replace("_f1", "/macro_f1"), f"{key}_score")
-            span = next((spans[name] for name in names if name in spans), None)
+            span = spans.get(interval_of(key, spans))
             cells.setdefault(key, {})[protocol] = f"{value:.2f}" + (
                 f" [{span['low']:.2f}, {span['high']:.2f}]" if span else "")
     return {"values": values, "cells": cells, "command": _public(values["command"]),

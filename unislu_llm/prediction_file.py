@@ -69,6 +69,37 @@ class PredictionFile:
         return about
 
 
+def decoding_of(result: Mapping[str, Any]) -> dict[str, Any]:
+    """How predictions were decoded, as far as scores depend on it, from what a score file says:
+    `decode`, `precision` and `model`."""
+    decode, saved = dict(result["decode"]), result.get("model") or {}
+    decode.pop("batch_size", None)  # decides nothing
+    whisper = saved.get("model_type") == "whisper_slu"  # reads no hypothesis, so has no way of it
+    for name in ("transcript", "hypothesis_bias"):
+        # Without a value of its own, decoding has the model's.
+        own = decode.pop(name, None)
+        value = own if own is not None else (saved.get("model") or saved).get(name)
+        if not whisper and value is not None:
+            decode[name] = value
+    return {**{f"decode.{name}": value for name, value in decode.items()},
+            "precision": result["precision"]}
+
+
+def differences(decodings: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
+    """A line for each way in which systems of one table were not decoded alike; by their names,
+    :func:`decoding_of` each, or None where that is not known."""
+    lines = [f"warning: how '{name}' was decoded is not known" for name, known in
+             decodings.items() if known is None]
+    settings = {name: known for name, known in decodings.items() if known is not None}
+    for key in dict.fromkeys(key for known in settings.values() for key in known):
+        # What a system has nothing of (Whisper's decoder a hypothesis) is no other way of it.
+        values = {name: known[key] for name, known in settings.items() if key in known}
+        if len({json.dumps(value) for value in values.values()}) > 1:
+            lines.append(f"warning: not decoded alike: {key} is " + ", ".join(
+                f"{json.dumps(value)} in {name}" for name, value in values.items()))
+    return lines
+
+
 def key_of(row: Mapping[str, Any]) -> str:
     """Key of the example that a prediction answers, as :attr:`unislu_llm.tokenizer.Example.key`."""
     return f"{row['corpus']}/{row['id']}#{row['task']}"

@@ -13,7 +13,6 @@ from __future__ import annotations
 import importlib.metadata
 import os
 import platform
-import subprocess
 import sys
 import time
 from collections.abc import Mapping
@@ -32,6 +31,7 @@ from unislu_llm.errors import UserError, hint
 from unislu_llm.io import (
     MODEL_FILE,
     WEIGHTS_FILE,
+    git_revision,
     is_hub_name,
     is_saved_model,
     read_json,
@@ -244,14 +244,7 @@ def versions() -> dict[str, Any]:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # run from its source tree
             packages[name] = "not installed"
-    # The commit, `+dirty` where files have changed; tags are excluded, for they are no commits.
-    git = ["git", "-C", str(Path(__file__).resolve().parents[1]), "describe", "--always",
-           "--exclude=*", "--abbrev=40", "--dirty=+dirty"]
-    try:
-        revision = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        revision = "unknown"
     return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
-            "python": platform.python_version(), "packages": packages, "git": revision,
-            "machine": platform.machine(),
+            "python": platform.python_version(), "packages": packages,
+            "git": git_revision() or "unknown", "machine": platform.machine(),
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}

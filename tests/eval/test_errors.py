@@ -108,7 +108,7 @@ def test_bad_input_is_named(runs: list[Path]) -> None:
             (Options(runs, resamples=0), "--resamples must be"),
             (Options(runs, out=Path("a.json")), "names the Markdown report"),
             (Options(runs), "run eval/evaluate.py runs/bad first"),
-            (Options([x]), "prediction 1, field 'task'.*eval/evaluate.py"),
+            (Options([x]), "prediction 1, field 'task'.*unislu evaluate"),
             (Options([empty]), "there are none")):
         with pytest.raises(UserError, match=f"(?s){message}"):
             report(options)

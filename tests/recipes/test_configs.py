@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from types import ModuleType
 
 import pytest
 
 from unislu_llm.config import Config, ModelConfig
 from unislu_llm.config_file import load_config, read_preset
+from unislu_llm.training.recipe import default_config
 from unislu_llm.training.stages import stage_configs
 
 ROOT = Path(__file__).parents[2]
@@ -47,16 +46,15 @@ def test_a_preset_names_its_llm_and_a_prompt(path: Path) -> None:
                 ).model.projector_options.get("stack", 5) == 5
 
 
-def test_the_quick_start_goes_on_from_the_shipped_adapter(
-        recipe: Callable[[str], ModuleType]) -> None:
-    default = recipe("train_llm").default_config
-    config = load(default(["--train.epochs", "3"]).name)
+def test_the_quick_start_goes_on_from_the_shipped_adapter() -> None:
+    config = load(default_config("llm", ["--train.epochs", "3"]).name)
     adapter = Path(config.train.init)
     assert adapter in ADAPTERS
     saved = json.loads((adapter / "config.json").read_text(encoding="utf-8"))["model"]
     saved["transcript"] = "auto"  # what is trained further is validated anew
     assert config.model.model_dump() == saved
     for flags in (["--llm", "x"], ["--projector=conv"], ["--adapter", "a.yaml"],
-                  ["--data.tasks", "t.yaml"]):
-        assert default(flags).name == "from_scratch.yaml"
+                  ["--data.tasks", "t.yaml"], ["--tasks-file=t.yaml"]):
+        assert default_config("llm", flags).name == "from_scratch.yaml"
+    assert default_config("whisper", []).name == "whisper.yaml"
     assert not load("from_scratch.yaml").train.init

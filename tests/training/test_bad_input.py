@@ -58,6 +58,9 @@ def test_a_bad_row_is_named_by_file_line_and_field(
     ({"model": {"llm": "no/such-model"}}, ["no/such-model"]),
     ({"model": {"lora": {"target_modules": ["q_prj"]}}}, ["q_prj", "q_proj"]),
     ({"model": {"projector": "qfomer", "projector_options": {}}}, ["qfomer", "'qformer'"]),
+    ({"model": {"projector": "qfomer", "llm": "no/such"}, "data": {"train": ["gone.jsonl"]}},
+     ["model.projector: unknown", "'qformer'"]),  # before data and checkpoints
+    ({"stages": [{"name": "a"}, {"name": "b", "model": {"projector": "mpl"}}]}, ["'mlp'"]),
     ({"model": {"projector_options": {"stak": 3}}}, ["stak", "'stack'"]),
     ({"data": {"train": []}}, ["data.train", "no manifest"]),
     ({"data": {"train": ["nowhere.jsonl"]}}, ["nowhere.jsonl"]),

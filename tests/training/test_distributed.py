@@ -83,7 +83,7 @@ def test_a_stopped_run_of_stages_on_two_processes_ends_as_one_that_was_not(
     printed = launch("speech_llm", config("whole"), 2)
     whole = Path(config("whole").output)
     clip = whole.parent / "audio" / "u0.wav"
-    assert printed.endswith(f"best: {whole / 'best'}\nscore it: python eval/evaluate.py {whole}\n"
+    assert printed.endswith(f"best: {whole / 'best'}\nscore it: unislu evaluate {whole}\n"
                             f"use it: unislu predict {whole} {clip}\n")
     launch("speech_llm", config("part"), 2, "stop", "5", fails=True)
     part = Path(config("part").output)

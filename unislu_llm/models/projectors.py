@@ -133,6 +133,13 @@ PROJECTORS: dict[str, type[Projector]] = {
     "qformer": QFormerProjector, "ctc": CTCProjector}
 
 
+def check_projector(name: str) -> None:
+    """Raises UserError: an unknown name, with the nearest known one."""
+    if name not in (known := [*PROJECTORS, NONE]):
+        raise UserError(f"model.projector: unknown projector '{name}'; known: {', '.join(known)}"
+                        f"{hint(name, known)}")
+
+
 def build_projector(name: str, in_dim: int, out_dim: int, scale: float,
                     options: Mapping[str, Any]) -> Projector:
     """Build a registered projector; `options` are further keyword arguments of its class.
@@ -140,9 +147,7 @@ def build_projector(name: str, in_dim: int, out_dim: int, scale: float,
     Raises:
         UserError: unknown name or option, with the nearest known one; or a value that cannot be.
     """
-    if name not in PROJECTORS:
-        known = [*PROJECTORS, NONE]
-        raise UserError(f"unknown projector '{name}'; known: {', '.join(known)}{hint(name, known)}")
+    check_projector(name)
     # The constructor's own annotations say what each option may be.
     kinds = get_type_hints(PROJECTORS[name].__init__, include_extras=True)
     fields: dict[str, Any] = {key: (kind, None) for key, kind in kinds.items()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -82,6 +82,27 @@ def flat_scores(results: Mapping[str, Any], protocol: Protocol = "whisper") -> d
     # Without both tasks there is no SLUE score; words then weigh as much as each task.
     f1s = [flat[f"{name}_f1"] for name in block["tasks"]]
     return flat | {"score": (100.0 - flat["wer"] + sum(f1s)) / (1 + len(f1s))}
+
+
+def interval_of(key: str, known: Container[str]) -> str | None:
+    """What a metric of :func:`flat_scores` is called in :func:`utterance_counts`, where it is."""
+    names = (key, key.replace("_", "/", 1), key.replace("_f1", "/macro_f1"), f"{key}_score")
+    return next((name for name in names if name in known), None)
+
+
+def same_data(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
+    """A line if results of :func:`score_predictions`, by name, are of other data: of other numbers
+    of reference words in a corpus, or of utterances annotated for a task."""
+    found = {}
+    for name, result in results.items():
+        block = result["protocols"]["whisper"]
+        words = {f"words of {c}": wer["ref_words"] for c, wer in block["wer"]["by_corpus"].items()}
+        found[name] = words | {f"utterances with {t}": s["n"] for t, s in block["tasks"].items()}
+    for key in dict.fromkeys(key for counts in found.values() for key in counts):
+        if len({counts.get(key, 0) for counts in found.values()}) > 1:
+            return ["warning: not scored on the same data: " + ", ".join(
+                f"{counts.get(key, 0)} {key} in {name}" for name, counts in found.items())]
+    return []
 
 
 def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:

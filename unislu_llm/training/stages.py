@@ -15,6 +15,7 @@ from unislu_llm.config import Config, Stage
 from unislu_llm.config_file import check, config_from_dict, inside, merge
 from unislu_llm.data.manifest import iter_rows
 from unislu_llm.errors import UserError
+from unislu_llm.models.projectors import check_projector
 from unislu_llm.run_folder import (
     BEST,
     LAST,
@@ -43,17 +44,20 @@ def train(kind: str, config: Config, name: str = "run") -> Path:
     Raises UserError: bad configuration (before anything is written) or data, or a loss that is not
     finite.
     """
+    # Before data and checkpoints are loaded, and the first of several stages has trained for hours.
+    for own in [config, *(own for _, own in stage_configs(config, Path(".")))]:
+        if kind == "speech_llm":
+            check_projector(own.model.projector)
     run = _train_stages(kind, config, name) if config.stages else Trainer(kind, config, name).fit()
     if processes().is_main_process:
         best = find_model(run) or run
-        say(run, f"{best.name}: {best}\nscore it: python eval/evaluate.py {run}\n"
+        say(run, f"{best.name}: {best}\nscore it: unislu evaluate {run}\n"
                  f"use it: unislu predict {run} {_clip(config)}")
     processes().destroy_process_group()
     return run
 
 
 def _train_stages(kind: str, config: Config, name: str) -> Path:
-    stage_configs(config, Path("."))  # all are checked before the first one trains for hours
     run = from_main(lambda: _claim(config, name))
     stages = stage_configs(config, run)
     main = processes().is_main_process

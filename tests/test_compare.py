@@ -1,0 +1,127 @@
+"""Systems side by side: differences with intervals, and what makes them no comparison is said."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from eval.errors import Options, report
+from tests.test_evaluate import options
+from unislu_llm.compare import compare
+from unislu_llm.errors import UserError
+from unislu_llm.evaluate import evaluate
+from unislu_llm.evaluate_options import DecodeFlags
+from unislu_llm.io import read_json_lines
+
+A, B = Path("runs/tiny"), Path("runs/perfect")
+FILE = Path("predictions/best-dev.jsonl")
+
+
+def rewrite(path: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    """Change the rows of a prediction file."""
+    rows = read_json_lines(path)
+    path.write_text("".join(json.dumps(row | change(row)) + "\n" for row in rows))
+
+
+@pytest.fixture
+def systems(tiny_run: Callable[..., Path]) -> list[Path]:
+    """A run, and one that hears every word."""
+    assert evaluate(options(tiny_run())) == 0
+    shutil.copytree(A, B)
+    rewrite(B / FILE, lambda row: {"hyp_text": row["ref_text"]})
+    return [A, B]
+
+
+def row_of(text: str, score: str) -> list[str]:
+    line = next(line for line in text.splitlines() if re.match(rf"\| {score} ", line))
+    return [cell.strip() for cell in line.strip("|").split("|")]
+
+
+def test_differences_are_to_the_first_and_those_of_the_error_report(systems: list[Path]) -> None:
+    text = compare(systems)
+    assert "warning" not in text
+    score, first, other, difference = row_of(text, "wer")
+    assert (score, other) == ("wer", "0.00")
+    report(Options(systems, out=Path("r.md")))
+    found = json.loads(Path("r.json").read_text())["comparisons"]["perfect"]["scores"]["wer"]
+    assert first == f"{found['first']:.2f}"
+    assert difference == (f"{found['difference']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}] "
+                          f"p {found['p_value']:.3f}")
+    assert found["high"] < 0
+    shutil.copytree(B, "runs/third")
+    assert row_of(compare([*systems, Path("runs/third")]), "wer")[4] == difference
+    slue = compare(systems, "slue")
+    assert "Protocol: slue" in slue
+    assert row_of(slue, "wer")[1] != first
+
+
+def test_another_decoding_is_named_in_both_tables(systems: list[Path],
+                                                  capsys: pytest.CaptureFixture[str]) -> None:
+    flags = DecodeFlags(grammar=True, transcript="verbatim")
+    assert evaluate(options(B, decode=flags, again=True)) == 0
+    text = compare(systems)
+    assert "warning: not decoded alike: decode.grammar is false in tiny, true in perfect" in text
+    assert 'decode.transcript is "auto" in tiny, "verbatim" in perfect' in text
+    assert text.count("warning") == 2
+    assert "warning" not in capsys.readouterr().out, "there was one system"
+    (B / FILE).with_suffix(".meta.json").unlink()
+    assert "warning: how 'perfect' was decoded is not known" in compare(systems)
+    assert evaluate(options(A, B, precision="fp32")) == 0
+    assert "warning" not in capsys.readouterr().out
+    changed = (B / "config.yaml").read_text().replace("grammar: false", "grammar: true")
+    (B / "config.yaml").write_text(changed)
+    assert evaluate(options(A, B)) == 0
+    assert ("warning: not decoded alike: decode.grammar is false in tiny, true in perfect"
+            in capsys.readouterr().out)
+
+
+def test_other_data_is_refused(systems: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
+    rewrite(B / FILE, lambda row: {"ref_text": row["ref_text"] + " indeed"})
+    with pytest.raises(UserError, match="'perfect' and 'tiny' have different references"):
+        compare(systems)
+    # Score files whose predictions are elsewhere.
+    score = json.loads(Path("results/tiny.json").read_text())
+    for name in ("one", "two"):
+        Path(f"{name}.json").write_text(json.dumps(score | {"predictions": "gone.jsonl"}))
+        score["scores"]["protocols"]["whisper"]["wer"]["by_corpus"]["tiny"]["ref_words"] += 1
+    with pytest.raises(UserError, match=r"not scored on the same data: \d+ words of tiny in"):
+        compare([Path("one.json"), Path("two.json")])
+    # In one table of `unislu evaluate`, two runs with dev sets of their own.
+    dev = Path("corpus/dev.jsonl").read_text()
+    Path("corpus/other.jsonl").write_text("".join(dev.splitlines(keepends=True)[:4]))
+    (B / "config.yaml").write_text((B / "config.yaml").read_text().replace("dev.jsonl",
+                                                                         "other.jsonl"))
+    assert evaluate(options(A, B)) == 0
+    assert "warning: not scored on the same data: " in capsys.readouterr().out
+
+
+def test_score_files_without_predictions_have_no_intervals(systems: list[Path]) -> None:
+    one, two = Path("results/tiny.json"), Path("two.json")
+    assert " p 0." in row_of(compare([one, B]), "wer")[3]
+    two.write_text(json.dumps(json.loads(one.read_text()) | {"predictions": "gone.jsonl"}))
+    text = compare([two, B])
+    assert "no intervals of the differences: the predictions of two are not there" in text
+    assert re.fullmatch(r"[+-]\d+\.\d\d", row_of(text, "wer")[3])
+
+
+def test_what_is_no_system_is_named(systems: list[Path]) -> None:
+    Path("x.json").write_text('{"scores": {}}')
+    Path("x.jsonl").write_text('{"id": 3}\n')
+    (Path("runs/new") / "predictions").mkdir(parents=True)
+    for paths, message in (([A], "name two systems or more"), ([A, A], "is named twice"),
+                           ([A, Path("gone")], "gone"), ([A, Path("x.json")], "is no score file"),
+                           ([A, Path("x.jsonl")], "x.jsonl cannot be read as predictions"),
+                           ([A, Path("runs/new")], "neither a run folder")):
+        with pytest.raises(UserError, match=message):
+            compare(paths)
+    (B / FILE).unlink()
+    with pytest.raises(UserError, match="run `unislu evaluate runs/perfect` first"):
+        compare(systems)
+    with pytest.raises(UserError, match="--resamples must be 1 or more"):
+        compare(systems, resamples=0)

@@ -1,0 +1,130 @@
+"""From a command line to a run: `unislu train`, and the scripts of `recipes/`."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from pydantic import Field
+
+from unislu_llm.config_file import config_from_file, load_config, shipped
+from unislu_llm.errors import UserError, hint, launched, quiet_libraries
+
+PARTS = ("--llm", "--encoder", "--projector", "--adapter", "--tasks-file",
+         "--data.tasks", "--model.llm", "--model.encoder", "--model.projector")
+"""Flags that ask for other parts than the shipped adapter's."""
+
+
+class Recipe(NamedTuple):
+    """What a decoder's runs are called."""
+
+    kind: str  # of the model
+    name: str  # start of the default run folder's name
+
+
+RECIPES = {"llm": Recipe("speech_llm", "train_llm"), "whisper": Recipe("whisper_slu",
+                                                                       "train_whisper")}
+"""By decoder: an LLM behind Whisper's encoder, or Whisper's own, the baseline."""
+
+
+def default_config(decoder: str, argv: Sequence[str]) -> Path:
+    """The config without `--config`: the shipped adapter's, or one that starts from nothing."""
+    configs = shipped() / "recipes" / "configs"
+    if decoder == "whisper":
+        return configs / "whisper.yaml"
+    # An installed package has no adapters: they are larger than all the rest of it.
+    adapter = shipped() / "adapters" / "whisper-base--smollm2-135m"
+    other = any(word.partition("=")[0] in PARTS for word in argv) or not adapter.is_dir()
+    return configs / ("from_scratch.yaml" if other else "from_adapter.yaml")
+
+
+def run_recipe(argv: Sequence[str], description: str, prog: str | None = None,
+               decoder: str = "") -> Path:
+    """Parse a command line and train; returns the run folder.
+
+    Args:
+        argv: command line without the program.
+        description: shown by `--help`.
+        prog: name of the program in `--help`; default: the script's.
+        decoder: key of :data:`RECIPES`; empty makes it a flag, `--decoder`.
+
+    Raises UserError: bad flags, configuration or data.
+    """
+    extra: dict[str, Any] = {}
+    if not decoder:
+        decoder = _decoder_of(argv)
+        extra["decoder"] = (Literal["llm", "whisper"], Field(decoder, description=(
+            "An LLM behind Whisper's encoder, or Whisper's own decoder, the baseline.")))
+    told: list[str] = []
+    config = load_config(argv, default_config(decoder, argv),
+                         shipped() / "adapters" if decoder == "llm" else None, description,
+                         prog=prog, extra=extra, say=told.append)
+    mini = shipped() / "recipes" / "data" / "mini"
+    for path in map(Path, (*config.data.train, *config.data.dev)):
+        if path.is_relative_to(mini.resolve()) and not path.is_file():
+            raise UserError(f"{path}: the mini corpus is not there; give corpora of your own by "
+                            "--data.train FILE... --data.dev FILE...")
+    quiet_libraries()
+    main = os.environ.get("RANK", "0") == "0"
+    if main:
+        print(*told, sep="\n", flush=True)
+    # After --help, which should not wait for torch.
+    import torch
+    from transformers.utils.logging import disable_progress_bar
+
+    from unislu_llm.training.stages import train
+
+    if not main:  # each process would show the same bars of loading
+        disable_progress_bar()
+    if (cards := torch.cuda.device_count()) > 1 and not launched():
+        print(f"one of {cards} GPUs is used; `accelerate launch -m unislu_llm.cli train ...` uses "
+              "them all", flush=True)
+    kind, name = RECIPES[decoder]
+    return train(kind, config, name)
+
+
+def _decoder_of(argv: Sequence[str]) -> str:
+    """The value of `--decoder`, which chooses the defaults of all other flags."""
+    decoder = "llm"
+    for i, word in enumerate(argv):
+        flag, _, value = word.partition("=")
+        if flag == "--decoder":
+            decoder = value or (argv[i + 1] if i + 1 < len(argv) else "")
+    if decoder not in RECIPES:
+        raise UserError(f"--decoder: '{decoder}' is not one of {', '.join(RECIPES)}"
+                        f"{hint(decoder, RECIPES)}")
+    return decoder
+
+
+def fill_cache(source: Path, folder: Path | None, decoder: str) -> int:
+    """Store encoder frames of the training clips of a run or config; returns how many were made.
+
+    Raises UserError: no such config, no folder for the cache, an encoder that trains, bad audio.
+    """
+    import torch
+    from transformers import WhisperModel
+
+    from unislu_llm.data.frame_cache import FrameCache, build_frames, encoder_settings
+    from unislu_llm.data.loading import load_examples
+    from unislu_llm.models.encoder import SpeechEncoder
+    from unislu_llm.tasks import TaskRegistry
+    from unislu_llm.weights import resolve
+
+    run = source / "config.yaml"  # its paths are as the run was given them
+    config = config_from_file(run, resolve=False) if run.is_file() else config_from_file(source)
+    model, data, precision = config.model, config.data, config.train.precision
+    if not (home := folder or data.frame_cache):
+        raise UserError(f"{source} names no data.frame_cache; give --folder")
+    examples = load_examples(data.train, TaskRegistry.from_yaml(data.tasks))
+    clips = [example.utterance for example in examples]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    whisper: Any = WhisperModel.from_pretrained(resolve(model.encoder).path, dtype=torch.float32,
+                                                attn_implementation="sdpa")
+    # As the models build their encoders: frames of another dtype would not be found again.
+    half = precision == "bf16" and decoder == "llm"
+    encoder = SpeechEncoder(whisper.encoder.to(torch.bfloat16 if half else torch.float32),
+                            model).eval().to(device)
+    return build_frames(FrameCache(home, encoder_settings(encoder, precision)), encoder, clips,
+                        device=device, progress="encode")
