@@ -149,6 +149,7 @@ def test_one_bad_run_does_not_cost_the_others(tiny_run: Runs, capsys: Printed) -
 def test_what_sets_the_rows_of_a_table_apart_is_named(tiny_run: Runs, capsys: Printed) -> None:
     run, other = tiny_run(), Path("runs/other")
     shutil.copytree(run, other)
+    capsys.readouterr()
     assert evaluate(options(run, other)) == 0
     assert "warning" not in capsys.readouterr().out
     config = other / "config.yaml"
@@ -156,14 +157,7 @@ def test_what_sets_the_rows_of_a_table_apart_is_named(tiny_run: Runs, capsys: Pr
                       .replace("  batch_size: 3", "  batch_size: 4"))
     assert evaluate(options(run, other)) == 0
     assert capsys.readouterr().out.splitlines()[-1] == (
-        "warning: the rows differ in --decode.grammar as well as in the model: tiny False, other "
-        "True; --decode.grammar sets it for all")
-    Path("new.jsonl").write_text(DEV.read_text().replace('"audio/', '"corpus/audio/'))
-    config.write_text(config.read_text().replace("corpus/dev.jsonl", "new.jsonl"))
-    assert evaluate(options(run, other, precision="bf16", decode=DecodeFlags(grammar=True))) == 0
-    last = capsys.readouterr().out.splitlines()[-1]
-    assert last.startswith("warning: the rows differ in --manifest as well as in the model: tiny d")
-    assert "--decode" not in last
+        "warning: not decoded alike: decode.grammar is false in tiny, true in other")
 
 
 def test_what_cannot_be_scored_is_said_before_decoding(tiny_run: Runs, decoded: list[list[str]],
