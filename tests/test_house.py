@@ -24,7 +24,7 @@ CODE = tuple(sorted(p for top in ("unislu_llm", "recipes", "eval")
 TESTS = tuple(sorted((ROOT / "tests").rglob("*.py")))
 
 LAYERS = ("cli", "evaluate export", "model_card prediction_file", "training",
-          "run_folder", "decoding", "scoring", "models", "data", "weights", "config_file",
+          "run_folder", "decoding", "models", "data", "scoring", "weights", "config_file",
           "config", "io", "tokenizer", "unified", "utterance", "tasks", "loss", "errors")
 """Rooms of the package from the roof down; a room imports what is below it, and itself."""
 RANKS = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms.split()}
@@ -58,11 +58,11 @@ def parsed(path: Path) -> ast.Module:
 
 
 def test_the_package_is_small() -> None:
-    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 12_700
+    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 13_050
 
 
 def test_the_tests_are_small() -> None:
-    assert sum(len(lines_of(p)) for p in TESTS) <= 11_100
+    assert sum(len(lines_of(p)) for p in TESTS) <= 11_450
 
 
 def test_no_line_is_over_100_characters() -> None:
