@@ -62,7 +62,7 @@ def test_the_package_is_small() -> None:
 
 
 def test_the_tests_are_small() -> None:
-    assert sum(len(lines_of(p)) for p in TESTS) <= 11_450
+    assert sum(len(lines_of(p)) for p in TESTS) <= 11_500
 
 
 def test_no_line_is_over_100_characters() -> None:

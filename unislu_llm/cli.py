@@ -280,7 +280,7 @@ def cache(source: Annotated[Path, tyro.conf.arg(metavar="RUN_OR_CONFIG")], /,
     from unislu_llm.data.frame_cache import FrameCache, build_frames, encoder_settings
     from unislu_llm.data.loading import load_examples
     from unislu_llm.models.encoder import SpeechEncoder
-    from unislu_llm.tasks import TaskRegistry
+    from unislu_llm.training.build import build_registry
     from unislu_llm.weights import resolve
 
     run = source / "config.yaml"  # its paths are as the run was given them
@@ -288,7 +288,7 @@ def cache(source: Annotated[Path, tyro.conf.arg(metavar="RUN_OR_CONFIG")], /,
     model, data, precision = config.model, config.data, config.train.precision
     if not (home := folder or data.frame_cache):
         raise UserError(f"{source} names no data.frame_cache; give --folder")
-    examples = load_examples(data.train, TaskRegistry.from_yaml(data.tasks))
+    examples = load_examples(data.train, build_registry(config))
     clips = [example.utterance for example in examples]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     whisper: Any = WhisperModel.from_pretrained(resolve(model.encoder).path, dtype=torch.float32,

@@ -23,6 +23,7 @@ from pydantic import ValidationError
 
 from unislu_llm.config import Config, ModelConfig, Precision, Section, Stage
 from unislu_llm.errors import Place, UserError, dotted, explain
+from unislu_llm.io import MODEL_FILE, find_model, read_json
 
 Values = dict[str, Any]
 S = TypeVar("S", bound=Section)
@@ -40,7 +41,10 @@ class Preset(ModelConfig):
 
 def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | None,
                 description: str) -> Config:
-    """The configuration of a run; later wins: defaults, preset, config file, flags.
+    """The configuration of a run; later wins: defaults, preset, saved model, config file, flags.
+
+    A saved model that the run starts from (`train.init`) brings its model settings. Named by a flag
+    it also replaces those of the default file, which nobody asked for.
 
     Args:
         argv: command line without the program; None takes the process's own.
@@ -50,14 +54,20 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
 
     Raises UserError: a file that is missing or no YAML, an unknown key, a value out of bounds.
     """
-    # These four decide what the defaults of all other flags are, so they are read before them.
+    # These five decide what the defaults of all other flags are, so they are read before them.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path, default=default_file)
+    first.add_argument("--config", type=Path)
     first.add_argument("--adapter", type=Path)
     first.add_argument("--llm", "--model.llm", dest="llm")
     first.add_argument("--projector", "--model.projector", dest="projector")
+    first.add_argument("--train.init", dest="init")
     chosen, rest = first.parse_known_args(argv)
-    values = read_layer(chosen.config)
+    values = read_layer(chosen.config or default_file)
+    if chosen.init is not None:
+        values = merge(Config, values, {"train": {"init": chosen.init}})
+    saved = inherited(values)
+    values = (merge(Config, values, saved) if chosen.init and not chosen.config else
+              merge(Config, saved, values))
     flags = {key: value for key in ("llm", "projector")
              if (value := getattr(chosen, key)) is not None}
     if presets is not None:
@@ -67,7 +77,7 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
         below = read_preset(preset) if preset else {}
         if chosen.adapter and "llm" in below["model"]:
             flags.setdefault("llm", below["model"]["llm"])  # an explicit preset names its LLM
-        values = merge(Config, below, values)
+        values = merge(Config, below, values)  # its model settings yield to those of weights
     config = Config.model_validate(merge(Config, values, {"model": flags}))
     description += (f"\n\n--config FILE (default {default_file.name}) and --adapter FILE (a "
                     "preset) set the defaults shown here.")
@@ -79,7 +89,33 @@ def config_from_file(path: str | Path, *, resolve: bool = True) -> Config:
 
     `resolve` takes the paths in it as relative to it; a run's `config.yaml` has them as given.
     """
-    return Config.model_validate(read_layer(Path(path), resolve=resolve))
+    values = read_layer(Path(path), resolve=resolve)
+    # A run's file has every setting written out, and what it began with may be gone since.
+    return Config.model_validate(merge(Config, inherited(values), values) if resolve else values)
+
+
+def inherited(values: Values) -> Values:
+    """What a config takes over from the saved model that it starts from, by `train.init`.
+
+    Raises UserError: there is none.
+    """
+    stages = [stage.get("train", {}).get("init") for stage in values.get("stages", [])[:1]]
+    init = values.get("train", {}).get("init") or next(iter(stages), None)
+    if not init:
+        return {}
+    path = saved_model(init) / MODEL_FILE
+    model = check(ModelConfig, read_json(path).get("model"),
+                  lambda place: f"{path}: {dotted(('model', *place))}")
+    # How its hypotheses become transcripts is measured anew once it is trained further.
+    return {"model": model.model_dump() | {"transcript": "auto"}}
+
+
+def saved_model(init: str | Path) -> Path:
+    """Folder of the model that `train.init` names; raises UserError: there is none."""
+    found = find_model(init)
+    if found is None:
+        raise UserError(f"train.init: {init} is neither a saved model nor a run with one")
+    return found
 
 
 def config_from_dict(values: Mapping[str, Any], where: str = "config") -> Config:

@@ -17,6 +17,8 @@ from unislu_llm.errors import UserError
 WEIGHTS_FILE = "model.safetensors"
 MODEL_FILE = "config.json"
 """Files of a saved model: what was trained, and what it was trained on."""
+BEST, LAST = "best", "last"
+"""Folders of a run's checkpoints, which are saved models."""
 
 
 @contextlib.contextmanager
@@ -140,6 +142,12 @@ def is_saved_model(folder: str | Path) -> bool:
         return read_json(folder / MODEL_FILE).get("model_type") in ("speech_llm", "whisper_slu")
     except UserError:
         return False
+
+
+def find_model(folder: str | Path) -> Path | None:
+    """The folder itself, or a run's best, else its last: the first that is a saved model."""
+    folder = Path(folder)
+    return next((p for p in (folder, folder / BEST, folder / LAST) if is_saved_model(p)), None)
 
 
 def portable(path: str | Path) -> str:

@@ -26,13 +26,20 @@ from unislu_llm import models
 from unislu_llm.config import Config, Precision
 from unislu_llm.config_file import config_from_file, to_yaml
 from unislu_llm.errors import UserError
-from unislu_llm.io import is_saved_model, read_json, restore_folder, write_json, write_text
+from unislu_llm.io import (
+    BEST,
+    LAST,
+    is_saved_model,
+    read_json,
+    restore_folder,
+    write_json,
+    write_text,
+)
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.saved import Description
 from unislu_llm.tasks import TaskRegistry
 
-BEST, LAST = "best", "last"  # folders of a run's checkpoints
-MODEL = "model"  # in place of these, of a folder that is a saved model and no run
+MODEL = "model"  # in place of `best` or `last`, of a folder that is a saved model and no run
 TRAINER_FILE = "trainer.json"  # in a checkpoint: where the run stood
 _CONFIG, _VERSIONS, _FINISHED = "config.yaml", "versions.json", "finished.json"
 
@@ -99,12 +106,6 @@ def find_run(path: str | Path, checkpoint: str | None = None) -> Run:
     if chosen not in there:
         raise UserError(f"{path}: no checkpoint '{chosen}'; it has '{there[0]}'")
     return Run(path.resolve().name, path, chosen, path / chosen, config)
-
-
-def find_model(folder: str | Path) -> Path | None:
-    """The folder itself, or a run's best, else its last: the first that is a saved model."""
-    folder = Path(folder)
-    return next((p for p in (folder, folder / BEST, folder / LAST) if is_saved_model(p)), None)
 
 
 def load_model(run: Run, precision: Precision = "fp32") -> SLUModel:

@@ -56,7 +56,8 @@ def test_the_quick_start_goes_on_from_the_shipped_adapter(
     saved = json.loads((adapter / "config.json").read_text(encoding="utf-8"))["model"]
     saved["transcript"] = "auto"  # what is trained further is validated anew
     assert config.model.model_dump() == saved
-    for flags in (["--llm", "x"], ["--projector=conv"], ["--adapter", "a.yaml"],
-                  ["--data.tasks", "t.yaml"]):
+    for flags in (["--llm", "x"], ["--projector=conv"], ["--adapter", "a.yaml"]):
         assert default(flags).name == "from_scratch.yaml"
+    for flags in (["--data.tasks", "t.yaml"], ["--model.llm", saved["llm"], "--projector", "ctc"]):
+        assert default(flags).name == "from_adapter.yaml", "its rows are found by their names"
     assert not load("from_scratch.yaml").train.init

@@ -13,12 +13,12 @@ from pathlib import Path
 from unislu_llm.config import Config, Stage
 from unislu_llm.config_file import check, config_from_dict, inside, merge
 from unislu_llm.errors import UserError
+from unislu_llm.io import find_model
 from unislu_llm.run_folder import (
     BEST,
     LAST,
     can_resume,
     create_run,
-    find_model,
     is_run,
     read_finished,
     write_finished,
