@@ -63,7 +63,8 @@ def test_a_task_is_added_and_the_others_are_kept(
     more = tasks(DRUGS, "builtin: sa", "builtin: ner")
     with caplog.at_level(logging.WARNING):
         trainer = Trainer("speech_llm", tiny_config("more", train=train, data={"tasks": more}))
-    assert "does not know [DRUGS] [DRUG] [/DRUG] [DOSE] [/DOSE]" in caplog.text
+    assert "last are ner, sa; yours are drugs, sa, ner. New" in caplog.text
+    assert "for: [DRUGS] [DRUG] [/DRUG] [DOSE] [/DOSE]; dropped ones: none" in caplog.text
     assert {e.task for e in trainer.dataset.examples} == {"ner", "sa", "drugs"}
     embedding = trainer.model.lm.get_input_embeddings()
     assert isinstance(embedding, MarkerEmbedding)
@@ -77,7 +78,7 @@ def test_a_task_is_added_and_the_others_are_kept(
     with caplog.at_level(logging.WARNING):
         third = fitted("speech_llm", tiny_config("less", data={"tasks": tasks(DRUGS)}, train=still
                                                  | {"init": str(second)})).run / "last"
-    assert "no task of this run has [SA] [S]" in caplog.text
+    assert "for: none; dropped ones: [SA] [S]" in caplog.text
     assert all(torch.equal(row, after[marker]) for marker, row in rows_of(third).items())
     assert models.load(third).registry.names == ("drugs",)
 

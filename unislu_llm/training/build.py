@@ -163,12 +163,13 @@ def start_from(model: SLUModel, folder: Path) -> None:
         log.warning("train.init: %s lacks %s; they start untrained", folder, ", ".join(
             f"{n} {group} parameters" for group, n in sorted(lacking.items())))
     there, wanted = saved.marker_names(folder), list(model.registry.markers)
-    if new := [marker for marker in wanted if marker not in there]:
-        log.warning("train.init: %s does not know %s; they start from the words that they stand "
-                    "for", folder, " ".join(new))
-    if gone := [marker for marker in there if marker not in wanted]:
-        log.warning("train.init: no task of this run has %s of %s; they are dropped",
-                    " ".join(gone), folder)
+    new, gone = ([m for m in some if m not in others]
+                 for some, others in ((wanted, there), (there, wanted)))
+    if new or gone:
+        log.warning("train.init: the tasks of %s are %s; yours are %s. New markers, which start "
+                    "from the words that they stand for: %s; dropped ones: %s", folder,
+                    ", ".join(saved.registry(folder).names), ", ".join(model.registry.names),
+                    " ".join(new) or "none", " ".join(gone) or "none")
 
 
 def _sources(config: Config) -> list[Path]:
