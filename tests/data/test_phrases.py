@@ -99,3 +99,16 @@ def test_validation_knows_phrases(tmp_path: Path) -> None:
     bad = validate([manifest(tmp_path, {"DRUG": "aspirin"})], tasks_file=tasks)
     assert bad.status() == 1
     assert "m.jsonl:2: drugs.DRUG: 'aspirin' is in the text 2 times" in bad.page()
+
+
+@pytest.mark.parametrize(("value", "warned"), [
+    ([[4, 11, "ORG"]], True), ({"DRUG": ["milk"]}, True), ([["DRUG", "milk"]], True),
+    ([{"label": "DRUG"}], True), ([["the", 0.1, 0.2]], False), (["a", "b"], False), ({}, False),
+    ({"room": "four"}, False), ([{"word": "the", "start": 1}], False), ([], False)])
+def test_annotations_that_nobody_reads_are_pointed_out(value: Any, warned: bool,
+                                                       tmp_path: Path) -> None:
+    path = tmp_path / "m.jsonl"
+    path.write_text(json.dumps({"id": "b", "text": TEXT, "medicine": value}) + "\n")
+    report = validate([path])
+    assert (report.status(), report.status(strict=True)) == (0, int(warned))
+    assert ("m.jsonl:1: medicine: warning: looks like an annotation" in report.page()) == warned

@@ -38,7 +38,7 @@ _DURATION_SLACK = 0.2  # seconds between `duration` and `end - start`, which cor
 _CLOSE = 0.75  # similarity from which a key counts as misspelt
 # Kinds of problems with which a row can be used all the same.
 _WARNINGS = frozenset(("clipping", "silence", "rate", "channels", "long", "same_row", "leak",
-                       "characters", "pace", "rare_label"))
+                       "characters", "pace", "rare_label", "unread"))
 
 
 class Problem(NamedTuple):

@@ -15,14 +15,14 @@ from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
 from unislu_llm.data.audio import MAX_SECONDS, SAMPLE_RATE, crop, open_audio, read_frames
 from unislu_llm.data.loading import read_segments
 from unislu_llm.data.manifest import Ids, Row, iter_rows, moved
-from unislu_llm.data.row_reader import Problem, RowReader
+from unislu_llm.data.row_reader import FIELDS, Problem, RowReader
 from unislu_llm.errors import UserError
 from unislu_llm.io import atomic
 from unislu_llm.tasks import SpanTask, Task, TaskRegistry
@@ -152,7 +152,8 @@ class Checker:
                                     f"{MAX_SECONDS:g} s; {what}"))
         good = all(p.warning for p in problems)
         if good:  # a row that is left out can neither leak nor repeat another
-            problems += [*_characters(u), *_pace(u, seconds), *self._shared(u, key, path, row.line)]
+            problems += [*_characters(u), *_pace(u, seconds), *self._shared(u, key, path, row.line),
+                         *self._unread(row)]
         return replace(row, utterance=replace(u, duration=seconds) if good else None,
                        problems=tuple(p._replace(file=path, line=row.line) for p in problems))
 
@@ -168,6 +169,15 @@ class Checker:
             elif key and first != line and what == "audio":
                 yield Problem(what, "same_row", f"line {first} has the same audio; keep one row")
 
+    def _unread(self, row: Row) -> Iterator[Problem]:
+        """Keys that no task reads although they look like annotations."""
+        for key, value in row.content.items():
+            if key not in FIELDS and key not in self._registry and _is_annotation(value):
+                yield Problem(key, "unread", "looks like an annotation, but no task has this name "
+                              f"(tasks: {', '.join(self._registry.names)}): list yours in a file "
+                              "(--tasks-file, in training --data.tasks), or put spans under the "
+                              "name of a task, as [label, start, end] or [label, phrase]")
+
     def _rare(self, utterances: Sequence[Utterance]) -> Iterator[Problem]:
         for task in self._registry:
             counts = label_counts(utterances, task.name)
@@ -177,6 +187,18 @@ class Checker:
                     yield Problem(task.name, "rare_label", f"'{label}' is there {counts[label]} "
                                   f"times, '{most}' {top} times; annotate more, or leave the label "
                                   "out of the task")
+
+
+def _is_annotation(value: Any) -> bool:
+    """Labelled spans or phrases, in the forms of manifests or of other tools."""
+    if isinstance(value, dict):
+        return bool(value) and all(
+            isinstance(said, list) and said and all(isinstance(s, str) for s in said)
+            for said in value.values())
+    return isinstance(value, list) and bool(value) and all(
+        ("label" in item or "phrase" in item) if isinstance(item, dict) else
+        isinstance(item, list) and [type(v) for v in item] in (
+            [str, str], [str, int, int], [int, int, str]) for item in value)
 
 
 def label_counts(utterances: Sequence[Utterance], task: str) -> Counter[str]:
