@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from unislu_llm.config import Common, Config
+from unislu_llm.config import Common, Config, ModelConfig
 from unislu_llm.config_file import config_from_file, load_config, to_yaml
 from unislu_llm.errors import UserError
+from unislu_llm.io import write_json
 
 
 @pytest.fixture
@@ -44,8 +45,7 @@ def test_a_named_preset_brings_its_llm(files: tuple[Path, Path]) -> None:
 
 
 def test_flags_of_every_kind(files: tuple[Path, Path]) -> None:
-    files[0].write_text("data: {weights: {a: 2}}\naugment: {noise: musan, speeds: [0.9, 1.1]}\n"
-                        "train: {init: saved}\n")
+    files[0].write_text("data: {weights: {a: 2}}\naugment: {noise: musan, speeds: [0.9, 1.1]}\n")
     flags = ["--data.temperature", "2", "--data.weights", '{"b": 0.5}', "--augment.freq-masks",
              "2", "--model.projector-options", '{"stack": 3}', "--data.train", "x", "y"]
     config = load_config(flags, *files, "")
@@ -53,9 +53,60 @@ def test_flags_of_every_kind(files: tuple[Path, Path]) -> None:
     assert (config.data.temperature, config.augment.freq_masks) == (2.0, 2)
     assert config.model.projector_options == {"stack": 3}
     assert config.data.train == ["x", "y"], "a flag's paths are those of the shell"
-    folder = files[0].parent
-    assert config.augment.noise == str(folder / "musan"), "a file's paths are relative to it"
-    assert config.train.init == str(folder / "saved")
+    assert config.augment.noise == str(files[0].parent / "musan"), "a file's are relative to it"
+
+
+def saved_model(folder: Path, **settings: object) -> Path:
+    """What is read of a saved model to begin with."""
+    folder.mkdir()
+    model = ModelConfig.model_validate({"llm": "org/two", "projector": "ctc", **settings})
+    write_json(folder / "config.json", {"model_type": "speech_llm", "model": model.model_dump()})
+    (folder / "model.safetensors").touch()
+    return folder
+
+
+def test_a_saved_model_brings_its_settings(files: tuple[Path, Path]) -> None:
+    saved = saved_model(files[0].parent / "saved", lora={"rank": 5}, projector_options={"stack": 3},
+                        hypothesis="manifest", hypothesis_bias=2.0, transcript="verbatim")
+    files[0].write_text("train: {init: saved}\nmodel: {hypothesis_bias: 1}\n")
+    config = load_config(["--model.language", "de"], *files, "")
+    model = config.model
+    assert config.train.init == str(saved), "a file's paths are relative to it"
+    assert (model.llm, model.projector, model.projector_options) == ("org/two", "ctc", {"stack": 3})
+    assert (model.lora.rank, model.prompt_suffix, model.hypothesis) == (5, "", "manifest")
+    assert (model.hypothesis_bias, model.language) == (1.0, "de"), "what may differ is the user's"
+    assert model.transcript == "auto", "what is trained further is validated anew"
+    assert load_config(["--model.transcript", "margin"], *files, "").model.transcript == "margin"
+    assert config.train.precision == "bf16", "the preset of its LLM still says how it trains"
+    assert config_from_file(files[0]).model.projector == "ctc"
+    # What a stage begins with is what the run begins with.
+    files[0].write_text("stages: [{name: a, train: {init: saved}}]\n")
+    assert load_config([], *files, "").model.lora.rank == 5
+
+
+def test_a_flag_that_names_a_saved_model_replaces_the_default_files(
+        files: tuple[Path, Path]) -> None:
+    saved = saved_model(files[0].parent / "saved", lora={"rank": 5})
+    files[0].write_text("model: {llm: org/one, projector: none, hypothesis: manifest}\n")
+    flags = ["--train.init", str(saved)]
+    model = load_config(flags, *files, "").model
+    assert (model.llm, model.projector, model.lora.rank) == ("org/two", "ctc", 5)
+    # A file that is named is meant, as flags are.
+    model = load_config([*flags, "--config", str(files[0]), "--projector", "mlp"], *files, "").model
+    assert (model.llm, model.projector, model.lora.rank) == ("org/one", "mlp", 5)
+
+
+@pytest.mark.parametrize(("values", "message"), [
+    ({}, r"train\.init: .*saved is neither a saved model nor a run"),
+    ({"model_type": "speech_llm", "model": {"projektor": "ctc"}},
+     r"saved.config\.json: model\.projektor: unknown key; did you mean 'projector'"),
+])
+def test_a_saved_model_that_is_none(values: dict[str, object], message: str,
+                                    files: tuple[Path, Path]) -> None:
+    write_json(saved_model(files[0].parent / "saved") / "config.json", values)
+    files[0].write_text("train: {init: saved}\n")
+    with pytest.raises(UserError, match=message):
+        load_config([], *files, "")
 
 
 def test_own_training_data_needs_dev_data_of_its_own(files: tuple[Path, Path],

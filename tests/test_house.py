@@ -24,8 +24,8 @@ CODE = tuple(sorted(p for top in ("unislu_llm", "recipes", "eval")
 TESTS = tuple(sorted((ROOT / "tests").rglob("*.py")))
 
 LAYERS = ("cli", "run_commands", "compare", "evaluate export", "evaluate_options",
-          "model_card prediction_file", "training", "run_folder", "decoding", "scoring", "models",
-          "data", "weights", "config_file", "flags", "config", "io", "tokenizer", "unified",
+          "model_card prediction_file", "training", "run_folder", "decoding", "models", "data",
+          "scoring", "config_file", "flags", "config", "weights", "io", "tokenizer", "unified",
           "utterance", "tasks", "loss", "errors")
 """Rooms of the package from the roof down; a room imports what is below it, and itself."""
 RANKS = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms.split()}
@@ -59,11 +59,11 @@ def parsed(path: Path) -> ast.Module:
 
 
 def test_the_package_is_small() -> None:
-    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 14_600
+    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 15_000
 
 
 def test_the_tests_are_small() -> None:
-    assert sum(len(lines_of(p)) for p in TESTS) <= 12_600
+    assert sum(len(lines_of(p)) for p in TESTS) <= 13_000
 
 
 def test_no_line_is_over_100_characters() -> None:

@@ -11,11 +11,11 @@ from typing import Any
 import pytest
 
 from unislu_llm.errors import UserError
+from unislu_llm.io import find_model
 from unislu_llm.run_folder import (
     BEST,
     LAST,
     MODEL,
-    find_model,
     find_run,
     load_model,
     read_finished,

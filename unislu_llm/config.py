@@ -2,7 +2,8 @@
 
 One description serves everywhere: flags, config files, presets of LLMs, the run folder's
 `config.yaml`, and the `model` section of a saved model's `config.json`. Later wins: defaults, the
-preset of the LLM (`adapters/*.yaml`), the config file (`--config`), flags.
+preset of the LLM (`adapters/*.yaml`), the model that a run starts from (`train.init`), the config
+file (`--config`), flags.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class DataConfig(Section):
     dev: Annotated[list[str], Common] = []
     """Manifests that are scored before, during and after training; `--data.dev none`: none."""
     tasks: Annotated[str | None, tyro.conf.arg(aliases=["--tasks-file"]), Common] = None
-    """YAML list of tasks; default: named entities and sentiment."""
+    """YAML list of tasks; default: those of train.init, else named entities and sentiment."""
     weights: Annotated[dict[str, Rate], _JSON] = {}
     """Share of each corpus (or manifest, by its stem) in training; overrides the temperature."""
     temperature: Annotated[Number, Field(gt=0)] = 1.0
@@ -174,7 +175,8 @@ class TrainConfig(Section):
     loss: Annotated[Literal["dynamic", "fixed", "uniform"], Common] = "dynamic"
     """dynamic (the paper's), fixed or uniform."""
     init: Annotated[str, Common] = ""
-    """Saved model (or run: its best) to start from; what it lacks starts untrained."""
+    """Saved model (or run: its best) to start from, with its model settings and tasks; what it
+    lacks starts untrained."""
     groups: list[str] = []
     """Parameter groups that train (projector, lora, markers, encoder, decoder); default: all."""
     hypothesis_dropout: Share = 0.0

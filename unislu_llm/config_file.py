@@ -21,7 +21,7 @@ from pydantic import Field, ValidationError
 from unislu_llm.config import Common, Config, ModelConfig, Precision, Section, Stage
 from unislu_llm.errors import Place, UserError, dotted, explain
 from unislu_llm.flags import Extra, parse_flags
-from unislu_llm.io import is_hub_name
+from unislu_llm.io import MODEL_FILE, find_model, is_hub_name, near_models, read_json
 
 Values = dict[str, Any]
 S = TypeVar("S", bound=Section)
@@ -40,7 +40,10 @@ class Preset(ModelConfig):
 def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | None,
                 description: str, *, prog: str | None = None, extra: Extra | None = None,
                 say: Callable[[str], object] = lambda _: None) -> Config:
-    """The configuration of a run; later wins: defaults, preset, config file, flags.
+    """The configuration of a run; later wins: defaults, preset, saved model, config file, flags.
+
+    A saved model that the run starts from (`train.init`) brings its model settings. Named by a flag
+    it also replaces those of the default file, which nobody asked for.
 
     Args:
         argv: command line without the program; None takes the process's own.
@@ -54,18 +57,25 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
     Raises UserError: a file that is missing or no YAML, an unknown key, a value out of bounds.
     """
     argv = sys.argv[1:] if argv is None else argv
-    # These four decide what the defaults of all other flags are, so they are read before them.
+    # These five decide what the defaults of all other flags are, so they are read before them.
     first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path, default=default_file)
+    first.add_argument("--config", type=Path)
     first.add_argument("--adapter", type=Path)
     first.add_argument("--llm", "--model.llm", dest="llm")
     first.add_argument("--projector", "--model.projector", dest="projector")
+    first.add_argument("--train.init", dest="init")
     chosen, _ = first.parse_known_args(argv)
-    values = read_layer(chosen.config)
+    file = chosen.config or default_file
+    values = read_layer(file)
+    if chosen.init is not None:
+        values = merge(Config, values, {"train": {"init": chosen.init}})
+    saved = inherited(values)
+    values = (merge(Config, values, saved) if chosen.init and not chosen.config else
+              merge(Config, saved, values))
     flags = {key: value for key in ("llm", "projector")
              if (value := getattr(chosen, key)) is not None}
-    told = f"config: {chosen.config}"
-    shown = {"config": (Path, Field(chosen.config, description="Config file (YAML).")),
+    told = f"config: {file}"
+    shown = {"config": (Path, Field(file, description="Config file (YAML).")),
              **(extra or {})}
     if presets is not None:
         llm = flags.get("llm") or values.get("model", {}).get("llm") or ModelConfig().llm
@@ -74,7 +84,7 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
         below = read_preset(preset) if preset else {}
         if chosen.adapter and "llm" in below["model"]:
             flags.setdefault("llm", below["model"]["llm"])  # an explicit preset names its LLM
-        values = merge(Config, below, values)
+        values = merge(Config, below, values)  # its model settings yield to those of weights
         told += f"; preset: {preset}" if preset else f"; preset: none for {llm} (defaults)"
         shown["adapter"] = (Path | None, Field(preset, description=(
             "Preset of an LLM (YAML); default: the one that names the LLM.")))
@@ -86,8 +96,8 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
     config = parse_flags(config, argv, prog=prog, description=description, extra=shown)
     if config.data.dev == ["none"]:
         config.data.dev = []
-    elif chosen.config.resolve().parent == default_file.resolve().parent:
-        _check_own_data({word.partition("=")[0] for word in argv or ()}, config, chosen.config)
+    elif file.resolve().parent == default_file.resolve().parent:
+        _check_own_data({word.partition("=")[0] for word in argv or ()}, config, file)
     say(told)
     return config
 
@@ -113,7 +123,41 @@ def config_from_file(path: str | Path, *, resolve: bool = True) -> Config:
 
     `resolve` takes the paths in it as relative to it; a run's `config.yaml` has them as given.
     """
-    return Config.model_validate(read_layer(Path(path), resolve=resolve))
+    values = read_layer(Path(path), resolve=resolve)
+    # A run's file has every setting written out, and what it began with may be gone since.
+    return Config.model_validate(merge(Config, inherited(values), values) if resolve else values)
+
+
+def inherited(values: Values) -> Values:
+    """What a config takes over from the saved model that it starts from, by `train.init`.
+
+    Raises UserError: there is none.
+    """
+    stages = [stage.get("train", {}).get("init") for stage in values.get("stages", [])[:1]]
+    init = values.get("train", {}).get("init") or next(iter(stages), None)
+    if not init:
+        return {}
+    path = saved_model(init) / MODEL_FILE
+    model = check(ModelConfig, read_json(path).get("model"),
+                  lambda place: f"{path}: {dotted(('model', *place))}")
+    # How its hypotheses become transcripts is measured anew once it is trained further.
+    return {"model": model.model_dump() | {"transcript": "auto"}}
+
+
+def saved_model(init: str | Path) -> Path:
+    """Folder of the model that `train.init` names: a folder, a run, or a name on the hub.
+
+    Raises UserError: there is none.
+    """
+    found = find_model(init)
+    if found is None and not Path(init).exists() and is_hub_name(str(init)):
+        from unislu_llm.weights import fetch_model  # `--help` should not wait for torch
+
+        return fetch_model(str(init))
+    if found is None:
+        raise UserError(f"train.init: {init} is neither a saved model nor a run with one"
+                        f"{near_models(init)}")
+    return found
 
 
 def config_from_dict(values: Mapping[str, Any], where: str = "config") -> Config:

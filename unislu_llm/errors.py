@@ -66,6 +66,12 @@ def hint(name: object, known: Iterable[str]) -> str:
     return f"; did you mean '{folded[near[0]]}'?" if near else ""
 
 
+def shorten(text: str, limit: int = 40) -> str:
+    """Short and printable for a message."""
+    clean = "".join(c if c.isprintable() else "?" for c in text[:limit + 1])
+    return clean if len(clean) <= limit else clean[: limit - 3] + "..."
+
+
 def dotted(place: Place) -> str:
     """A place as people write it: `train.lr.lora`, `data.train[0]`."""
     text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)

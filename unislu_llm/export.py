@@ -12,9 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
-from unislu_llm.data.text_injection import RATES_FILE
 from unislu_llm.errors import UserError
-from unislu_llm.io import MODEL_FILE, WEIGHTS_FILE, sha256, swap_folder, write_json
+from unislu_llm.io import MODEL_FILE, RATES_FILE, WEIGHTS_FILE, sha256, swap_folder, write_json
 from unislu_llm.model_card import CARD, read_note, read_results, write_card
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.saved import Description

@@ -14,11 +14,16 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
-from unislu_llm.errors import UserError
+from unislu_llm.errors import UserError, hint
 
 WEIGHTS_FILE = "model.safetensors"
 MODEL_FILE = "config.json"
-"""Files of a saved model: what was trained, and what it was trained on."""
+RATES_FILE = "simulation.json"
+"""Files of a saved model: what was trained, what it was trained on, the rates of text injection."""
+MODEL_TYPES = ("speech_llm", "whisper_slu")
+"""What a saved model may be; `models.KINDS` has their classes."""
+BEST, LAST = "best", "last"
+"""Folders of a run's checkpoints, which are saved models."""
 
 
 def git_revision() -> str:
@@ -154,9 +159,22 @@ def is_saved_model(folder: str | Path) -> bool:
     if not (folder / WEIGHTS_FILE).is_file():
         return False
     try:
-        return read_json(folder / MODEL_FILE).get("model_type") in ("speech_llm", "whisper_slu")
+        return read_json(folder / MODEL_FILE).get("model_type") in MODEL_TYPES
     except UserError:
         return False
+
+
+def find_model(folder: str | Path) -> Path | None:
+    """The folder itself, or a run's best, else its last: the first that is a saved model."""
+    folder = Path(folder)
+    return next((p for p in (folder, folder / BEST, folder / LAST) if is_saved_model(p)), None)
+
+
+def near_models(path: str | Path) -> str:
+    """The end of a message: the nearest name of a model on this machine, or nothing."""
+    places = (Path(path).parent, Path("."), Path("runs"), Path("adapters"))
+    return hint(path, (str(p) for place in places if place.is_dir() for p in sorted(place.iterdir())
+                       if find_model(p)))
 
 
 def is_hub_name(text: str, folder: str | Path = ".") -> bool:

@@ -23,17 +23,17 @@ from typing import Any
 import torch
 from transformers.utils.logging import disable_progress_bar
 
-from unislu_llm import models, weights
+from unislu_llm import models
 from unislu_llm.config import Config, Precision
 from unislu_llm.config_file import config_from_file, to_yaml
-from unislu_llm.data.text_injection import RATES_FILE
-from unislu_llm.errors import UserError, hint
+from unislu_llm.errors import UserError
 from unislu_llm.io import (
-    MODEL_FILE,
-    WEIGHTS_FILE,
+    BEST,
+    LAST,
     git_revision,
     is_hub_name,
     is_saved_model,
+    near_models,
     read_json,
     restore_folder,
     write_json,
@@ -42,9 +42,9 @@ from unislu_llm.io import (
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.saved import Description
 from unislu_llm.tasks import TaskRegistry
+from unislu_llm.weights import fetch_model
 
-BEST, LAST = "best", "last"  # folders of a run's checkpoints
-MODEL = "model"  # in place of these, of a folder that is a saved model and no run
+MODEL = "model"  # in place of `best` or `last`, of a folder that is a saved model and no run
 TRAINER_FILE = "trainer.json"  # in a checkpoint: where the run stood
 _CONFIG, _VERSIONS, _FINISHED = "config.yaml", "versions.json", "finished.json"
 
@@ -118,40 +118,6 @@ def find_run(path: str | Path, checkpoint: str | None = None) -> Run:
     if chosen not in there:
         raise UserError(f"{path}: no checkpoint '{chosen}'; it has '{there[0]}'")
     return Run(path.resolve().name, path, chosen, path / chosen, config)
-
-
-def find_model(folder: str | Path) -> Path | None:
-    """The folder itself, or a run's best, else its last: the first that is a saved model; or that
-    of a name on the hub, which raises as :func:`fetch_model`."""
-    if isinstance(folder, str) and not Path(folder).exists() and is_hub_name(folder):
-        return fetch_model(folder)
-    folder = Path(folder)
-    return next((p for p in (folder, folder / BEST, folder / LAST) if is_saved_model(p)), None)
-
-
-def near_models(path: str | Path) -> str:
-    """The end of a message: the nearest name of a model on this machine, or nothing."""
-    places = (Path(path).parent, Path("."), Path("runs"), Path("adapters"))
-    return hint(path, (str(p) for place in places if place.is_dir() for p in sorted(place.iterdir())
-                       if find_model(p)))
-
-
-def fetch_model(name: str) -> Path:
-    """Folder with a saved model of the hub, `user/model` or `user/model@revision`.
-
-    Raises UserError: it is not there, cannot be reached and is not cached, or is no model of ours.
-    """
-    try:
-        found = weights.resolve(name, files=(MODEL_FILE,))
-        kind = read_json(found.path / MODEL_FILE).get("model_type")
-        if kind not in models.KINDS:  # before gigabytes are fetched
-            raise UserError(f"{name}: its model_type is '{kind}', and no model that unislu_llm "
-                            f"has saved ({', '.join(models.KINDS)})")
-        # The weights of this commit, whatever is pushed meanwhile. Nothing else is taken.
-        return weights.resolve(name.partition("@")[0], found.revision,
-                               files=(WEIGHTS_FILE, MODEL_FILE, RATES_FILE)).path
-    except UserError as error:
-        raise UserError(f"{error}{near_models(name)}") from None
 
 
 def load(model: str | os.PathLike[str], dtype: torch.dtype | Precision = "fp32",

@@ -31,6 +31,11 @@ def manifest(path: Path, *rows: dict[str, Any]) -> str:
     ([{"ner": []}, DRUG, {"drugs": []}, {"sa": "Neutral"}],
      ["the field 'drugs' (2 rows, the first {}:2) is no known task (ner, sa)"]),
     ([{"ner": []}, {"slots": [["drink", 0, 3]]}], ["'slots' (1 row, the first {}:2)"]),
+    # Phrases, and the forms of other tools.
+    ([{"ner": []}, {"drugs": {"BODY": ["Council", "board"]}}, {"drugs": {}}], ["'drugs' (2 rows"]),
+    ([{"ner": []}, {"drugs": [["BODY", "council"]]}, {"d": [[4, 11, "ORG"]]}],
+     ["'drugs' (1 row", "'d' (1 row"]),
+    ([{"ner": [], "at": {"room": "four"}, "tags": [["split", "train"]], "more": {"k": ["v"]}}], []),
     ([{"intent": "order"}, {"intent": "cancel"}, {"intent": "order"}],
      ["nothing is annotated for a known task (ner, sa), so that transcripts alone train; not read: "
       "'intent' (3 rows, the first {}:1)"]),

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from unislu_llm.data.manifest import read_manifest, write_manifest
 from unislu_llm.decoding.recogniser import Transcript
-from unislu_llm.decoding.transcribe import Report, find_phrase, place_phrases, write_copies
+from unislu_llm.decoding.transcribe import Report, write_copies
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import LabelTask, Span, SpanTask, TaskRegistry
 from unislu_llm.utterance import Utterance
@@ -137,7 +137,7 @@ def test_rows_without_text_get_one_and_spans_their_places(tmp_path: Path) -> Non
         {"n": 50, "slots": slots, "intent": "order", "moods": []},
         {"n": 60, "text": None, "slots": [["drink", "tea"], ["drink", "mocha"]], "far": 1,
          "moods": ["sad"]},
-        {"n": 70, "text": "", "slots": []}, {"n": 72, "slots": [["drink", "espresso"]],
+        {"n": 70, "text": "", "slots": []}, {"n": 72, "slots": {"drink": "espresso"},
                                              "intent": "cancel"},
         {"n": 80, "intent": "order"}, {"n": 81, "intent": "order"}, {"n": 51, "duration": 30.5},
         {"text": "no audio"})
@@ -173,22 +173,3 @@ def test_what_leaves_no_row_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="1 problem; correct the manifest"):
         fill(corpus(tmp_path / "in", {"n": 50, "slots": [["sise", "large"]]}), Says(),
              tmp_path / "out")
-
-
-def test_phrases_are_found_as_words() -> None:
-    def said(text: str, phrase: str) -> list[str]:
-        return [text[a:b] for a, b in find_phrase(text, phrase)]
-
-    assert said("a latte, then a LATTE!", "latte") == ["latte", "LATTE"]
-    assert said("platters", "latte") == []
-    assert said("some Light-Roast mocha", "light roast") == ["Light-Roast"]
-    assert said("twenty, um, ounces of um milk", "20 ounces") == ["twenty, um, ounces"]
-    assert said("20 ounces", "twenty ounces") == ["20 ounces"]
-    assert said("some text", "...") == []
-    milk, almond = ("drink", "milk"), ("size", "almond milk")
-    # The long one first: nothing overlaps.
-    both = [Span("size", 0, 11), Span("drink", 16, 20)]
-    assert place_phrases("almond milk and milk", [milk, almond]) == both
-    assert place_phrases("almond milk", [milk, almond]) is None
-    assert place_phrases("milk", [milk, milk]) is None, "said once, given twice"
-    assert place_phrases("anything", []) == []

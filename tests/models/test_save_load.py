@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 import sys
@@ -19,7 +20,7 @@ from tests.tiny import make_llm, make_tokenizer, model_config
 from unislu_llm.errors import UserError
 from unislu_llm.models import KINDS, load
 from unislu_llm.models.base import SLUModel
-from unislu_llm.tasks import NER, SA, LabelTask, TaskRegistry
+from unislu_llm.tasks import NER, SA, LabelTask, SpanTask, TaskRegistry
 
 OWN_TASKS = TaskRegistry([NER, SA, LabelTask("acts", "[DA]", ("yes", "no"), "[A]", "[/A]", True)])
 Make = Callable[..., SLUModel]
@@ -114,6 +115,50 @@ def test_a_model_starts_from_part_of_another(make: Make, tmp_path: Path) -> None
     for name, value in second.trained_state().items():
         assert (name in lacking) == name.startswith("encoder.") == (not value.any())
         assert name in lacking or torch.equal(value, given[name])
+
+
+ACTS = SpanTask("acts", "[DA]", ("yes", "no"))
+OTHERS = TaskRegistry([SA, ACTS, dataclasses.replace(NER, labels=NER.labels[:0:-1], words=None)])
+
+
+@pytest.mark.parametrize("older", [False, True], ids=["named", "by position"])
+@pytest.mark.parametrize("kind", ["speech_llm", "whisper_slu"])
+def test_marker_rows_are_found_by_name(make: Make, tmp_path: Path, kind: str, older: bool) -> None:
+    """Tasks in another order, one more, a label less; a file says by its tasks what it holds."""
+    options = {} if kind == "speech_llm" else {"encoder_mode": "frozen"}
+    first, second = make(kind, **options), make(kind, registry=OTHERS, **options)
+    first.save_pretrained(tmp_path / "saved")
+    config = json.loads((tmp_path / "saved" / "config.json").read_text())
+    assert config["markers"] == list(first.registry.markers)
+    if older:
+        del config["markers"]
+        (tmp_path / "saved" / "config.json").write_text(json.dumps(config))
+    before = second.trained_state()
+    with pytest.raises(UserError, match=r"rows of other markers.*\[/no\]"):
+        second.load_trained(tmp_path / "saved")
+    assert second.load_trained(tmp_path / "saved", partial=True) == []
+    given, now = first.trained_state(), second.trained_state()
+    rows = [name for name in now if name.endswith(".rows")]
+    assert rows
+    for name in rows:
+        for i, marker in enumerate(OTHERS.markers):
+            known = marker in first.registry.markers
+            place = first.registry.markers.index(marker) if known else i
+            assert torch.equal(now[name][i], (given if known else before)[name][place]), marker
+    # The same answers, whatever ids its markers have now.
+    turned = make(kind, registry=TaskRegistry([SA, dataclasses.replace(
+        NER, labels=NER.labels[::-1])]), **options)
+    assert turned.tokenizer.marker_ids != first.tokenizer.marker_ids
+    turned.load_trained(tmp_path / "saved")
+    torch.testing.assert_close(losses(turned), losses(first))
+
+
+def test_rows_that_nobody_can_name(make: Make, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path / "saved")
+    path = tmp_path / "saved" / "config.json"
+    path.write_text(path.read_text().replace('"[T/L]",', "", 1))
+    with pytest.raises(UserError, match=r"19 marker rows, and 18 markers are named"):
+        load(tmp_path / "saved")
 
 
 # ---- what does not fit

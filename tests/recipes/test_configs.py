@@ -53,8 +53,10 @@ def test_the_quick_start_goes_on_from_the_shipped_adapter() -> None:
     saved = json.loads((adapter / "config.json").read_text(encoding="utf-8"))["model"]
     saved["transcript"] = "auto"  # what is trained further is validated anew
     assert config.model.model_dump() == saved
-    for flags in (["--llm", "x"], ["--projector=conv"], ["--adapter", "a.yaml"],
-                  ["--data.tasks", "t.yaml"], ["--tasks-file=t.yaml"]):
+    for flags in (["--llm", "x"], ["--projector=conv"], ["--adapter", "a.yaml"]):
         assert default_config("llm", flags).name == "from_scratch.yaml"
+    for flags in (["--data.tasks", "t.yaml"], ["--tasks-file=t.yaml"],
+                  ["--model.llm", saved["llm"], "--projector", "ctc"]):
+        assert default_config("llm", flags).name == "from_adapter.yaml", "its rows have names"
     assert default_config("whisper", []).name == "whisper.yaml"
     assert not load("from_scratch.yaml").train.init

@@ -16,6 +16,7 @@ from unislu_llm import models
 from unislu_llm.config import Config
 from unislu_llm.data.augment import Augmenter
 from unislu_llm.data.manifest import read_manifest, write_manifest
+from unislu_llm.decoding.recogniser import WhisperRecogniser
 from unislu_llm.errors import UserError
 from unislu_llm.models.encoder import SpeechEncoder
 from unislu_llm.tasks import TaskRegistry
@@ -164,12 +165,39 @@ def test_what_a_run_lacks_is_named(tiny_config: Make, rewritten: Callable[..., l
     with pytest.raises(UserError, match="did you mean 'deletions'"):
         Trainer("speech_llm", tiny_config(model=CTC, data=half | {
             "text_injection": {"deletion": 0.1}}))
-    with pytest.raises(UserError, match=r"6 of 12 examples have no hypothesis"):
-        Trainer("speech_llm", tiny_config(model=READS, data=half))
+    with pytest.raises(UserError, match=r"3 of 12 examples have no hypothesis.*--copy-text"):
+        Trainer("speech_llm", tiny_config(model=READS, data={
+            "train": rewritten(silent=2, hypotheses=4), "dev": []}))
     whole = rewritten(silent=2, hypotheses=1)
     with pytest.raises(UserError, match=r"rewritten.jsonl:1: field 'audio'.*data\.dev"):
         Trainer("speech_llm", tiny_config(model=READS, data={"train": whole, "dev": whole}))
     with caplog.at_level(logging.WARNING):
-        Trainer("speech_llm", tiny_config(model={"hypothesis": "manifest"},
-                                          data={"train": rewritten(hypotheses=2), "dev": []}))
+        Trainer("speech_llm", tiny_config(
+            model=CTC | {"hypothesis": "manifest", "recogniser": "ctc"},
+            data={"train": rewritten(hypotheses=2), "dev": []}))
     assert "6 of 12 examples have no hypothesis" in caplog.text
+
+
+def test_hypotheses_that_are_missing_are_made_once(
+        tiny_config: Make, rewritten: Callable[..., list[str]],
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+    said = WhisperRecogniser.__call__
+
+    def counted(self: WhisperRecogniser, waves: Any, language: str) -> Any:
+        asked.append(len(waves))
+        return said(self, waves, language)
+
+    monkeypatch.setattr(WhisperRecogniser, "__call__", counted)
+    config = tiny_config(model=READS, data={"train": rewritten(hypotheses=3), "dev": []},
+                         train={"max_steps": 2, "save_every": 1})
+    first = Trainer("speech_llm", config)
+    stop_after(first, 1)
+    assert sum(asked) == 8, "four of twelve rows have one"
+    there = [e.utterance.hypothesis for e in first.dataset.examples]
+    assert None not in there
+    assert there[0] == "council met in paris on monday", "the row's own stays"
+    config.resume = True
+    again = Trainer("speech_llm", config)
+    assert [e.utterance.hypothesis for e in again.dataset.examples] == there
+    assert sum(asked) == 8, "a resumed run has those that it began with"

@@ -38,26 +38,52 @@ def unread_fields(path: str, rows: Iterable[Row], registry: TaskRegistry) -> lis
             if value is not None and key not in known:
                 found.setdefault(key, []).append((row, value))
     return [Unread(name, len(some), path, some[0][0].line, spans) for name, some in found.items()
-            if (spans := _all(_are_spans, some)) or _all(_are_labels, some)
+            if (spans := _are_spans(some)) or _are_labels([value for _, value in some])
             or _is_label([value for _, value in some])]
 
 
-def _all(test: Any, some: Sequence[tuple[Row, Any]]) -> bool:
+def _are_spans(some: Sequence[tuple[Row, Any]]) -> bool:
+    """Labelled spans or phrases, in the forms of manifests or of other tools."""
     # An empty list says that there are none, and nothing of what there could be.
-    lists = [(row, value) for row, value in some if value != []]
-    return bool(lists) and all(isinstance(value, list) and test(row, value) for row, value in lists)
+    given = [(str(row.content.get("text", "")), value) for row, value in some
+             if value not in ([], {})]
+    if not given or not all(_have_places(text, value) for text, value in given):
+        return False
+    # Pairs of words may be anything, if not one of them is said.
+    said = [phrase.lower() in text.lower() for text, value in given for phrase in _phrases(value)]
+    return any(said) or not said
 
 
-def _are_spans(row: Row, items: list[Any]) -> bool:
-    length = len(str(row.content.get("text", "")))
-    # Alignments are written alike, with times where spans have characters.
-    return all(isinstance(item.get("label"), str) if isinstance(item, dict) else
-               isinstance(item, list) and [type(part) for part in item] == [str, int, int]
-               and 0 <= item[1] < item[2] <= length for item in items)
+def _have_places(text: str, value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(said, list) and said and all(isinstance(s, str) for s in said)
+                   for said in value.values())
+    return isinstance(value, list) and all(
+        isinstance(item.get("label", item.get("phrase")), str) if isinstance(item, dict)
+        else _is_place(text, item) for item in value)
 
 
-def _are_labels(row: Row, items: list[Any]) -> bool:
-    return all(isinstance(item, str) and len(item) <= _LABEL_LENGTH for item in items)
+def _is_place(text: str, item: Any) -> bool:
+    kinds = [type(part) for part in item] if isinstance(item, list) else []
+    if kinds in ([str, int, int], [int, int, str]):
+        # Alignments are written alike, with times where spans have characters.
+        start, end = item[1:] if kinds[0] is str else item[:2]
+        return bool(0 <= start < end <= len(text))
+    return kinds == [str, str]
+
+
+def _phrases(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for said in value.values():
+            yield from said
+    else:
+        yield from (item[1] for item in value if isinstance(item, list) and len(item) == 2)
+
+
+def _are_labels(values: Sequence[Any]) -> bool:
+    lists = [value for value in values if value != []]
+    return bool(lists) and all(isinstance(value, list) and all(
+        isinstance(item, str) and len(item) <= _LABEL_LENGTH for item in value) for value in lists)
 
 
 def _is_label(values: Sequence[Any]) -> bool:

@@ -97,16 +97,19 @@ def _check_unread(unread: Sequence[Unread], registry: TaskRegistry, flag: str,
 def check_hypotheses(examples: Sequence[Example], model: ModelConfig) -> list[Example]:
     """Training examples with the hypotheses that a model reads: their rows', or the references.
 
-    Raises UserError: no example has one; or some have none, and the model does not listen.
+    What has audio and no hypothesis is recognised before training begins; text has nothing to
+    recognise, nor does a `ctc` projector that is yet to train make hypotheses.
+
+    Raises UserError: no example can have one; or some cannot, and the model does not listen.
     """
     if model.hypothesis == "reference":
         return [Example(replace(e.utterance, hypothesis=e.utterance.text), e.task)
                 for e in examples]
-    lacking = [e.utterance for e in examples if e.utterance.hypothesis is None]
+    lacking = [e.utterance for e in examples if e.utterance.hypothesis is None
+               and (e.utterance.audio is None or model.recogniser == "ctc")]
     if lacking and model.hypothesis == "manifest":
         share = f"data.train: {len(lacking)} of {len(examples)} examples have no hypothesis"
         if len(lacking) == len(examples) or model.projector == "none":
-            # Text has nothing to recognise.
             text = any(u.audio is None for u in lacking)
             raise UserError(f"{share}, the first {lacking[0].where}; add them with `unislu "
                             f"transcribe{' --copy-text' * text}`")

@@ -4,8 +4,9 @@
      "ner": [{"label": "ORG", "start": 4, "end": 11}]}
 
 `docs/data.md` lists the keys. A task of the registry stands under its name: spans (objects, or
-`[label, start, end]`), a label, or a list of labels; `null` is "not annotated". Any other key is
-metadata, unless it looks like a misspelt field that the row lacks.
+`[label, start, end]`), phrases (objects, `[label, phrase]`, or `{label: [phrase, ...]}`), a label,
+or a list of labels; `null` is "not annotated". Any other key is metadata, unless it looks like a
+misspelt field that the row lacks.
 """
 
 from __future__ import annotations
@@ -20,8 +21,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from unislu_llm.data.row_reader import FIELDS, Problem, RowReader, resolve, shorten
-from unislu_llm.errors import UserError
+from unislu_llm.data.row_reader import FIELDS, Problem, RowReader, resolve
+from unislu_llm.errors import UserError, shorten
 from unislu_llm.io import atomic
 from unislu_llm.tasks import Span, TaskRegistry
 from unislu_llm.utterance import Utterance

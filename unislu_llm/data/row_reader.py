@@ -6,23 +6,22 @@ the kinds of problems. The format is in :mod:`unislu_llm.data.manifest`.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache, partial
-from itertools import pairwise
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
 import pydantic
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError as Refused
 
-from unislu_llm.errors import dotted, hint
-from unislu_llm.tasks import LabelTask, Span, SpanTask, Task, TaskRegistry
+from unislu_llm.data.annotations import STRICT, annotation, shown
+from unislu_llm.errors import dotted
+from unislu_llm.tasks import TaskRegistry
 from unislu_llm.unified import find_marker
 from unislu_llm.utterance import Utterance
 
@@ -83,13 +82,10 @@ _Text = Annotated[str, AfterValidator(_plain)]
 _Seconds = Annotated[float, Field(ge=0, le=1e9, allow_inf_nan=False)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(strict=True)  # "1.5" is no number, nor is 1 a name
-
-
-class _Row(_Strict):
+class _Row(BaseModel):
     """What any row may say; :func:`_row_model` adds the tasks. A `null` is to be left out."""
 
+    model_config = STRICT
     id: _Text
     text: _Text
     audio: _Text | None = None
@@ -119,96 +115,10 @@ FIELDS = tuple(_Row.model_fields)
 """Keys of a row that are not tasks."""
 
 
-class _Labelled(_Strict):
-    """A labelled phrase: an object, or a list in the order of the fields."""
-
-    label: str
-
-    @pydantic.model_validator(mode="before")
-    @classmethod
-    def _named(cls, value: Any) -> Any:
-        names = list(cls.model_fields)
-        if isinstance(value, list) and len(value) == len(names):
-            return dict(zip(names, value, strict=True))
-        if not isinstance(value, dict):
-            listed = ", ".join(names)
-            raise Refused("type", f"must be an object of {listed} or a list [{listed}], found "
-                          f"{_shown(value)}")
-        return value
-
-
-class _PhraseRow(_Labelled):
-    """The phrase itself, in a row without a text: there are no characters to count."""
-
-    phrase: str = Field(pattern=r"\S")
-
-
-class _SpanRow(_Labelled):
-    """Where the phrase stands in the row's text, which is the context of the validation."""
-
-    start: int
-    end: int
-
-    @field_validator("start", "end")
-    @classmethod
-    def _inside(cls, offset: int, info: ValidationInfo) -> int:
-        text, name, before = info.context, info.field_name, info.data
-        start = before.get("start") if name == "end" else offset
-        edge = offset - (name == "end")  # the phrase's first or last character
-        # Without a text, or where what comes before is wrong, there is nothing to compare with.
-        if not isinstance(text, str) or "label" not in before or start is None:
-            return offset
-        if name == "end" and offset <= start:
-            why = f"is not after start {start}; `end` is an offset (exclusive), not a length"
-        elif not 0 <= edge < len(text):
-            why = f"is outside the text of {len(text)} characters"
-        elif text[edge].isspace():
-            why = f"puts a blank at the {name} of the phrase; move the offset to the word"
-        else:
-            return offset
-        raise Refused("span", f"{_shown(offset)} {why}")
-
-
-def _flat(items: list[_SpanRow]) -> tuple[Span, ...]:
-    spans = sorted((Span(s.label, s.start, s.end) for s in items), key=lambda s: s[1:])
-    for left, right in pairwise(spans):
-        if right.start < left.end:
-            named = " and ".join(f"{s.label} {s.start}..{s.end}" for s in (left, right))
-            raise Refused("overlap", f"{named} overlap; the format is flat: keep one of them")
-    return tuple(spans)
-
-
-def _check_label(task: Task, label: str) -> str:
-    if label not in task.labels:
-        raise Refused("label", f"'{shorten(label)}' is not a label of '{task.name}'"
-                      f"{hint(label, task.labels)}; labels: {', '.join(task.labels)}")
-    return label
-
-
-def _label_set(task: LabelTask, labels: list[str]) -> tuple[str, ...]:
-    if twice := [label for label in task.labels if labels.count(label) > 1]:
-        raise Refused("label", f"'{twice[0]}' is given twice; keep one")
-    # In the order of the task's labels, so that one set has one target.
-    return tuple(label for label in task.labels if label in labels)
-
-
-def _annotation(task: Task, phrases: bool) -> Any:
-    """Type of the annotation of a task."""
-    label: Any = Annotated[str, AfterValidator(partial(_check_label, task))]
-    if isinstance(task, SpanTask):
-        base: Any = _PhraseRow if phrases else _SpanRow
-        span: Any = pydantic.create_model("Span", __base__=base, label=(label, ...))
-        # Phrases have no place yet: the task is "not annotated" until they have one.
-        made = (lambda items: None if items else ()) if phrases else _flat
-        return Annotated[list[span], AfterValidator(made)]
-    several: Any = Annotated[list[label], AfterValidator(partial(_label_set, task))]
-    return several if task.multi else label
-
-
 def _row_model(registry: TaskRegistry, phrases: bool) -> type[_Row]:
     """The model of rows with these tasks; with `phrases` spans are given by what is said."""
     # The prefix keeps a task apart from attributes of the model, such as `copy`.
-    fields: Any = {f"task_{task.name}": (_annotation(task, phrases) | None,
+    fields: Any = {f"task_{task.name}": (annotation(task, phrases) | None,
                                          Field(None, alias=task.name)) for task in registry}
     return pydantic.create_model("Row", __base__=_Row, **fields)
 
@@ -296,17 +206,18 @@ def _explain(error: pydantic.ValidationError, row: Mapping[str, Any],
              renamed: str) -> Iterator[Problem]:
     """Problems of a row in the words of a manifest."""
     for found in error.errors(include_url=False):
-        field, kind, message = dotted(tuple(found["loc"])), found["type"], found["msg"]
+        place = tuple(part for part in found["loc"] if part != "[key]")  # pydantic's own word
+        field, kind, message = dotted(place), found["type"], found["msg"]
         if kind == "missing" and field in _REQUIRED:
             message = f"{'is empty' if row.get(field) == '' else 'is missing'}; {_REQUIRED[field]}"
             if field == "text":
                 advice = "; `unislu transcribe` writes a copy with a recogniser's"
                 message += renamed or (advice if row.get("audio") else "")
         elif kind == "missing":
-            message = "is missing; a span has label, start and end (without `text` label, phrase)"
+            message = "is missing; a span has label, start and end, or label and phrase"
         elif "_" in kind:  # one of pydantic's own
             kind = "type" if kind.endswith("_type") else "value"
-            message = f"{message.replace('Input should', 'must')}, found {_shown(found['input'])}"
+            message = f"{message.replace('Input should', 'must')}, found {shown(found['input'])}"
         yield Problem(field, kind, message)
 
 
@@ -316,14 +227,3 @@ def resolve(folder: Path, name: str) -> Path:
     while parts and parts[0] == "..":
         folder, parts = folder.resolve().parent, parts[1:]
     return folder.joinpath(*parts)
-
-
-def _shown(value: Any) -> str:
-    """A JSON value, short, for a message."""
-    return shorten(json.dumps(value, ensure_ascii=False))
-
-
-def shorten(text: str, limit: int = 40) -> str:
-    """Short and printable for a message."""
-    clean = "".join(c if c.isprintable() else "?" for c in text[:limit + 1])
-    return clean if len(clean) <= limit else clean[: limit - 3] + "..."

@@ -23,11 +23,10 @@ from torch import Generator, Tensor
 
 from unislu_llm.data.augment import Key
 from unislu_llm.errors import UserError, dotted, explain
-from unislu_llm.io import write_text
+from unislu_llm.io import RATES_FILE, write_text
 from unislu_llm.tokenizer import Example
 
 BLANK = 0
-RATES_FILE = "simulation.json"  # beside a saved model: the rates fitted on it
 _FLOOR = 1e-8  # posterior of a class that nothing speaks for
 _INJECT = 208  # last number of a seed, beside those of augment.py
 

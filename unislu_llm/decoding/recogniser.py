@@ -184,14 +184,16 @@ def fast_type(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def recogniser_of(model: SLUModel) -> Recogniser:
-    """The recogniser that a model's configuration names; raises as :func:`load_recogniser`."""
+def recogniser_of(model: SLUModel, device: torch.device | None = None) -> Recogniser:
+    """The recogniser that a model's configuration names, on `device` or the model's; raises as
+    :func:`load_recogniser`."""
     config = model.config
     if config.recogniser == "ctc":
         return ModelRecogniser(model, "ctc")
     base = None if config.recogniser else model.bases.get("encoder")
+    device = device or model.device
     return load_recogniser(config.recogniser or config.encoder, "decoder",
-                           base.revision if base else None, model.device, fast_type(model.device))
+                           base.revision if base else None, device, fast_type(device))
 
 
 def recognise(recogniser: Recogniser, utterances: Sequence[Utterance], registry: TaskRegistry, *,
@@ -230,12 +232,13 @@ def clean(text: str, registry: TaskRegistry) -> str:
     return " ".join("".join(c if c.isprintable() else " " for c in text).split()).lower()
 
 
-def with_hypotheses(model: SLUModel, utterances: Sequence[Utterance],
-                    progress: str = "") -> list[Utterance]:
+def with_hypotheses(model: SLUModel, utterances: Sequence[Utterance], progress: str = "",
+                    device: torch.device | None = None) -> list[Utterance]:
     """Attach to utterances what a model needs before it decodes: hypotheses, where it reads them.
 
     Those of `model.hypothesis manifest` that are there stay; the model's recogniser makes the
-    others. What comes twice stays one object. `progress` is the label of a progress bar.
+    others. What comes twice stays one object. `progress` is the label of a progress bar, `device`
+    the recogniser's in place of the model's.
 
     Raises:
         UserError: a reference transcript or the recogniser is lacking.
@@ -253,7 +256,7 @@ def with_hypotheses(model: SLUModel, utterances: Sequence[Utterance],
                         "measure an upper bound: it can be scored on manifests with transcripts, "
                         "but not used on files; train one with model.hypothesis manifest")
     if lacking:
-        made = dict(recognise(recogniser_of(model), list(lacking.values()), model.registry,
+        made = dict(recognise(recogniser_of(model, device), list(lacking.values()), model.registry,
                               language=model.config.language, progress=progress))
         found |= {key: replace(u, hypothesis=made[i].text)
                   for i, (key, u) in enumerate(lacking.items())}

@@ -15,16 +15,15 @@ from typing import Any
 import torch
 
 from unislu_llm.config import Precision
+from unislu_llm.data.annotations import listed_phrases
 from unislu_llm.data.audio import MAX_SECONDS
 from unislu_llm.data.manifest import Row, moved, read_rows
+from unislu_llm.data.phrases import place_phrases
 from unislu_llm.decoding.recogniser import Recogniser, Transcript, clean, load_recogniser, recognise
 from unislu_llm.errors import UserError
 from unislu_llm.io import append_json, atomic
-from unislu_llm.scoring.text import ner_tokens, normalise_phrase
-from unislu_llm.tasks import Span, SpanTask, TaskRegistry
+from unislu_llm.tasks import SpanTask, TaskRegistry
 from unislu_llm.utterance import Utterance
-
-_MORE_WORDS = 2  # that a phrase may have in the transcript: `a 100` is `one hundred`
 
 
 @dataclass
@@ -183,48 +182,11 @@ def place_spans(row: dict[str, Any], registry: TaskRegistry) -> list[str]:
     for task in registry:
         if not isinstance(task, SpanTask) or row.get(task.name) is None:
             continue
-        spans = place_phrases(row["text"], [
-            tuple(v) if isinstance(v, list) else (v["label"], v["phrase"])
-            for v in row[task.name]])
-        if spans is None:
+        # The wording is a recogniser's: the first place of a phrase is as good as another.
+        spans, why = place_phrases(row["text"], listed_phrases(row[task.name]), first=True)
+        if why:
             del row[task.name]
             lost.append(task.name)
         else:
             row[task.name] = [span._asdict() for span in spans]
     return lost
-
-
-def place_phrases(text: str, phrases: Sequence[tuple[str, str]]) -> list[Span] | None:
-    """Where `(label, phrase)` are said in a transcript, in order and without overlap; None where
-    one is not.
-
-    Words are those of SLUE's NER text, case aside; where they differ, stretches of words that
-    Whisper's normaliser makes equal count too (`12-ounce` and `twelve ounce`).
-    """
-    spans: list[Span] = []
-    # Long phrases first: they have fewer places, and a short one must not take their words.
-    for label, phrase in sorted(phrases, key=lambda p: -len(p[1])):
-        place = next(((start, end) for start, end in find_phrase(text, phrase)
-                      if not any(start < s.end and s.start < end for s in spans)), None)
-        if place is None:
-            return None
-        spans.append(Span(label, *place))
-    return sorted(spans, key=lambda span: span.start)
-
-
-def find_phrase(text: str, phrase: str) -> list[tuple[int, int]]:
-    """Start and end (characters) of each place in `text` where `phrase` is said, in order."""
-    tokens, words = ner_tokens(text), [token.text.lower() for token in ner_tokens(phrase)]
-    if not words:
-        return []
-    n, said = len(words), [token.text.lower() for token in tokens]
-    places = [(i, i + n) for i in range(len(tokens) - n + 1) if said[i:i + n] == words]
-    if not places and (wanted := normalise_phrase(phrase, "whisper")):
-        equal = [(i, i + k) for k in range(1, n + _MORE_WORDS + 1)
-                 for i in range(len(tokens) - k + 1)
-                 if normalise_phrase(text[tokens[i].start:tokens[i + k - 1].end],
-                                     "whisper") == wanted]
-        # The normaliser drops `um`: the shortest of stretches inside one another is the phrase.
-        places = sorted(p for p in equal if not any(q != p and p[0] <= q[0] and q[1] <= p[1]
-                                                    for q in equal))
-    return [(tokens[i].start, tokens[j - 1].end) for i, j in places]

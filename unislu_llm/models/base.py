@@ -227,11 +227,15 @@ class SLUModel(nn.Module, ABC):
         save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt", "kind": self.kind})
         Description(
             model_type=self.kind, model=self.config, tasks=self.registry.to_dict(),
-            bases=self.bases, ctc_tokens=list(self.ctc_tokens or ()) or None).write(folder)
+            bases=self.bases, ctc_tokens=list(self.ctc_tokens or ()) or None,
+            markers=list(self.tokenizer.marker_ids)).write(folder)
         self.tokenizer.base.save_pretrained(folder)
 
     def load_trained(self, folder: str | os.PathLike[str], *, partial: bool = False) -> list[str]:
-        """Load trained weights; returns what the file lacks, which `partial` allows.
+        """Load trained weights; returns the parameters that the file lacks, which `partial` allows.
+
+        Marker rows are taken by the names of their markers. With `partial` the file may have other
+        markers: rows that it lacks stay as they are.
 
         Raises:
             UserError: the file is missing or damaged, or its parameters are not this model's.
@@ -244,6 +248,8 @@ class SLUModel(nn.Module, ABC):
         # Files of earlier versions hold scalars where there is now a dimension of one.
         state = {n: value if value.ndim else value.reshape(1) for n, value in state.items()}
         own = dict(self.named_parameters())
+        for name in [n for n in state if n in own and self.parameter_group(n) == "markers"]:
+            state[name] = self._named_rows(state[name], own[name], folder, partial)
         missing, extra = self._persistent - set(state), set(state) - set(own)
         shapes = [n for n in state if n in own and own[n].shape != state[n].shape]
         if (missing and not partial) or extra or shapes:
@@ -253,3 +259,19 @@ class SLUModel(nn.Module, ABC):
             for name, value in state.items():
                 own[name].copy_(value)
         return sorted(missing)
+
+    def _named_rows(self, saved: Tensor, own: Tensor, folder: str | os.PathLike[str],
+                    partial: bool) -> Tensor:
+        """Saved marker rows `(n, dim)` in the order of this model's markers."""
+        there = Description.read(folder).marker_names(folder)
+        rows, wanted = dict(zip(there, saved, strict=False)), list(self.tokenizer.marker_ids)
+        if len(rows) != len(saved) or len(rows) != len(there):
+            raise UserError(f"{Path(folder) / WEIGHTS_FILE} does not fit its config.json: it has "
+                            f"{len(saved)} marker rows, and {len(there)} markers are named")
+        if there == wanted or saved.shape[1:] != own.shape[1:]:  # of which there is an error
+            return saved
+        if not partial and rows.keys() != set(wanted):
+            raise UserError(f"{Path(folder) / WEIGHTS_FILE} has rows of other markers than this "
+                            f"model: {', '.join(sorted(rows.keys() ^ set(wanted)))}")
+        return torch.stack([rows.get(marker, start.cpu()).to(saved.dtype)
+                            for marker, start in zip(wanted, own.detach(), strict=True)])

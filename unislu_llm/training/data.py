@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+from accelerate.utils import gather_object
 
 from unislu_llm.config import Config
 from unislu_llm.data.audio import ENCODER_RATE, SAMPLE_RATE
@@ -17,10 +20,49 @@ from unislu_llm.data.frame_cache import FrameCache, encoder_settings
 from unislu_llm.data.mixture import build_mixture
 from unislu_llm.data.sampler import BatchPlan, TokenPlan
 from unislu_llm.data.text_injection import SimulationRates, TextInjector
+from unislu_llm.decoding.recogniser import load_recogniser, with_hypotheses
 from unislu_llm.errors import UserError
+from unislu_llm.io import read_json, write_json
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.speech_llm import SpeechLLM
 from unislu_llm.tokenizer import Example
+from unislu_llm.utterance import Utterance
+
+_HYPOTHESES = "hypotheses.json"  # in a run folder: those that the run made, by place and id
+
+
+def attach_hypotheses(config: Config, model: SLUModel, examples: Sequence[Example], rank: int,
+                      world: int, device: torch.device, progress: str = ""
+                      ) -> tuple[list[Example], dict[str, str]]:
+    """Training examples with the hypotheses that the model reads and their rows lack.
+
+    Each process makes its share; a run that is resumed takes those that it was begun with. Also
+    returns what was made, for :func:`save_hypotheses`. `progress` is the title of a bar, empty
+    shows none. Raises UserError: no recogniser, bad audio.
+    """
+    reads = model.reads_hypothesis and config.train.objective == "unified"
+    lacking = {id(e.utterance): e.utterance for e in examples if e.utterance.hypothesis is None
+               and e.utterance.audio is not None and reads and model.config.recogniser != "ctc"}
+    file = Path(config.output) / _HYPOTHESES
+    made: dict[str, str] = read_json(file) if config.resume and file.is_file() else {}
+    todo = [u for u in lacking.values() if _place(u) not in made]
+    if todo:  # in all processes or none
+        found = with_hypotheses(model, todo[rank::world], progress, device)
+        load_recogniser.cache_clear()  # its weights are not needed any more
+        made |= gather_object([(_place(u), u.hypothesis) for u in found])
+    # What was one object stays one.
+    known = {key: replace(u, hypothesis=made[_place(u)]) for key, u in lacking.items()}
+    return [Example(known.get(id(e.utterance), e.utterance), e.task) for e in examples], made
+
+
+def save_hypotheses(run: Path, made: dict[str, str]) -> None:
+    """Keep in a run folder what :func:`attach_hypotheses` made."""
+    if made:
+        write_json(run / _HYPOTHESES, made)
+
+
+def _place(u: Utterance) -> str:
+    return f"{u.where} {u.id}"  # an id alone may be in two manifests
 
 
 def build_dataset(config: Config, model: SLUModel, examples: Sequence[Example],

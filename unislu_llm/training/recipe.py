@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,10 +12,6 @@ from pydantic import Field
 
 from unislu_llm.config_file import config_from_file, load_config, shipped
 from unislu_llm.errors import UserError, hint, launched, quiet_libraries
-
-PARTS = ("--llm", "--encoder", "--projector", "--adapter", "--tasks-file",
-         "--data.tasks", "--model.llm", "--model.encoder", "--model.projector")
-"""Flags that ask for other parts than the shipped adapter's."""
 
 
 class Recipe(NamedTuple):
@@ -35,9 +32,19 @@ def default_config(decoder: str, argv: Sequence[str]) -> Path:
     if decoder == "whisper":
         return configs / "whisper.yaml"
     # An installed package has no adapters: they are larger than all the rest of it.
-    adapter = shipped() / "adapters" / "whisper-base--smollm2-135m"
-    other = any(word.partition("=")[0] in PARTS for word in argv) or not adapter.is_dir()
-    return configs / ("from_scratch.yaml" if other else "from_adapter.yaml")
+    adapter, scratch = (configs / f"from_{name}.yaml" for name in ("adapter", "scratch"))
+    if not (shipped() / "adapters" / "whisper-base--smollm2-135m").is_dir():
+        return scratch
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--adapter")
+    for part in ("llm", "encoder", "projector"):
+        parser.add_argument(f"--{part}", f"--model.{part}", dest=part)
+    asked = {key: value for key, value in vars(parser.parse_known_args(argv)[0]).items() if value}
+    if not asked:
+        return adapter
+    # The adapter's own parts may be named as well.
+    model = config_from_file(adapter).model
+    return adapter if all(getattr(model, key, None) == asked[key] for key in asked) else scratch
 
 
 def run_recipe(argv: Sequence[str], description: str, prog: str | None = None,
@@ -109,7 +116,7 @@ def fill_cache(source: Path, folder: Path | None, decoder: str) -> int:
     from unislu_llm.data.frame_cache import FrameCache, build_frames, encoder_settings
     from unislu_llm.data.loading import load_examples
     from unislu_llm.models.encoder import SpeechEncoder
-    from unislu_llm.tasks import TaskRegistry
+    from unislu_llm.training.build import build_registry
     from unislu_llm.weights import resolve
 
     run = source / "config.yaml"  # its paths are as the run was given them
@@ -117,7 +124,7 @@ def fill_cache(source: Path, folder: Path | None, decoder: str) -> int:
     model, data, precision = config.model, config.data, config.train.precision
     if not (home := folder or data.frame_cache):
         raise UserError(f"{source} names no data.frame_cache; give --folder")
-    examples = load_examples(data.train, TaskRegistry.from_yaml(data.tasks))
+    examples = load_examples(data.train, build_registry(config))
     clips = [example.utterance for example in examples]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     whisper: Any = WhisperModel.from_pretrained(resolve(model.encoder).path, dtype=torch.float32,

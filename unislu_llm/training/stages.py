@@ -15,13 +15,14 @@ from unislu_llm.config import Config, Stage
 from unislu_llm.config_file import check, config_from_dict, inside, merge
 from unislu_llm.data.manifest import iter_rows
 from unislu_llm.errors import UserError
+from unislu_llm.io import find_model
 from unislu_llm.models.projectors import check_projector
+from unislu_llm.models.saved import Description
 from unislu_llm.run_folder import (
     BEST,
     LAST,
     can_resume,
     create_run,
-    find_model,
     is_run,
     read_finished,
     write_finished,
@@ -51,8 +52,9 @@ def train(kind: str, config: Config, name: str = "run") -> Path:
     run = _train_stages(kind, config, name) if config.stages else Trainer(kind, config, name).fit()
     if processes().is_main_process:
         best = find_model(run) or run
+        tasks = Description.read(best).registry(best)
         say(run, f"{best.name}: {best}\nscore it: unislu evaluate {run}\n"
-                 f"use it: unislu predict {run} {_clip(config)}")
+                 f"use it: unislu predict {run} {_clip(config, tasks)}")
     processes().destroy_process_group()
     return run
 
@@ -81,10 +83,10 @@ def _train_stages(kind: str, config: Config, name: str) -> Path:
     return run
 
 
-def _clip(config: Config) -> str:
+def _clip(config: Config, registry: TaskRegistry) -> str:
     """A dev clip for the first try."""
     rows = (row.utterance for path in config.data.dev
-            for row in iter_rows(path, TaskRegistry.from_yaml(config.data.tasks)))
+            for row in iter_rows(path, registry))
     whole = (u for u in rows if u and u.audio and not u.start and u.end is None and not u.segments)
     clip = next(whole, None)
     if clip is None or clip.audio is None:

@@ -34,12 +34,17 @@ from unislu_llm.data.loading import load_examples
 from unislu_llm.errors import UserError
 from unislu_llm.io import write_json
 from unislu_llm.run_folder import BEST, LAST, TRAINER_FILE, create_run, write_finished
-from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import Example
 from unislu_llm.training import checkpoint
-from unislu_llm.training.build import build_model, fitted_rates
+from unislu_llm.training.build import build_model, build_registry, fitted_rates
 from unislu_llm.training.checkpoint import Progress
-from unislu_llm.training.data import build_dataset, build_plan, deal
+from unislu_llm.training.data import (
+    attach_hypotheses,
+    build_dataset,
+    build_plan,
+    deal,
+    save_hypotheses,
+)
 from unislu_llm.training.examples import choose, show
 from unislu_llm.training.log import (
     Log,
@@ -84,7 +89,7 @@ class Trainer:
 
         # 2. Data.
         data = config.data
-        self.registry = TaskRegistry.from_yaml(data.tasks)
+        self.registry = build_registry(config)
         self.objective = OBJECTIVES[train.objective](config, self.registry)
         examples = self.objective.examples(load_examples(data.train, self.registry), training=True)
         self.dev = [] if not data.dev else self.objective.examples(load_examples(
@@ -95,6 +100,8 @@ class Trainer:
         # 3. The model, and what it makes of the data.
         self.model = build_model(kind, config, self.registry,
                                  (e.utterance.text for e in examples), self.device)
+        examples, made = attach_hypotheses(config, self.model, examples, self.rank, self.world,
+                                           self.device, self._progress("hypotheses"))
         self.rates = fitted_rates(config)
         self.dataset = build_dataset(config, self.model, examples, self.rates)
         if self.dataset.injector is not None:
@@ -112,6 +119,8 @@ class Trainer:
         # 4. The run folder: from here on something is written.
         self.run = self.notices.run = from_main(lambda: create_run(config, name))
         self.notices.flush()
+        if self.main:
+            save_hypotheses(self.run, made)
         set_seed(train.seed, device_specific=True)
         self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self._fill_cache()

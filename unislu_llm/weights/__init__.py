@@ -1,5 +1,5 @@
 """From a checkpoint's name to a folder on this machine."""
 
-from unislu_llm.weights.resolve import Found, resolve, weights_hash
+from unislu_llm.weights.resolve import Found, fetch_model, resolve, weights_hash
 
-__all__ = ["Found", "resolve", "weights_hash"]
+__all__ = ["Found", "fetch_model", "resolve", "weights_hash"]

@@ -18,7 +18,15 @@ from typing import NamedTuple
 import huggingface_hub as hub
 
 from unislu_llm.errors import UserError, hint
-from unislu_llm.io import read_json, write_json
+from unislu_llm.io import (
+    MODEL_FILE,
+    MODEL_TYPES,
+    RATES_FILE,
+    WEIGHTS_FILE,
+    near_models,
+    read_json,
+    write_json,
+)
 from unislu_llm.weights import wheels
 from unislu_llm.weights.wheels import NotHereError
 
@@ -210,3 +218,21 @@ def weights_hash(folder: Path) -> str:
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the result
         write_json(memo, {"stamp": stamp, "sha256": digest.hexdigest()})
     return digest.hexdigest()
+
+
+def fetch_model(name: str) -> Path:
+    """Folder with a saved model of the hub, `user/model` or `user/model@revision`.
+
+    Raises UserError: it is not there, cannot be reached and is not cached, or is no model of ours.
+    """
+    try:
+        found = resolve(name, files=(MODEL_FILE,))
+        kind = read_json(found.path / MODEL_FILE).get("model_type")
+        if kind not in MODEL_TYPES:  # before gigabytes are fetched
+            raise UserError(f"{name}: its model_type is '{kind}', and no model that unislu_llm "
+                            f"has saved ({', '.join(MODEL_TYPES)})")
+        # The weights of this commit, whatever is pushed meanwhile. Nothing else is taken.
+        return resolve(name.partition("@")[0], found.revision,
+                       files=(WEIGHTS_FILE, MODEL_FILE, RATES_FILE)).path
+    except UserError as error:
+        raise UserError(f"{error}{near_models(name)}") from None

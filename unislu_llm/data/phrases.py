@@ -1,0 +1,122 @@
+"""Labelled phrases without offsets: where in a transcript they are said.
+
+Words are those of SLUE's NER text, case aside; where they differ, stretches of words that Whisper's
+normaliser makes equal count too (`12-ounce` and `twelve ounce`).
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from unislu_llm.errors import hint, shorten
+from unislu_llm.scoring.text import Token, ner_tokens, normalise_phrase
+from unislu_llm.tasks import Span
+
+_MORE_WORDS = 2  # that a phrase may have in the transcript: `a 100` is `one hundred`
+_LONG = 500  # words from which a text is searched for equal words alone: normalising takes a while
+
+
+def place_phrases(text: str, phrases: Sequence[tuple[str, str]], spans: Iterable[Span] = (), *,
+                  first: bool = False) -> tuple[list[Span], dict[int, str]]:
+    """Spans of `(label, phrase)`, in order of their places and without overlap.
+
+    Also why a phrase has none, by its index: it is not said, or not as often as it is given, or it
+    is said more often, so that nobody knows which place is meant.
+
+    Args:
+        text: the transcript.
+        phrases: label and phrase of each.
+        spans: places that are taken.
+        first: take the first places of a phrase that is said more often.
+    """
+    said, placed, why = _Transcript(text), list(spans), dict[int, str]()
+    taken = bytearray(len(text))
+    for span in placed:
+        taken[span.start:span.end] = b"\1" * (span.end - span.start)
+    alike: dict[tuple[str, ...], list[int]] = defaultdict(list)
+    for i, (_, phrase) in enumerate(phrases):
+        alike[_words(phrase)].append(i)
+    # Long phrases first: they have fewer places, and a short one must not take their words.
+    for words, given in sorted(alike.items(), key=lambda item: -len(item[0])):
+        phrase, places = phrases[given[0]][1], list[tuple[int, int]]()
+        for start, end in said.find(phrase, words):
+            if not any(taken[start:end]) and not (places and start < places[-1][1]):
+                places.append((start, end))
+        labels = sorted({phrases[i][0] for i in given})
+        if len(places) < len(given):
+            why |= dict.fromkeys(given, said.lacks(phrase, words, len(places), len(given)))
+        elif not first and (len(places) > len(given) or len(labels) > 1):
+            as_what = f" as {' and as '.join(labels)}" if len(labels) > 1 else ""
+            why |= dict.fromkeys(given, f"'{shorten(phrase)}' is in the text "
+                                 f"{_times(len(places))} and given {_times(len(given))}{as_what}; "
+                                 "give start and end in place of the phrase")
+        else:
+            for i, (start, end) in zip(given, places, strict=False):
+                placed.append(Span(phrases[i][0], start, end))
+                taken[start:end] = b"\1" * (end - start)
+    return sorted(placed, key=lambda span: span[1:]), why
+
+
+def find_phrase(text: str, phrase: str) -> list[tuple[int, int]]:
+    """Start and end (characters) of each place in `text` where `phrase` is said, in order."""
+    return _Transcript(text).find(phrase, _words(phrase))
+
+
+class _Transcript:
+    """A text in which many phrases are looked for, each in the time of its few places."""
+
+    def __init__(self, text: str) -> None:
+        self._text, self._tokens = text, ner_tokens(text)
+        self._words = [_word(token) for token in self._tokens]
+        self._index: dict[str, list[int]] = defaultdict(list)
+        for i, word in enumerate(self._words):
+            self._index[word].append(i)
+        self._normal: dict[int, list[str]] = {}  # normalised stretches, by their number of words
+
+    def find(self, phrase: str, words: tuple[str, ...]) -> list[tuple[int, int]]:
+        n, first = len(words), words[0] if words else ""
+        places = [(i, i + n) for i in self._index.get(first, ())
+                  if tuple(self._words[i:i + n]) == words]
+        if not places and words and len(self._tokens) <= _LONG and (
+                wanted := normalise_phrase(phrase, "whisper")):
+            equal = [(i, i + k) for k in range(1, n + _MORE_WORDS + 1)
+                     for i, stretch in enumerate(self._stretches(k)) if stretch == wanted]
+            # The normaliser drops `um`: the shortest of stretches inside one another is the phrase.
+            places = sorted(p for p in equal if not any(
+                q != p and p[0] <= q[0] and q[1] <= p[1] for q in equal))
+        return [(self._tokens[i].start, self._tokens[j - 1].end) for i, j in places]
+
+    def _stretches(self, n: int) -> list[str]:
+        if n not in self._normal:
+            self._normal[n] = [
+                normalise_phrase(self._text[a.start:b.end], "whisper")
+                for a, b in zip(self._tokens, self._tokens[n - 1:], strict=False)]
+        return self._normal[n]
+
+    def lacks(self, phrase: str, words: tuple[str, ...], there: int, given: int) -> str:
+        """Why a phrase that is given so many times has fewer places."""
+        if there:
+            return (f"'{shorten(phrase)}' is given {_times(given)} and is in the text "
+                    f"{_times(there)}; spans do not overlap")
+        if self.find(phrase, words):
+            return f"'{shorten(phrase)}' is in the text only where another span is"
+        n = len(words)
+        near = {" ".join(self._words[i:i + n])
+                for i in range(min(len(self._words), _LONG) - n + 1)} if n else set[str]()
+        return (f"'{shorten(phrase)}' is not in the text as whole words"
+                f"{hint(phrase, near) or '; correct the phrase or the text'}")
+
+
+def _words(phrase: str) -> tuple[str, ...]:
+    return tuple(map(_word, ner_tokens(phrase)))
+
+
+def _word(token: Token) -> str:
+    # `ü` may be one character or two: which one depends on who typed it.
+    return unicodedata.normalize("NFC", token.text).lower()
+
+
+def _times(n: int) -> str:
+    return "once" if n == 1 else f"{n} times"
