@@ -57,14 +57,7 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
     Raises UserError: a file that is missing or no YAML, an unknown key, a value out of bounds.
     """
     argv = sys.argv[1:] if argv is None else argv
-    # These five decide what the defaults of all other flags are, so they are read before them.
-    first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    first.add_argument("--adapter", type=Path)
-    first.add_argument("--llm", "--model.llm", dest="llm")
-    first.add_argument("--projector", "--model.projector", dest="projector")
-    first.add_argument("--train.init", dest="init")
-    chosen, _ = first.parse_known_args(argv)
+    chosen = _first_flags(argv, prog)
     file = chosen.config or default_file
     values = read_layer(file)
     if chosen.init is not None:
@@ -100,6 +93,17 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
         _check_own_data({word.partition("=")[0] for word in argv or ()}, config, file)
     say(told)
     return config
+
+
+def _first_flags(argv: Sequence[str], prog: str | None) -> argparse.Namespace:
+    # These five decide what the defaults of all other flags are, so they are read before them.
+    first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
+    first.add_argument("--config", type=Path)
+    first.add_argument("--adapter", type=Path)
+    first.add_argument("--llm", "--model.llm", dest="llm")
+    first.add_argument("--projector", "--model.projector", dest="projector")
+    first.add_argument("--train.init", dest="init")
+    return first.parse_known_args(argv)[0]
 
 
 def _check_own_data(flags: set[str], config: Config, file: Path) -> None:

@@ -88,11 +88,12 @@ def test_targets_and_hypotheses_are_padded_on_the_right(tokenizer: UnifiedTokeni
 
 
 def test_kinds_and_lengths_of_input(tokenizer: UnifiedTokenizer, injector: TextInjector) -> None:
-    gone = Example(Utterance("s", Path("gone.wav"), "a", duration=3.0, hypothesis="a"), None)
+    gone = Example(Utterance("s", Path("gone.wav"), "a", duration=3.0, hypothesis="a",
+                             source="half.jsonl:2"), None)
     text = Example(Utterance("t", None, "abc", source="half.jsonl:1", hypothesis="b"), None)
     both, plain = (gone, text), SpeechDataset([gone, text])
     assert plain.kind(gone) == "audio"
-    for i, message in enumerate((r"s: field 'audio': gone\.wav",
+    for i, message in enumerate((r"half\.jsonl:2: field 'audio': gone\.wav",
                                  r"half\.jsonl:1: field 'audio': the row has no audio")):
         with pytest.raises(UserError, match=message):
             plain[i, 0]

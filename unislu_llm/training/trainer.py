@@ -128,11 +128,13 @@ class Trainer:
         # 5. Where it stands.
         self.window, self.progress = Window(self.objective, self.device), Progress()
         if config.resume:
-            last = self.run / LAST
-            self.model.load_trained(last)
-            checkpoint.load_optimizer(last, self.optimizer, self.model)
-            self.progress = checkpoint.read_progress(last)
-            checkpoint.load_rng(last, self.rank, self.world)
+            self._resume(self.run / LAST)
+
+    def _resume(self, last: Path) -> None:
+        self.model.load_trained(last)
+        checkpoint.load_optimizer(last, self.optimizer, self.model)
+        self.progress = checkpoint.read_progress(last)
+        checkpoint.load_rng(last, self.rank, self.world)
 
     def _fill_cache(self) -> None:
         cache = self.dataset.frame_cache
