@@ -66,12 +66,7 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
     first.add_argument("--train.init", dest="init")
     chosen, _ = first.parse_known_args(argv)
     file = chosen.config or default_file
-    values = read_layer(file)
-    if chosen.init is not None:
-        values = merge(Config, values, {"train": {"init": chosen.init}})
-    saved = inherited(values)
-    values = (merge(Config, values, saved) if chosen.init and not chosen.config else
-              merge(Config, saved, values))
+    values = _with_saved(read_layer(file), chosen.init, over=not chosen.config)
     flags = {key: value for key in ("llm", "projector")
              if (value := getattr(chosen, key)) is not None}
     told = f"config: {file}"
@@ -100,6 +95,15 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
         _check_own_data({word.partition("=")[0] for word in argv or ()}, config, file)
     say(told)
     return config
+
+
+def _with_saved(values: Values, init: str | None, *, over: bool) -> Values:
+    """A config file's values on those of the saved model that the run starts from; with `over`
+    below them, where a flag names it (`init`)."""
+    if init is not None:
+        values = merge(Config, values, {"train": {"init": init}})
+    saved = inherited(values)
+    return merge(Config, values, saved) if init and over else merge(Config, saved, values)
 
 
 def _check_own_data(flags: set[str], config: Config, file: Path) -> None:
