@@ -52,7 +52,7 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
         description: shown by `--help`.
         prog: name of the program in `--help`.
         extra: as of :func:`unislu_llm.flags.parse_flags`.
-        say: is told in one line which config file and which preset were taken.
+        say: is told in one line which config file, preset and saved model's settings were taken.
 
     Raises UserError: a file that is missing or no YAML, an unknown key, a value out of bounds.
     """
@@ -69,7 +69,7 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
     values = _with_saved(read_layer(file), chosen.init, over=not chosen.config)
     flags = {key: value for key in ("llm", "projector")
              if (value := getattr(chosen, key)) is not None}
-    told = f"config: {file}"
+    told, init = f"config: {file}", values.get("train", {}).get("init")
     shown = {"config": (Path, Field(file, description="Config file (YAML).")),
              **(extra or {})}
     if presets is not None:
@@ -93,7 +93,7 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
         config.data.dev = []
     elif file.resolve().parent == default_file.resolve().parent:
         _check_own_data({word.partition("=")[0] for word in argv or ()}, config, file)
-    say(told)
+    say(told + (f"; model settings: those of {init}" if init else ""))
     return config
 
 
