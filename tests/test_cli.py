@@ -263,7 +263,8 @@ def test_runs_are_trained_scored_and_compared(decoder: str, kind: str, unislu: R
     assert (status, errors) == (0, [])
     assert out.startswith(f"config: {run / 'config.yaml'}")
     assert ("; preset: none for " in out.splitlines()[0]) == (decoder == "llm")
-    assert "score it: unislu evaluate a\nuse it: unislu predict a " in out
+    assert out.endswith("score it: unislu evaluate a\n"
+                        "use it: unislu predict a corpus/audio/u0.wav\n")
     status, out, errors = unislu("evaluate", "a", run, "--out", "scores")
     assert (status, errors) == (0, [])
     assert out.count("| a ") == out.count("| tiny ") == 2

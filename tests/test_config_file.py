@@ -88,8 +88,9 @@ def test_a_flag_that_names_a_saved_model_replaces_the_default_files(
         files: tuple[Path, Path]) -> None:
     saved = saved_model(files[0].parent / "saved", lora={"rank": 5})
     files[0].write_text("model: {llm: org/one, projector: none, hypothesis: manifest}\n")
-    flags = ["--train.init", str(saved)]
-    model = load_config(flags, *files, "").model
+    flags, told = ["--train.init", str(saved)], list[str]()
+    model = load_config(flags, *files, "", say=told.append).model
+    assert told[0].endswith(f"; model settings: those of {saved}")
     assert (model.llm, model.projector, model.lora.rank) == ("org/two", "ctc", 5)
     # A file that is named is meant, as flags are.
     model = load_config([*flags, "--config", str(files[0]), "--projector", "mlp"], *files, "").model

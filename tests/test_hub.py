@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -15,6 +16,7 @@ from tests.hub import Hub, connected
 from unislu_llm import load, understand
 from unislu_llm.cli import main
 from unislu_llm.config import Config
+from unislu_llm.config_file import config_from_file
 from unislu_llm.decoding.recogniser import ModelRecogniser, load_recogniser
 from unislu_llm.errors import UserError
 from unislu_llm.evaluate import Options, make_job
@@ -145,17 +147,18 @@ def test_a_name_is_taken_wherever_a_folder_is(hub: Hub, best: Path,
     load_recogniser.cache_clear()
 
 
-def test_in_a_config_file_a_name_stays_one(tmp_path: Path) -> None:
-    from unislu_llm.config_file import config_from_file
-
+def test_in_a_config_file_a_name_stays_one(hub: Hub, best: Path, tmp_path: Path) -> None:
+    """A folder's and a name's model bring their settings alike."""
+    hub.commit(NAME, files_of(best))
     path = tmp_path / "configs" / "a.yaml"
-    path.parent.mkdir()
+    for folder in (tmp_path, path.parent):
+        shutil.copytree(best, folder / "runs" / "best", dirs_exist_ok=True)
+    llm = json.loads((best / "config.json").read_text())["model"]["llm"]
     for init, expected in ((NAME, NAME), ("../runs/best", str(tmp_path / "runs" / "best")),
                            ("runs/best", str(path.parent / "runs" / "best"))):
         path.write_text(f"train:\n  init: {init}\ndata:\n  frame_cache: my/frames\n")
-        (path.parent / "runs").mkdir(exist_ok=True)
         config = config_from_file(path)
-        assert config.train.init == expected
+        assert (config.train.init, config.model.llm) == (expected, llm)
         assert config.data.frame_cache == str(path.parent / "my" / "frames")
 
 

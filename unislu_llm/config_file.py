@@ -52,22 +52,17 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
         description: shown by `--help`.
         prog: name of the program in `--help`.
         extra: as of :func:`unislu_llm.flags.parse_flags`.
-        say: is told in one line which config file and which preset were taken.
+        say: is told in one line which config file, preset and saved model's settings were taken.
 
     Raises UserError: a file that is missing or no YAML, an unknown key, a value out of bounds.
     """
     argv = sys.argv[1:] if argv is None else argv
     chosen = _first_flags(argv, prog)
     file = chosen.config or default_file
-    values = read_layer(file)
-    if chosen.init is not None:
-        values = merge(Config, values, {"train": {"init": chosen.init}})
-    saved = inherited(values)
-    values = (merge(Config, values, saved) if chosen.init and not chosen.config else
-              merge(Config, saved, values))
+    values = _with_saved(read_layer(file), chosen.init, over=not chosen.config)
     flags = {key: value for key in ("llm", "projector")
              if (value := getattr(chosen, key)) is not None}
-    told = f"config: {file}"
+    told, init = f"config: {file}", values.get("train", {}).get("init")
     shown = {"config": (Path, Field(file, description="Config file (YAML).")),
              **(extra or {})}
     if presets is not None:
@@ -91,7 +86,7 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
         config.data.dev = []
     elif file.resolve().parent == default_file.resolve().parent:
         _check_own_data({word.partition("=")[0] for word in argv or ()}, config, file)
-    say(told)
+    say(told + (f"; model settings: those of {init}" if init else ""))
     return config
 
 
@@ -104,6 +99,15 @@ def _first_flags(argv: Sequence[str], prog: str | None) -> argparse.Namespace:
     first.add_argument("--projector", "--model.projector", dest="projector")
     first.add_argument("--train.init", dest="init")
     return first.parse_known_args(argv)[0]
+
+
+def _with_saved(values: Values, init: str | None, *, over: bool) -> Values:
+    """A config file's values on those of the saved model that the run starts from; with `over`
+    below them, where a flag names it (`init`)."""
+    if init is not None:
+        values = merge(Config, values, {"train": {"init": init}})
+    saved = inherited(values)
+    return merge(Config, values, saved) if init and over else merge(Config, saved, values)
 
 
 def _check_own_data(flags: set[str], config: Config, file: Path) -> None:

@@ -27,7 +27,7 @@ _NEEDED = ("weights_sha256", "scores", "command", "manifests", "decode")
 
 
 def read_results(paths: Sequence[Path], hashes: Mapping[str, str]) -> list[tuple[Values, str]]:
-    """Score files of eval/evaluate.py, each with what the card calls its weights.
+    """Score files of `unislu evaluate`, each with what the card calls its weights.
 
     `hashes` says what these are, by SHA-256; a file of other weights is a `UserError`.
     """
@@ -35,7 +35,7 @@ def read_results(paths: Sequence[Path], hashes: Mapping[str, str]) -> list[tuple
     for path in paths:
         values = read_json(path)
         if lacking := set(_NEEDED) - set(values):
-            raise UserError(f"--results {path}: is no score file of eval/evaluate.py (it has no "
+            raise UserError(f"--results {path}: is no score file of `unislu evaluate` (it has no "
                             f"{', '.join(sorted(lacking))})")
         digest = str(values["weights_sha256"])
         if digest not in hashes:

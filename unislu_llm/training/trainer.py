@@ -110,10 +110,7 @@ class Trainer:
         self.total_steps = self.plan.steps(train.epochs)
         if train.max_steps:
             self.total_steps = min(self.total_steps, train.max_steps)
-        drawn = self.plan.mixture.size if self.plan.mixture else len(examples)
-        for line in run_findings(examples, self.dev, self.plan.mixture,
-                                 drawn * self.total_steps // max(self.plan.steps(1), 1)):
-            log.warning(line)
+        self._warn_of_data(examples)
         optimizer = build_optimizer(self.model.trainable_groups(), train)
 
         # 4. The run folder: from here on something is written.
@@ -135,6 +132,13 @@ class Trainer:
         checkpoint.load_optimizer(last, self.optimizer, self.model)
         self.progress = checkpoint.read_progress(last)
         checkpoint.load_rng(last, self.rank, self.world)
+
+    def _warn_of_data(self, examples: Sequence[Example]) -> None:
+        mixture = self.plan.mixture
+        drawn = mixture.size if mixture else len(examples)
+        for line in run_findings(examples, self.dev, mixture,
+                                 drawn * self.total_steps // max(self.plan.steps(1), 1)):
+            log.warning(line)
 
     def _fill_cache(self) -> None:
         cache = self.dataset.frame_cache
