@@ -155,7 +155,7 @@ def test_models_get_the_hypotheses_that_they_lack(whisper: str, make_utterances:
     assert recogniser_of(model) is recogniser_of(model), "it is loaded once"
     own = ctc_model(tiny_speech_llm, hypothesis="manifest", recogniser="ctc")
     assert recogniser_of(own)(noise(2), "en") == ModelRecogniser(own, "ctc")(noise(2), "en")
-    monkeypatch.setattr(module, "recogniser_of", lambda _: Says(loop=True))
+    monkeypatch.setattr(module, "recogniser_of", lambda *_: Says(loop=True))
     with caplog.at_level(logging.WARNING):
         caplog.clear()
         with_hypotheses(model, given)
