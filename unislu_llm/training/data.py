@@ -47,6 +47,9 @@ def attach_hypotheses(config: Config, model: SLUModel, examples: Sequence[Exampl
     made: dict[str, str] = read_json(file) if config.resume and file.is_file() else {}
     todo = [u for u in lacking.values() if _place(u) not in made]
     if todo:  # in all processes or none
+        if rank == 0:
+            print(f"{len(todo)} training clips have no hypothesis; "
+                  f"{model.config.recogniser or model.config.encoder} makes them", flush=True)
         found = with_hypotheses(model, todo[rank::world], progress, device)
         load_recogniser.cache_clear()  # its weights are not needed any more
         made |= gather_object([(_place(u), u.hypothesis) for u in found])
