@@ -165,8 +165,9 @@ def create_run(config: Config, name: str) -> Path:
     folder = Path(config.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if config.resume:
         if not can_resume(folder):
-            raise UserError(f"--resume: {folder / LAST} holds no checkpoint; give the run's "
-                            "folder as --output")
+            why = ("the run was stopped before its first one; start it anew, with another --output"
+                   if is_run(folder) else "give the run's folder as --output")
+            raise UserError(f"--resume: {folder / LAST} holds no checkpoint; {why}")
         return folder
     # An empty one may have been made to be mounted.
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -179,8 +179,11 @@ def load_recogniser(name: str, source: str = "decoder", revision: str | None = N
 
 def fast_type(device: torch.device) -> torch.dtype:
     """bf16 where the device multiplies it fast, in which Whisper errs no more; else fp32."""
-    fast = (torch.cuda.is_bf16_supported(including_emulation=False) if device.type == "cuda"
-            else torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # what torch uses may be less than what the processor has
+        fast = "AVX512" in torch.backends.cpu.get_cpu_capability() and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
     return torch.bfloat16 if fast else torch.float32
 
 

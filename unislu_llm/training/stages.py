@@ -53,7 +53,8 @@ def train(kind: str, config: Config, name: str = "run") -> Path:
     if processes().is_main_process:
         best = find_model(run) or run
         tasks = Description.read(best).registry(best)
-        say(run, f"{best.name}: {best}\nscore it: unislu evaluate {run}\n"
+        more = "" if config.data.dev else " --manifest FILE"
+        say(run, f"{best.name}: {best}\nscore it: unislu evaluate {run}{more}\n"
                  f"use it: unislu predict {run} {_clip(config, tasks)}")
     processes().destroy_process_group()
     return run
