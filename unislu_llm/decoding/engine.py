@@ -36,6 +36,8 @@ _MOST_LABELS = 64  # tasks with more are decoded token by token: each label cost
 Pair = tuple[int, str]
 Found = dict[Pair, list[Decoded]]  # answers, best first
 Shares = dict[Pair, Tensor]  # probabilities `(labels,)` of answers that are labels
+# What a batch says: these, and by row the ids of the `ctc` projector's text.
+Read = tuple[Found, Shares, list[list[int]] | None]
 
 
 class _Plan(NamedTuple):
@@ -111,10 +113,8 @@ class Engine:
                 found: Found = {(i, ASR): [self._kept(ids) + end] for i, ids in enumerate(read)}
                 shares: Shares = {}
             else:
-                state = self.model.prefill(batch.to(self.model.device))
-                by_ctc = state.ctc_hypothesis
                 way = self._by_task if self.options.force_task else self._free
-                found, shares = way(state, batch.durations, names)
+                found, shares, by_ctc = way(batch.to(self.model.device), names)
         finally:
             self.model.train(training)
         answers = []
@@ -129,9 +129,9 @@ class Engine:
                 several=n_best > 1))
         return answers
 
-    def _free(self, state: State, seconds: Sequence[float],
-              names: Sequence[list[str]]) -> tuple[Found, Shares]:
+    def _free(self, batch: Batch, names: Sequence[list[str]]) -> Read:
         """One answer for all tasks: whatever the model chooses to say."""
+        state, seconds = self.model.prefill(batch), batch.durations
         # Any of the tasks stands for all: free, their grammar is the same.
         requests = [(some[0], False) for some in names]
         need = [self._grammar.need(r) if self._grammar else 0 for r in requests]
@@ -147,11 +147,12 @@ class Engine:
         ends = [[eos]] * len(names)
         ranked, _ = self._search(state, room, ends, make, None if verbatim else state)
         return {(i, name): [heads[i] + tail for tail in ranked[i]]
-                for i, some in enumerate(names) for name in some}, {}
+                for i, some in enumerate(names) for name in some}, {}, state.ctc_hypothesis
 
-    def _by_task(self, state: State, seconds: Sequence[float],
-                 names: Sequence[list[str]]) -> tuple[Found, Shares]:
+    def _by_task(self, batch: Batch, names: Sequence[list[str]]) -> Read:
         """Transcripts once, then each task from a copy of the cache."""
+        state, seconds = self.model.prefill(batch), batch.durations
+        by_ctc = state.ctc_hypothesis
         requests: list[Request] = []
         room = []
         for some, length in zip(names, seconds, strict=True):
@@ -173,6 +174,9 @@ class Engine:
         else:
             make = self._maker(requests, room, state)
             ranked, state = self._search(state, room, stops, make, state)
+            if self.options.num_beams > 1:
+                # The beams' own states are gone; the best transcripts are read again, in one step.
+                self._feed(state, [answers[0].ids[:-1] for answers in ranked])
         # Rows are of different length: without gaps, sliding windows see what they would alone.
         state.compact()
         pairs = [(i, name) for i, some in enumerate(names) for name in some]
@@ -182,24 +186,26 @@ class Engine:
         budgets = {(i, name): self._budget(seconds[i], self._plans[name].need,
                                            len(ranked[i][0].ids) if verbatim else 0)
                    for i, name in pairs}
-        return found, self._answer_tasks(state, pairs, budgets, found)
+        # Without the grammar, a transcript may have used all of its budget.
+        others = [pair for pair in pairs if not self._plans[pair[1]].scored
+                  and len(ranked[pair[0]][0].ids) + 1 < budgets[pair]]
+        pairs = [*(pair for pair in pairs if self._plans[pair[1]].scored), *others]
+        if not pairs:
+            return found, {}, by_ctc
+        # From here on copies go on by themselves, which need the memory of what they are copies of.
+        state = state.take([i for i, _ in pairs])
+        return found, self._answer_tasks(state, pairs, budgets, found), by_ctc
 
     def _answer_tasks(self, state: State, pairs: Sequence[Pair], budgets: Mapping[Pair, int],
                       found: Found) -> Shares:
-        """Answer tasks behind their transcripts, all of them in one batch."""
-        scored = [pair for pair in pairs if self._plans[pair[1]].scored]
-        # Without the grammar, a transcript may have used all of its budget.
-        others = [pair for pair in pairs if not self._plans[pair[1]].scored
-                  and len(found[pair][0].ids) + 1 < budgets[pair]]
-        pairs, n = [*scored, *others], len(scored)
-        if not pairs:
-            return {}
+        """Answer tasks behind their transcripts, all of them in one batch; `state` is theirs."""
+        n = sum(self._plans[name].scored for _, name in pairs)
+        scored, others = pairs[:n], pairs[n:]
         tasks, separator = [self.model.registry[name] for _, name in pairs], self._ids[SEPARATOR]
         heads = [[separator, self._ids[task.marker]] for task in tasks]
         for head, task in zip(heads[:n], tasks, strict=False):
             assert isinstance(task, LabelTask)
             head.append(self._ids[task.open])
-        state = state.take([i for i, _ in pairs])
         hidden = self._feed(state, heads)
         shares = self._score(state, scored, hidden[:n], found)
         if others:
@@ -214,7 +220,7 @@ class Engine:
         for name in dict.fromkeys(name for _, name in pairs):
             task, some = self.model.registry[name], [n for n, p in enumerate(pairs) if p[1] == name]
             assert isinstance(task, LabelTask)
-            rows, answers = score_labels(self.model, state.take(some), hidden[some], task)
+            rows, answers = score_labels(self.model, state, some, hidden[some], task)
             for pair, row, labels in zip([pairs[n] for n in some], rows, answers, strict=True):
                 order = row.argsort(descending=True, stable=True).tolist()
                 found[pair] = [found[pair][0] + labels[label] for label in order]
@@ -242,20 +248,17 @@ class Engine:
 
     def _search(self, state: State, room: Sequence[int], stops: Sequence[Sequence[int]],
                 make: Make, read: State | None = None) -> tuple[list[list[Decoded]], State]:
-        """Answers, best first, and the state in which the best ones but for their last tokens are
-        read; `read` is what a transcript is decoded from."""
+        """Answers, best first, and a state: of beams the given one, else that in which all tokens
+        but the last ones are read. `read` is what a transcript is decoded from."""
         beams = self.options.num_beams
         if beams > 1:
-            ranked = beam_search(self.model, state, room, stops, make(), beams)
-            # The beams' own states are gone; the best answers are read again, in one step.
-            self._feed(state, [answers[0].ids[:-1] for answers in ranked])
-            return ranked, state
+            return beam_search(self.model, state, room, stops, make(), beams), state
         if read is not None and self._way(read) == "margin":
             words = vocabulary_of(self.model.tokenizer).words.to(state.mask.device)
             search: Greedy = Margin(self.model, state, room, stops, make, self._bias, words)
         else:
             search = Greedy(self.model, state, room, stops, make, self.options.temperature)
-        answers, state = search.run()
+        answers, state = search.run(keep=read is not None)  # behind the tasks nothing comes
         return [[answer] for answer in answers], state
 
     def _verbatim(self, state: State) -> list[Decoded]:
@@ -337,6 +340,6 @@ class Engine:
         return make
 
     def _processors(self, requests: Sequence[Request], budgets: Sequence[int]) -> list[Processor]:
-        """The grammar."""
+        """The grammar alone, or nothing."""
         return [] if self._grammar is None else [
             GrammarProcessor(self._grammar, requests, budgets, self.options.grounded)]

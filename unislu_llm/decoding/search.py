@@ -18,7 +18,7 @@ from unislu_llm.tasks import SEPARATOR, LabelTask
 
 _OUT = -1e9  # score of a beam that fills a place and never wins, as in transformers
 _DEAD = _OUT / 2
-_ROWS = 128  # utterances times labels that are read at one time
+_ROWS = 32  # utterances times labels that are read at one time: each has a copy of the cache
 _POSITIONS = 128  # of labels whose logits exist at one time
 
 
@@ -65,7 +65,7 @@ class Ends:
         self._ids = None
 
     def reorder(self, rows: Tensor) -> None:
-        pass
+        """All rows have the same ids."""
 
 
 # A running answer: the sum of its tokens' scores, the beam that it continues, and the answer.
@@ -156,7 +156,7 @@ def _sort_out(found: Sequence[Beam], over: Sequence[bool], finished: list[Decode
     return [] if beaten or ahead < _DEAD else going[:beams]
 
 
-def score_labels(model: SLUModel, state: State, hidden: Tensor,
+def score_labels(model: SLUModel, state: State, chosen: Sequence[int], hidden: Tensor,
                  task: LabelTask) -> tuple[Tensor, list[list[Decoded]]]:
     """Probability of each label after a transcript, given that the answer is one of them.
 
@@ -166,6 +166,7 @@ def score_labels(model: SLUModel, state: State, hidden: Tensor,
     Args:
         model: in eval mode.
         state: after the transcripts and `[T/L][TASK][open]`; stays as it is.
+        chosen: its rows that are scored.
         hidden: `(rows, 3, dim)` after each of these three.
         task: with one label.
 
@@ -173,7 +174,7 @@ def score_labels(model: SLUModel, state: State, hidden: Tensor,
         `(rows, labels)` fp32 on the CPU, and of each row every label's answer, from the control
         token to the end of text.
     """
-    tokenizer, rows, device = model.tokenizer, len(state), state.mask.device
+    tokenizer, rows, device = model.tokenizer, len(chosen), state.mask.device
     ids = tokenizer.marker_ids
     head = [ids[m] for m in (SEPARATOR, task.marker, task.open)]
     tails = [[*label_ids(tokenizer, task, label), ids[task.close]] for label in task.labels]
@@ -188,7 +189,7 @@ def score_labels(model: SLUModel, state: State, hidden: Tensor,
     step = max(1, _ROWS // rows)
     for at in range(0, len(tails), step):
         some = tails[at:at + step]
-        several = state.take([row for row in range(rows) for _ in some])
+        several = state.take([row for row in chosen for _ in some])
         read = padded(some, device).repeat(rows, 1)
         wanted = padded([[*tail[1:], tokenizer.eos_id] for tail in some], device).repeat(rows, 1)
         valid = read >= 0
