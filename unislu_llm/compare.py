@@ -71,7 +71,7 @@ def compare(paths: Sequence[Path], protocol: Protocol = "whisper", resamples: in
                      f"{', '.join(lacking)} are not there, or have changed since")
     else:
         found, _ = same_data({name: read_predictions(s.predictions, registry)
-                              for name, s in systems.items() if s.predictions}, False)
+                              for name, s in systems.items() if s.predictions})
         scores = {name: score_predictions(some, registry) for name, some in found.items()}
         counts = {name: utterance_counts(some, registry, protocol) for name, some in found.items()}
     rows = _rows({name: flat_scores(s, protocol) for name, s in scores.items()}, counts, resamples)
@@ -147,8 +147,12 @@ def read_predictions(path: Path, registry: TaskRegistry) -> list[Prediction]:
                     "--tasks-file FILE for other tasks than the built-in ones)")
 
 
-def same_data(systems: Systems, common: bool) -> tuple[Systems, int]:
-    """Predictions that all systems have, in one order, and how many are left out (`common`)."""
+def same_data(systems: Systems, common: bool | None = None) -> tuple[Systems, int]:
+    """Predictions that all systems have, in one order, and how many are left out with `common`; by
+    default nothing may be left out, and nobody is told of a flag for it.
+
+    Raises UserError: systems that were scored on other data.
+    """
     # The order of rows in a file decides nothing, not even the draws of the bootstrap.
     keyed = {name: {p.key: p for p in sorted(some, key=lambda p: p.key)}
              for name, some in systems.items()}
@@ -159,8 +163,9 @@ def same_data(systems: Systems, common: bool) -> tuple[Systems, int]:
         lacking = [f"'{name}' lacks {len(gone)} of {len(union)} (e.g. {min(gone)})"
                    for name, some in keyed.items() if (gone := union - set(some))]
         raise UserError(f"the systems were not scored on the same data: {', '.join(lacking)}; "
-                        "score them on the same manifests, or give --common to compare what all "
-                        "have")
+                        "score them on the same manifests" + (
+                            "" if common is None else
+                            ", or give --common to compare what all have"))
     name, first = next(iter(keyed.items()))
     for other, some in keyed.items():
         for key in sorted(shared):

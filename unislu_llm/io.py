@@ -185,6 +185,12 @@ def is_hub_name(text: str, folder: str | Path = ".") -> bool:
             and not (Path(folder) / text.partition("/")[0]).exists())
 
 
+def printable(text: str) -> str:
+    """A text as a terminal may show it."""
+    # Byte-level models can emit any character, and some of them steer a terminal.
+    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+
+
 def portable(path: str | Path) -> str:
     """A path as results store it: relative to the current folder, or its last two parts."""
     # Results are shared, and the way to a folder says more of a machine than of a result.

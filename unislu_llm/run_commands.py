@@ -34,8 +34,9 @@ def train(args: Sequence[str] = ()) -> int:
         accelerate launch -m unislu_llm.cli train                  # several processes
 
     Without --config it goes on from the adapter that ships, where that is there (an installed
-    package has none). A flag that names another LLM, encoder, projector, preset or list of tasks
-    leaves it nothing to go on from: then from_scratch.yaml is the config. Whisper's: whisper.yaml.
+    package has none), also with other tasks. A flag that names another LLM, encoder, projector or
+    preset leaves it nothing to go on from: then from_scratch.yaml is the config. Whisper's:
+    whisper.yaml.
     """
     from unislu_llm.training.recipe import run_recipe
 

@@ -258,7 +258,7 @@ class Engine:
             search: Greedy = Margin(self.model, state, room, stops, make, self._bias, words)
         else:
             search = Greedy(self.model, state, room, stops, make, self.options.temperature)
-        answers, state = search.run(keep=read is not None)  # behind the tasks nothing comes
+        answers, state = search.run(goes_on=read is not None)  # transcripts go on with tasks
         return [[answer] for answer in answers], state
 
     def _verbatim(self, state: State) -> list[Decoded]:

@@ -17,6 +17,7 @@ from unislu_llm.decoding.answer import Answer
 from unislu_llm.decoding.inputs import One, expand
 from unislu_llm.decoding.predict import understand
 from unislu_llm.errors import UserError
+from unislu_llm.io import printable
 from unislu_llm.models.base import SLUModel
 
 STDIN = "-"
@@ -114,7 +115,7 @@ def as_json(file: str, answer: Answer, confidences: bool = False) -> str:
 def as_text(file: str, answer: Answer) -> str:
     """An answer for people."""
     values = answer.to_dict()
-    lines = [file, f"  text: {_printable(answer.transcript)}"]
+    lines = [file, f"  text: {printable(answer.transcript)}"]
     for name in answer.outputs:
         value = values[name]
         # Where the words of a phrase could be found in the audio, its seconds are told as well.
@@ -123,12 +124,7 @@ def as_text(file: str, answer: Answer) -> str:
                      f"{s['end_seconds']:.1f} s)" for s in answer.spans[name]]
         if isinstance(value, list):
             value = "; ".join(v if isinstance(v, str) else ": ".join(v) for v in value) or "none"
-        lines.append(f"  {name}: {_printable(value or 'no usable answer')}")
+        lines.append(f"  {name}: {printable(value or 'no usable answer')}")
     if values["problems"]:
         lines.append(f"  malformed: {', '.join(values['problems'])}")
     return "\n".join(lines)
-
-
-def _printable(text: str) -> str:
-    # Byte-level models can emit any character, and some of them steer a terminal.
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)

@@ -50,14 +50,14 @@ class Greedy:
         self.last = self.ends[:, :0]  # token that is written and not read yet
         self._parked: list[tuple[State, list[int]]] = []
 
-    def run(self, keep: bool = True) -> tuple[list[Decoded], State]:
-        """The answers, and with `keep` the state in which all of their tokens but for the last ones
-        are read, else some state."""
-        while self._park(keep):
+    def run(self, goes_on: bool = True) -> tuple[list[Decoded], State]:
+        """The answers, and the state in which all of their tokens but for the last ones are read;
+        where nothing goes on from there, some state."""
+        while self._park(goes_on):
             ahead = self.ahead()
             tokens, known = self._judge(self._read(ahead), ahead)
             self.keep(tokens, known, ahead)
-        return self.answers, State.join(*zip(*self._parked, strict=True)) if keep else self.state
+        return self.answers, State.join(*zip(*self._parked, strict=True)) if goes_on else self.state
 
     def guide(self) -> HypothesisBias | None:
         """The processor that knows the hypothesis."""
@@ -89,14 +89,14 @@ class Greedy:
                                        strict=True):
             self.answers[row] += Decoded(ids[:n], values[:n])
 
-    def _park(self, keep: bool) -> bool:
+    def _park(self, goes_on: bool) -> bool:
         """Lay aside the rows that are done, or let them go; False where none is left."""
         going = self.live.tolist()
         if 2 * sum(going) > len(going):  # a pass over a few rows too many costs less than a copy
             return True
         done = [i for i, goes in enumerate(going) if not goes]
         kept = [i for i, goes in enumerate(going) if goes]
-        if keep:
+        if goes_on:
             self._parked.append((self.state.take(done), [self.rows[i] for i in done]))
         if not kept:
             return False

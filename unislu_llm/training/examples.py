@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from difflib import SequenceMatcher
 from typing import Any
 
+from unislu_llm.io import printable
 from unislu_llm.scoring.entities import by_phrase, place
 from unislu_llm.scoring.predictions import Prediction, check_predictions
 from unislu_llm.scoring.text import normalise_transcript
@@ -53,9 +54,9 @@ def _show(p: Prediction, registry: TaskRegistry) -> str:
     for name, text in (read, ("model", p.hyp_text)):
         if text is not None:
             names.setdefault(_marked(p.ref_text, text), []).append(name)
-    lines = [f"{', '.join(some)}: {_printable(text)}" for text, some in names.items()]
+    lines = [f"{', '.join(some)}: {_short(text)}" for text, some in names.items()]
     if p.task != ASR:
-        lines.append(f"{p.task}: {_printable(_outputs(p, registry)[0])}")
+        lines.append(f"{p.task}: {_short(_outputs(p, registry)[0])}")
     return "\n".join(textwrap.fill(line, _WIDTH, initial_indent="    ",
                                    subsequent_indent="      ") for line in lines)
 
@@ -94,7 +95,5 @@ def _marked(reference: str, text: str) -> str:
     return " ".join(marked)
 
 
-def _printable(text: str) -> str:
-    # Byte-level models can emit any character, and some of them steer a terminal.
-    shown = "".join(c if c.isprintable() else "\ufffd" for c in text[:_LENGTH])
-    return (shown + " ..." * (len(text) > _LENGTH)) or "(nothing)"
+def _short(text: str) -> str:
+    return (printable(text[:_LENGTH]) + " ..." * (len(text) > _LENGTH)) or "(nothing)"

@@ -94,11 +94,9 @@ def run_recipe(argv: Sequence[str], description: str, prog: str | None = None,
 
 def _decoder_of(argv: Sequence[str]) -> str:
     """The value of `--decoder`, which chooses the defaults of all other flags."""
-    decoder = "llm"
-    for i, word in enumerate(argv):
-        flag, _, value = word.partition("=")
-        if flag == "--decoder":
-            decoder = value or (argv[i + 1] if i + 1 < len(argv) else "")
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--decoder", nargs="?", default="llm", const="")
+    decoder: str = parser.parse_known_args(argv)[0].decoder
     if decoder not in RECIPES:
         raise UserError(f"--decoder: '{decoder}' is not one of {', '.join(RECIPES)}"
                         f"{hint(decoder, RECIPES)}")
