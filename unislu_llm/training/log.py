@@ -203,7 +203,7 @@ def describe_run(config: Config, model: SLUModel, examples: Sequence[Example],
     sizes = {name: sum(p.numel() for _, p in named)
              for name, named in model.trainable_groups().items()}
     trained, total = sum(sizes.values()), sum(p.numel() for p in model.parameters())
-    # Weights as they are, gradients and AdamW's two moments in fp32.
+    # Weights as they are, gradients and Adam's two moments in fp32.
     memory = sum(p.numel() * p.element_size() for p in model.parameters()) + trained * 4 * 3
     hours = sum(e.utterance.seconds for e in examples) / 3600
     size = (f"at most {train.batch_tokens} tokens" if train.batch_tokens
