@@ -208,7 +208,19 @@ class TrainConfig(Section):
     eval_every: Annotated[Count, Common] = 0
     """Steps between validations by generation; 0 validates before and after training."""
     save_every: Count = 0
-    """Steps between checkpoints; 0 saves at each validation."""
+    """Steps between checkpoints; 0: by save_minutes alone. Each validation saves as well."""
+    save_minutes: Rate = 10.0
+    """Minutes between checkpoints; 0: none by time."""
+    keep: Positive = 2
+    """So many of the newest checkpoints are kept: last, last-1, ...; and best."""
+    time_limit: Rate = 0.0
+    """Minutes after which the run saves and ends, to be resumed (of a batch system); 0: none."""
+    timeout: Annotated[Number, Field(gt=0)] = 10.0
+    """Minutes that a process waits for the others before all end with an error."""
+    on_nonfinite: Literal["stop", "skip"] = "stop"
+    """A loss or gradient that is not finite: stop, or skip the step (5 in a row stop)."""
+    on_oom: Literal["stop", "split"] = "stop"
+    """A micro-batch that does not fit the memory: stop, or split it in halves."""
     threads: Count = 0
     """CPU threads of a process; 0 shares the cores out."""
     trackers: list[str] = ["tensorboard"]
