@@ -32,12 +32,11 @@ from unislu_llm.data.findings import run_findings
 from unislu_llm.data.frame_cache import build_frames
 from unislu_llm.data.loading import load_examples
 from unislu_llm.errors import UserError
-from unislu_llm.io import write_json
-from unislu_llm.run_folder import BEST, LAST, TRAINER_FILE, create_run, write_finished
+from unislu_llm.run_folder import BEST, LAST, create_run, is_run, lock_run, write_finished
 from unislu_llm.tokenizer import Example
 from unislu_llm.training import checkpoint
 from unislu_llm.training.build import build_model, build_registry, fitted_rates
-from unislu_llm.training.checkpoint import Progress
+from unislu_llm.training.checkpoint import Progress, newest
 from unislu_llm.training.data import (
     attach_hypotheses,
     build_dataset,
@@ -84,6 +83,7 @@ class Trainer:
         self.rank, self.world = process.process_index, process.num_processes
         self.main, self.device = process.is_main_process, self.accelerator.device
         self.host_sum = HostSum()
+        from_main(self._claim)
         self.notices = Notices(self.main)
         disable_progress_bar()  # of the base checkpoints' tensors
 
@@ -114,7 +114,7 @@ class Trainer:
         optimizer = build_optimizer(self.model.trainable_groups(), train)
 
         # 4. The run folder: from here on something is written.
-        self.run = self.notices.run = from_main(lambda: create_run(config, name))
+        self.run = self.notices.run = from_main(lambda: self._create(name))
         self.notices.flush()
         if self.main:
             save_hypotheses(self.run, made)
@@ -126,6 +126,19 @@ class Trainer:
         self.window, self.progress = Window(self.objective, self.device), Progress()
         if config.resume:
             self._resume(self.run / LAST)
+
+    def _claim(self) -> None:
+        run = Path(self.config.output)
+        if self.config.resume and is_run(run):  # before it is looked at, and mended
+            self.lock = lock_run(run)
+            if newest(run, log.warning) is None:
+                raise UserError(f"--resume: {run} holds no checkpoint: the run was stopped before "
+                                "its first one; start it anew, with another --output")
+
+    def _create(self, name: str) -> Path:
+        run = create_run(self.config, name)
+        self.lock = lock_run(run)
+        return run
 
     def _resume(self, last: Path) -> None:
         self.model.load_trained(last)
@@ -219,7 +232,7 @@ class Trainer:
     def fit(self) -> Path:
         """Train to the end; returns the run folder. Raises as :meth:`step`, and for bad audio."""
         p = self.progress
-        self.log = Log(self.run, self.accelerator, self.config.train.trackers)
+        self.log = Log(self.run, self.accelerator, self.config.train.trackers, p)
         if self.main:
             say(self.run, describe_run(self.config, self.model, self.dataset.examples, self.dev,
                                        self.plan, self.total_steps, self.world)
@@ -287,6 +300,7 @@ class Trainer:
                 say(self.run, "\n".join(parts))
             write_finished(self.run, {"step": p.step, "train_seconds": round(p.seconds, 1),
                                       "best_step": p.best_step, "best_score": p.best_score})
+            self.lock.release(force=True)
         self.accelerator.wait_for_everyone()
 
     def validate(self) -> None:
@@ -317,10 +331,10 @@ class Trainer:
         if self.main:
             if better:
                 checkpoint.copy_model(self.run / LAST, self.run / BEST, p)
-            if p.step > 0:  # saved before: a resumed run must know of this validation
-                write_json(self.run / LAST / TRAINER_FILE, p.model_dump())
             self.log.validation(p.step, predictions, result, time.perf_counter() - started,
                                 p.history[0], show(predictions, p.shown, self.registry))
+            if p.step > 0:  # saved before: a resumed run must know of this validation, and its row
+                checkpoint.update_progress(self.run / LAST, p)
         self.accelerator.wait_for_everyone()
 
     def save(self) -> None:
@@ -334,6 +348,5 @@ class Trainer:
             checkpoint.save_optimizer(folder, self.optimizer, self.model)
             checkpoint.save_rng(folder, rng)
 
-        if self.main:
-            checkpoint.save_checkpoint(self.run / LAST, write, self.progress)
-        self.accelerator.wait_for_everyone()
+        from_main(lambda: checkpoint.save_checkpoint(self.run / LAST, write, self.progress,
+                                                     self.config.train.keep))
