@@ -195,7 +195,8 @@ def create_run(config: Config, name: str) -> Path:
 
 
 def lock_run(folder: Path) -> FileLock:
-    """Keep other processes from training in a run folder, until `release()`.
+    """Keep other processes from training in a run folder, while what is returned is kept, or until
+    its `release()`.
 
     Raises UserError: one does, which is named; or the folder cannot be written.
     """
