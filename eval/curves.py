@@ -15,17 +15,16 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import tyro
 from tabulate import tabulate
 
 from unislu_llm.config_file import config_from_file
 from unislu_llm.errors import UserError, hint, reported
-from unislu_llm.io import numbered_json_lines, portable, sha256, write_json
-from unislu_llm.run_folder import BEST, LAST, is_run, read_finished
+from unislu_llm.io import portable, sha256, write_json
+from unislu_llm.run_folder import BEST, LAST, METRICS, is_run, read_finished, read_metrics
 
-LOG = "metrics.jsonl"
 WER_SHOWN = 110.0  # above it a model has not learnt to listen, and the rest would be a flat line
 
 
@@ -134,7 +133,7 @@ def read_history(folder: Path, name: str = "") -> History:
     """History of a run from its folder (`RUN/best` and `RUN/last` count as their run).
 
     Raises:
-        UserError: no run, none of its logs is there, or one is damaged.
+        UserError: no run, or none of its logs is there.
     """
     folder = run_of(folder)
     if not is_run(folder):
@@ -142,7 +141,8 @@ def read_history(folder: Path, name: str = "") -> History:
         raise UserError(f"{folder}: {fault}; give a run folder of a recipe")
     found = with_training(History(name or folder.resolve().name, folder), folder)
     if not found.logs:
-        raise UserError(f"{folder}: no log yet ({LOG}); let it train up to its first validation")
+        raise UserError(f"{folder}: no log yet ({METRICS}); let it train up to its first "
+                        "validation")
     return found
 
 
@@ -159,25 +159,15 @@ def with_training(history: History, folder: Path) -> History:
         history = (with_training(history, source) if is_run(source) else
                    replace(history, unknown=(*history.unknown, portable(source))))
     for own in [folder / str(stage["name"]) for stage in config.stages] or [folder]:
-        if (own / LOG).is_file():
+        if (own / METRICS).is_file():
             history = with_log(history, own)
     return history
 
 
 def with_log(history: History, folder: Path) -> History:
-    """A history and what one more log says; of steps that were taken twice the later count."""
-    path, before = folder / LOG, history.end
+    """A history and what one more log says."""
+    before, rows = history.end, read_metrics(folder)
     ctc = config_from_file(folder / "config.yaml", resolve=False).train.objective == "ctc"
-    kept: dict[tuple[int, str], dict[str, Any]] = {}
-    last = 0
-    for number, row in numbered_json_lines(path):
-        step, part = row.get("step"), row.get("part")
-        if not isinstance(step, int) or not isinstance(part, str):
-            raise UserError(f"{path}:{number}: no 'step' or 'part'; the log is damaged, take the "
-                            "line out")
-        if step < last:  # resumed from a checkpoint before
-            kept = {key: value for key, value in kept.items() if key[0] <= step}
-        kept[step, part], last = row, step
     seconds, counted, points = before.seconds, 0, list(history.points)
 
     def at(step: int, scores: dict[str, float]) -> Point:
@@ -185,7 +175,8 @@ def with_log(history: History, folder: Path) -> History:
                      scores, ctc)
 
     # A step is logged before it is validated, with the mean time of the steps since the last row.
-    for (step, part), row in sorted(kept.items(), key=lambda kv: (kv[0][0], kv[0][1] == "dev")):
+    for row in sorted(rows, key=lambda row: (row["step"], row["part"] == "dev")):
+        step, part = row["step"], row["part"]
         if part == "train":
             took = row.get("seconds")
             seconds = None if seconds is None or took is None else seconds + took * (step - counted)
@@ -195,8 +186,8 @@ def with_log(history: History, folder: Path) -> History:
                 key: float(value) for key, value in row.items() if key not in ("step", "seconds")
                 and isinstance(value, int | float) and math.isfinite(value)}))
     # A run that still trains may be further than its last row; what is not logged does not count.
-    end = at(max((step for step, _ in kept), default=0), {})
-    logs = history.logs | {portable(folder): sha256(path)}
+    end = at(max((row["step"] for row in rows), default=0), {})
+    logs = history.logs | {portable(folder): sha256(folder / METRICS)}
     return replace(history, points=tuple(points), end=end, logs=logs)
 
 

@@ -244,7 +244,7 @@ def _training(job: Job, config: Path) -> list[str]:
     values = job.config()
     write_text(config, yaml.safe_dump(values, sort_keys=False, allow_unicode=True))
     begun = "stages" in values and (job.folder / "config.yaml").is_file()
-    resume = begun or is_saved_model(job.folder / "last")
+    resume = begun or any(map(is_saved_model, job.folder.glob("last*")))
     if job.folder.exists() and not resume:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         job.folder.rename(job.folder.with_name(f"{job.folder.name}.stopped-{stamp}"))

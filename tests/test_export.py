@@ -19,11 +19,11 @@ from unislu_llm import load
 from unislu_llm.cli import main
 from unislu_llm.errors import UserError
 from unislu_llm.export import export
-from unislu_llm.io import sha256
+from unislu_llm.io import sha256, write_sums
 
 RUN, OUT = Path("runs/tiny"), Path("adapters/tiny--tiny")
 NAMES = {"encoder": "tiny/whisper", "llm": "tiny/llm"}
-FILES = {"model.safetensors", "config.json", "README.md"}
+FILES = {"model.safetensors", "config.json", "README.md", "SHA256SUMS"}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -245,6 +245,7 @@ def test_a_value_out_of_range_is_refused(run: Callable[..., Path]) -> None:
     state = load_file(path)
     next(iter(state.values())).view(-1)[0] = 1e30
     save_file(state, path)
+    write_sums(path.parent)
     with pytest.raises(UserError, match=r"does not fit fp16; give --dtype bf16"):
         export(RUN, OUT, dtype="fp16", names=NAMES, check=False)
     assert not any(OUT.parent.iterdir())

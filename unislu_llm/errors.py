@@ -86,6 +86,14 @@ def report(error: object) -> None:
               file=sys.stderr, flush=True)
 
 
+def disk_fault(error: BaseException) -> str:
+    """What kept a file from being read or written; empty for an error of another kind."""
+    # safetensors and tokenizers write in Rust, and have the number in their message alone.
+    told = re.search(r"\(os error (\d+)\)", str(error))
+    number = int(told[1]) if told else error.errno if isinstance(error, OSError) else None
+    return os.strerror(number).lower() if number else ""
+
+
 def quiet_libraries() -> None:
     """Switch off what libraries say at a start that no user can act on."""
     # The tokenizer's threads do not survive a fork, and it warns at every one.

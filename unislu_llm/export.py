@@ -13,7 +13,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from unislu_llm.errors import UserError
-from unislu_llm.io import MODEL_FILE, RATES_FILE, WEIGHTS_FILE, sha256, swap_folder, write_json
+from unislu_llm.io import (
+    MODEL_FILE,
+    RATES_FILE,
+    SUMS_FILE,
+    WEIGHTS_FILE,
+    check_saved,
+    sha256,
+    swap_folder,
+    write_json,
+    write_sums,
+)
 from unislu_llm.model_card import CARD, read_note, read_results, write_card
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.saved import Description
@@ -23,7 +33,8 @@ from unislu_llm.tokenizer import Example
 from unislu_llm.utterance import Utterance
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_WRITTEN = (WEIGHTS_FILE, MODEL_FILE, CARD, RATES_FILE)
+_HASHED = (WEIGHTS_FILE, MODEL_FILE, RATES_FILE)  # not the card, which people edit
+_WRITTEN = (*_HASHED, CARD, SUMS_FILE)
 PUBLISHED = (*_WRITTEN, "LICENSE*", "NOTICE*")  # not predictions, which may quote people
 _TEXT = "the council met in paris on monday"
 
@@ -50,6 +61,7 @@ def export(folder: str | Path, out: Path, *, names: Mapping[str, str], dtype: st
         raise UserError(f"{folder} is a saved model without its run; give the run folder "
                         "(config.yaml, versions.json), which the model card is made from. An "
                         "export is published as it is by `hf upload NAME FOLDER`")
+    check_saved(run.model)
     saved, note = _public_description(run, names), read_note(data_note)
     out.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -59,6 +71,7 @@ def export(folder: str | Path, out: Path, *, names: Mapping[str, str], dtype: st
         write_json(new / MODEL_FILE, saved.model_dump())
         if (run.model / RATES_FILE).is_file():  # runs that start from the export take them up
             shutil.copyfile(run.model / RATES_FILE, new / RATES_FILE)
+        write_sums(new, _HASHED)
         difference = _compare(run, new) if check else None
         # Scores belong to weights, not to names: a score file is taken where its hash is one of
         # these two.

@@ -10,7 +10,7 @@ import re
 import secrets
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -20,6 +20,9 @@ WEIGHTS_FILE = "model.safetensors"
 MODEL_FILE = "config.json"
 RATES_FILE = "simulation.json"
 """Files of a saved model: what was trained, what it was trained on, the rates of text injection."""
+TRAINER_FILE = "trainer.json"
+SUMS_FILE = "SHA256SUMS"
+"""In a checkpoint: where the run stood, written last; the hash of every other file."""
 MODEL_TYPES = ("speech_llm", "whisper_slu")
 """What a saved model may be; `models.KINDS` has their classes."""
 BEST, LAST = "best", "last"
@@ -93,12 +96,7 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of :func:`numbered_json_lines` alone."""
-    return [row for _, row in numbered_json_lines(path)]
-
-
-def numbered_json_lines(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
-    """The objects of a file of JSON lines, each with the number of its line.
+    """The objects of a file of JSON lines.
 
     Raises UserError: the file is missing, or a line is no JSON object; file and line are named.
     """
@@ -112,7 +110,7 @@ def numbered_json_lines(path: str | Path) -> list[tuple[int, dict[str, Any]]]:
                 if not isinstance(row, dict):
                     raise UserError(f"{path}:{number}: expected a JSON object, found "
                                     f"{type(row).__name__}")
-                rows.append((number, row))
+                rows.append(row)
     except OSError as error:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
@@ -135,27 +133,103 @@ def sha256(path: str | Path) -> str:
 def swap_folder(new: Path, final: Path) -> None:
     """Put a freshly written folder in the place of another; a kill in between loses neither."""
     old = final.with_name(final.name + ".old")
-    if old.exists():
-        shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
     if final.exists():
-        # No system exchanges two folders at once. From here to the next rename `final` is missing
-        # and `<final>.old` is the last whole one: restore_folder puts it back.
-        final.rename(old)
+        final.rename(old)  # no system exchanges two folders at once
     new.rename(final)
-    if old.exists():
-        shutil.rmtree(old)
+    shutil.rmtree(old, ignore_errors=True)
 
 
-def restore_folder(final: Path) -> None:
-    """Finish what a kill inside :func:`swap_folder` left half done."""
-    old = final.with_name(final.name + ".old")
-    if old.is_dir() and not final.exists():
-        old.rename(final)
+def write_sums(folder: Path, names: Sequence[str] = ()) -> None:
+    """Write `SHA256SUMS` of a folder's files (default: all) as `sha256sum -c` reads it."""
+    # Not of `trainer.json`, which changes after a validation and has a hash of its own.
+    files = [folder / name for name in names] or sorted(folder.rglob("*"))
+    _write_sums(folder, {path.relative_to(folder).as_posix(): [sha256(path)] for path in files
+                         if path.is_file() and path.name not in (SUMS_FILE, TRAINER_FILE)})
+
+
+def _write_sums(folder: Path, sums: Mapping[str, Sequence[str]]) -> None:
+    lines = "".join(f"{digest}  {name}\n" for name, digests in sums.items() for digest in digests)
+    # A comment to `sha256sum`. It guards the other lines, of which a torn file would lack some.
+    write_text(folder / SUMS_FILE, f"# {_digest(lines)}\n{lines}")
+
+
+def _read_sums(folder: Path, instead: str = "") -> dict[str, list[str]]:
+    """Hashes by file, nothing where there are none; raises UserError: the list is damaged."""
+    path, sums = folder / SUMS_FILE, dict[str, list[str]]()
+    if not path.is_file():
+        return sums
+    text = path.read_text(encoding="utf-8", errors="replace")
+    head, _, lines = text.partition("\n") if text.startswith("#") else ("", "", text)
+    for line in lines.splitlines():
+        found = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\].*)", line)
+        # A list that somebody else wrote names nothing outside its folder.
+        if not found or ".." in Path(found[2]).parts:
+            raise UserError(f"{path} is damaged{instead}")
+        sums.setdefault(found[2], []).append(found[1])
+    if not sums or head not in ("", f"# {_digest(lines)}"):
+        raise UserError(f"{path} is damaged{instead}")
+    return sums
+
+
+def _digest(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def check_saved(folder: str | os.PathLike[str], *names: str) -> None:
+    """Compare the files of a saved model (default: all) with its `SHA256SUMS`, if it has one.
+
+    Raises UserError: one is missing or damaged; it is named, and of a run what to use instead.
+    """
+    folder = Path(folder)
+    last = folder.with_name(LAST)
+    instead = f"; use {last}" if folder.name == BEST and is_saved_model(last) else ""
+    sums = _read_sums(folder, instead)
+    for path in [folder / name for name in sums if not names or name in names]:
+        if not path.is_file():
+            raise UserError(f"{path} is missing{instead}")
+        if sha256(path) not in sums[path.relative_to(folder).as_posix()]:
+            raise UserError(f"{path} is damaged: {SUMS_FILE} has another hash{instead}")
+    if not names and (folder / TRAINER_FILE).is_file():
+        read_signed(folder / TRAINER_FILE)
+
+
+def write_saved(path: Path, text: str) -> None:
+    """Write a text file of a saved model, and renew its line in `SHA256SUMS`, if there is one."""
+    sums, digest = _read_sums(path.parent), _digest(text)
+    if path.name in sums:  # a kill between the writes leaves the file one of two that are right
+        _write_sums(path.parent, sums | {path.name: [*sums[path.name], digest]})
+    write_text(path, text)
+    if sums:
+        _write_sums(path.parent, sums | {path.name: [digest]})
+
+
+def write_signed(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON object that holds the SHA-256 of its own text."""
+    text = json.dumps({"sha256": "", **value}, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+    write_text(path, text.replace('""', f'"{_digest(text)}"', 1))
+
+
+def read_signed(path: Path) -> dict[str, Any]:
+    """What :func:`write_signed` wrote; raises UserError: it cannot be read, or is damaged."""
+    value = read_json(path)
+    found = value.pop("sha256", None)
+    text = path.read_text(encoding="utf-8").replace(f'"{found}"', '""', 1)
+    # Earlier versions wrote no hash, and no list of hashes beside it.
+    listed = (path.parent / SUMS_FILE).is_file()
+    if found and not listed:
+        raise UserError(f"{path.parent / SUMS_FILE} is missing")
+    if listed and found != _digest(text):
+        raise UserError(f"{path} is damaged: its SHA-256 is not what it says")
+    return value
 
 
 def is_saved_model(folder: str | Path) -> bool:
     """Whether a folder holds a model that :meth:`SLUModel.save_pretrained` wrote."""
     folder = Path(folder)
+    # Ours, damaged or not: who loads it is told, and gets no other model in its place.
+    if (folder / TRAINER_FILE).is_file():
+        return True
     if not (folder / WEIGHTS_FILE).is_file():
         return False
     try:
@@ -164,10 +238,19 @@ def is_saved_model(folder: str | Path) -> bool:
         return False
 
 
+def checkpoint_folder(run: Path, name: str) -> Path:
+    """Where a run's checkpoint `name` is."""
+    # A save is two renames, and a kill may come between them.
+    final, *others = (run / f"{name}{end}" for end in ("", ".new", ".old"))
+    return next((path for path in others
+                 if not final.exists() and (path / TRAINER_FILE).is_file()), final)
+
+
 def find_model(folder: str | Path) -> Path | None:
     """The folder itself, or a run's best, else its last: the first that is a saved model."""
     folder = Path(folder)
-    return next((p for p in (folder, folder / BEST, folder / LAST) if is_saved_model(p)), None)
+    places = (folder, checkpoint_folder(folder, BEST), checkpoint_folder(folder, LAST))
+    return next((path for path in places if is_saved_model(path)), None)
 
 
 def near_models(path: str | Path) -> str:

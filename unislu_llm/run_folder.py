@@ -4,38 +4,44 @@
       config.yaml versions.json     what was asked for, and by which versions
       metrics.jsonl predictions/    the log, and what validations decoded
       log.txt                       what was printed
-      best/ last/                   models; `last` can be resumed as well
+      best/ last/ last-1/ ...       models; `last` can be resumed, and those before it
       finished.json                 there once the run has come to its end
 """
 
 from __future__ import annotations
 
 import importlib.metadata
+import json
+import logging
 import os
 import platform
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from transformers.utils.logging import disable_progress_bar
 
 from unislu_llm import models
 from unislu_llm.config import Config, Precision
 from unislu_llm.config_file import config_from_file, to_yaml
-from unislu_llm.errors import UserError
+from unislu_llm.errors import UserError, disk_fault
 from unislu_llm.io import (
     BEST,
     LAST,
+    TRAINER_FILE,
+    checkpoint_folder,
     git_revision,
     is_hub_name,
     is_saved_model,
     near_models,
     read_json,
-    restore_folder,
+    read_signed,
     write_json,
     write_text,
 )
@@ -45,8 +51,11 @@ from unislu_llm.tasks import TaskRegistry
 from unislu_llm.weights import fetch_model
 
 MODEL = "model"  # in place of `best` or `last`, of a folder that is a saved model and no run
-TRAINER_FILE = "trainer.json"  # in a checkpoint: where the run stood
+METRICS = "metrics.jsonl"
 _CONFIG, _VERSIONS, _FINISHED = "config.yaml", "versions.json", "finished.json"
+_LOCK, _HOLDER = ".lock", ".lock.json"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -71,7 +80,7 @@ class Run:
     def step(self) -> int | None:
         """Optimizer steps behind the checkpoint; None where it does not say."""
         path = self.model / TRAINER_FILE
-        return read_json(path).get("step") if path.is_file() else None
+        return read_signed(path).get("step") if path.is_file() else None
 
     def versions(self) -> dict[str, Any]:
         """:func:`versions` when the run was begun; nothing for a model folder."""
@@ -110,14 +119,14 @@ def find_run(path: str | Path, checkpoint: str | None = None) -> Run:
         path = path.parent if path.name == full.name else full.parent
         checkpoint = full.name
     config = config_from_file(path / _CONFIG, resolve=False)
-    there = [name for name in (BEST, LAST) if is_saved_model(path / name)]
+    there = [name for name in (BEST, LAST) if is_saved_model(checkpoint_folder(path, name))]
     if not there:
         raise UserError(f"{path}: no checkpoint yet, neither {BEST} nor {LAST}; let the run "
                         "finish, or resume it")
     chosen = checkpoint or there[0]
     if chosen not in there:
         raise UserError(f"{path}: no checkpoint '{chosen}'; it has '{there[0]}'")
-    return Run(path.resolve().name, path, chosen, path / chosen, config)
+    return Run(path.resolve().name, path, chosen, checkpoint_folder(path, chosen), config)
 
 
 def load(model: str | os.PathLike[str], dtype: torch.dtype | Precision = "fp32",
@@ -160,31 +169,77 @@ def load_model(run: Run, precision: Precision = "fp32",
 def create_run(config: Config, name: str) -> Path:
     """Make the run folder (by default `runs/<name>-<date-time>`), unless the run is resumed.
 
-    Raises UserError: it exists (runs are never overwritten), or holds nothing to resume.
+    Raises UserError: it exists (runs are never overwritten), holds no run to resume, or cannot be
+    written.
     """
     folder = Path(config.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
-    if config.resume:
-        if not can_resume(folder):
-            why = ("the run was stopped before its first one; start it anew, with another --output"
-                   if is_run(folder) else "give the run's folder as --output")
-            raise UserError(f"--resume: {folder / LAST} holds no checkpoint; {why}")
+    if config.resume and is_run(folder):
         return folder
-    # An empty one may have been made to be mounted.
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if config.resume:
+        raise UserError(f"--resume: {folder} holds no run; give the run's folder as --output")
+    try:
+        # An empty one may have been made to be mounted.
+        if folder.is_dir() and {path.name for path in folder.iterdir()} - {_LOCK, _HOLDER}:
+            raise FileExistsError
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / _CONFIG).touch(exist_ok=False)  # of two runs that begin at once one is refused
+        write_text(folder / _CONFIG, to_yaml(config))
+        write_json(folder / _VERSIONS, versions())
+    except FileExistsError:
         raise UserError(f"run folder {folder} exists and is never overwritten; choose another "
-                        "--output, or --resume it")
-    folder.mkdir(parents=True, exist_ok=True)
-    write_text(folder / _CONFIG, to_yaml(config))
-    write_json(folder / _VERSIONS, versions())
+                        "--output, or --resume it") from None
+    except OSError as error:
+        raise UserError(f"run folder {folder} cannot be written: {disk_fault(error)}; choose "
+                        "another --output") from error
     return folder
 
 
-def can_resume(folder: Path) -> bool:
-    """Whether a run folder holds a checkpoint to go on from, which is mended where it must be."""
-    # A run that was killed between two renames has its checkpoint under another name.
-    for name in (BEST, LAST):
-        restore_folder(folder / name)
-    return (folder / LAST / TRAINER_FILE).is_file()
+def lock_run(folder: Path) -> FileLock:
+    """Keep other processes from training in a run folder, while what is returned is kept, or until
+    its `release()`.
+
+    Raises UserError: one does, which is named; or the folder cannot be written.
+    """
+    # The kernel frees it when its process ends, however. One object for a folder: in a notebook a
+    # run that was interrupted may go on.
+    lock, holder = FileLock(folder / _LOCK, is_singleton=True), folder / _HOLDER
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+        write_json(holder, {"process": os.getpid(), "host": platform.node(),
+                            "since": time.strftime("%Y-%m-%d %H:%M:%S")})
+    except Timeout:
+        who = "process {process} on {host} since {since}".format_map(read_json(holder))
+        raise UserError(f"{folder} is being trained by {who}; wait for it, end it, or give another "
+                        "--output") from None
+    except OSError as error:
+        raise UserError(f"{folder} cannot be written: {disk_fault(error)}") from error
+    return lock
+
+
+def read_metrics(run: Path) -> list[dict[str, Any]]:
+    """Rows of a run's log, each step of each part once: of one that was taken twice the later.
+
+    A line that a full disk or a power cut has torn is left out, with a warning. Raises UserError:
+    there is no log.
+    """
+    kept, last = dict[tuple[int, str], dict[str, Any]](), 0
+    try:
+        text = (run / METRICS).read_text(encoding="utf-8", errors="replace")
+    except OSError as error:
+        raise UserError(f"{run / METRICS} cannot be read: {disk_fault(error)}") from error
+    for number, line in enumerate(text.split("\n"), 1):
+        try:
+            row = json.loads(line or "{}")
+            step, part = index(row["step"]), str(row["part"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            if line:
+                log.warning("%s:%d is damaged, and left out", run / METRICS, number)
+            continue
+        if step < last:  # resumed from a checkpoint before
+            kept = {key: row for key, row in kept.items() if key[0] <= step}
+        kept[step, part], last = row, step
+    return list(kept.values())
 
 
 def is_run(folder: Path) -> bool:

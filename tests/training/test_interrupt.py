@@ -149,7 +149,7 @@ def test_steps_that_are_not_finite_are_left_out_and_logged(tiny_config: Make) ->
     trainer.fit()
     assert [row["step"] for row in logged(trainer.run)] == [1, 4, 5, 6]
     left_out = logged(trainer.run, "nonfinite")
-    assert [row["step"] for row in left_out] == [1, 2]
+    assert [row["step"] for row in left_out] == [2, 3]
     assert all("train.jsonl:" in place for row in left_out for place in row["samples"])
     assert all(math.isfinite(float(value.abs().max())) for value in
                weights(trainer.run / LAST).values())
@@ -159,7 +159,7 @@ def test_a_loss_that_stays_bad_ends_the_run(tiny_config: Make) -> None:
     skip = {"batch_size": 2, "on_nonfinite": "skip"}
     trainer = Trainer("speech_llm", tiny_config(train=skip))
     broken(trainer, set(range(2, 99)))
-    with pytest.raises(UserError, match=r"step 6, and in 5 steps in a row; its samples are in"):
+    with pytest.raises(UserError, match=r"step 7, and in 5 steps in a row; its samples are in"):
         trainer.fit()
 
 
@@ -192,7 +192,7 @@ def test_a_batch_that_does_not_fit_is_split_and_changes_no_gradient(
 
 
 @pytest.mark.parametrize(("mode", "limit", "words"), [
-    ("stop", 1, r"out of memory at step 0: a micro-batch of \d sample.*raise train.accumulation"),
+    ("stop", 1, r"out of memory at step 1: a micro-batch of \d sample.*raise train.accumulation"),
     ("split", 0, "one sample alone does not fit")])
 def test_out_of_memory_names_the_batch_and_the_setting(mode: str, limit: int, words: str,
                                                        tiny_config: Make) -> None:

@@ -64,8 +64,8 @@ def test_a_run_learns_and_leaves_a_loadable_model(kind: str, tiny_config: Make,
     assert state.keys() == own.keys()
     assert all(torch.equal(state[n], own[n]) for n in own)
     # Nothing in a checkpoint could run code.
-    assert {path.suffix for path in (trainer.run / LAST).rglob("*")} <= {
-        ".json", ".safetensors", ".jinja"}
+    assert {path.suffix for path in (trainer.run / LAST).rglob("*")
+            if path.name != "SHA256SUMS"} <= {".json", ".safetensors", ".jinja"}
     assert not (trainer.run / BEST / "optimizer.safetensors").exists()
     printed = capsys.readouterr()
     assert "nan" not in printed.out
@@ -153,7 +153,7 @@ def test_resuming_with_other_parts_or_a_damaged_file_is_named(tiny_config: Make)
                        ("optimizer.safetensors", "x")):
         kept = (trainer.run / LAST / name).read_bytes()
         (trainer.run / LAST / name).write_text(text)
-        with pytest.raises(UserError, match=name):
+        with pytest.raises(UserError, match=f"{name} is damaged.*holds no whole checkpoint"):
             Trainer("speech_llm", tiny_config(train=train, resume=True))
         (trainer.run / LAST / name).write_bytes(kept)
 
@@ -164,7 +164,7 @@ def test_a_run_folder_is_never_overwritten(tiny_config: Make) -> None:
     with pytest.raises(UserError, match="never overwritten"):
         Trainer("speech_llm", tiny_config("same", train={"epochs": 9}))
     assert (first.run / "config.yaml").read_bytes() == before
-    with pytest.raises(UserError, match="holds no checkpoint"):
+    with pytest.raises(UserError, match="holds no run"):
         Trainer("speech_llm", tiny_config("nothing", resume=True))
 
 
@@ -183,7 +183,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_weights_change(tiny_conf
         return found * math.nan, sums
 
     trainer.objective.loss = broken  # type: ignore[method-assign]
-    with pytest.raises(UserError, match=r"loss is nan or infinite at step 0.*can be resumed"):
+    with pytest.raises(UserError, match=r"loss is nan or infinite at step 2.*can be resumed"):
         trainer.step(micro)
     after = trainer.model.trained_state()
     assert all(torch.equal(before[n], after[n]) for n in before)

@@ -23,7 +23,7 @@ from torch import Generator, Tensor
 
 from unislu_llm.data.augment import Key
 from unislu_llm.errors import UserError, dotted, explain
-from unislu_llm.io import RATES_FILE, write_text
+from unislu_llm.io import RATES_FILE, write_saved
 from unislu_llm.tokenizer import Example
 
 BLANK = 0
@@ -66,7 +66,7 @@ class SimulationRates(BaseModel):
 
     def save(self, folder: Path) -> None:
         """Write `simulation.json` into a folder."""
-        write_text(folder / RATES_FILE, self.model_dump_json(indent=1) + "\n")
+        write_saved(folder / RATES_FILE, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
     def load(cls, path: Path) -> SimulationRates:

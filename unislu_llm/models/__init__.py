@@ -6,6 +6,7 @@ import os
 
 import torch
 
+from unislu_llm.io import check_saved
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.saved import Description
 from unislu_llm.models.speech_llm import SpeechLLM
@@ -20,8 +21,10 @@ def load(folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32) -> 
     :func:`unislu_llm.load` takes names and runs as well.
 
     Raises:
-        UserError: not such a folder, or a base checkpoint that cannot be had.
+        UserError: not such a folder, a file in it that is damaged, or a base checkpoint that cannot
+            be had.
     """
+    check_saved(folder)
     saved = Description.read(folder)
     model = KINDS[saved.model_type].build(saved.model, saved.registry(folder), dtype,
                                           saved.ctc_tokens, saved.bases)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from pathlib import Path
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from unislu_llm import weights
 from unislu_llm.config import ModelConfig
 from unislu_llm.errors import UserError, dotted, explain
-from unislu_llm.io import MODEL_FILE, read_json, write_json
+from unislu_llm.io import MODEL_FILE, check_saved, read_json, write_saved
 from unislu_llm.tasks import TaskRegistry
 
 Kind = Literal["speech_llm", "whisper_slu"]
@@ -54,8 +55,9 @@ class Description(BaseModel):
     markers: list[str] | None = None  # whose rows were trained, in order; older files: the tasks'
 
     def write(self, folder: str | os.PathLike[str]) -> None:
-        """Write the file into a folder, whole or not at all."""
-        write_json(Path(folder) / MODEL_FILE, self.model_dump())
+        """Write the file into a folder, whole or not at all, with its hash where it has one."""
+        write_saved(Path(folder) / MODEL_FILE,
+                    json.dumps(self.model_dump(), indent=1, ensure_ascii=False) + "\n")
 
     def registry(self, folder: str | os.PathLike[str]) -> TaskRegistry:
         """The tasks of the model in `folder`."""
@@ -70,9 +72,11 @@ class Description(BaseModel):
         """Read and check the file.
 
         Raises:
-            UserError: it is missing, no JSON, or not of a saved model; file and field are named.
+            UserError: it is missing or damaged, no JSON, or not of a saved model; file and field
+                are named.
         """
         path = Path(folder) / MODEL_FILE
+        check_saved(folder, MODEL_FILE)
         if not path.is_file():
             raise UserError(f"{path} does not exist; give the folder of a saved model")
         try:

@@ -15,7 +15,7 @@ from unislu_llm.config import Config, ModelConfig
 from unislu_llm.config_file import saved_model
 from unislu_llm.data.text_injection import SimulationRates
 from unislu_llm.errors import UserError
-from unislu_llm.io import LAST, RATES_FILE, find_model
+from unislu_llm.io import LAST, RATES_FILE, check_saved, find_model
 from unislu_llm.models import KINDS
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.projectors import NONE
@@ -150,8 +150,9 @@ def start_from(model: SLUModel, folder: Path) -> None:
 
     What either lacks is said: new markers start from the words that they stand for.
 
-    Raises UserError: weights that do not fit.
+    Raises UserError: weights that do not fit, or are damaged.
     """
+    check_saved(folder)
     saved = Description.read(folder)
     # Vocabularies of one size have weights of one shape, which would load and mean other tokens.
     own, its = model.ctc_tokens, saved.ctc_tokens

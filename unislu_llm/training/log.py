@@ -24,13 +24,14 @@ from unislu_llm.data.sampler import BatchPlan
 from unislu_llm.errors import UserError
 from unislu_llm.io import append_json, write_json, write_text
 from unislu_llm.models.base import SLUModel
+from unislu_llm.run_folder import METRICS, read_metrics
 from unislu_llm.tasks import ASR
 from unislu_llm.tokenizer import Example
+from unislu_llm.training.checkpoint import Progress
 from unislu_llm.training.examples import LEGEND
 from unislu_llm.training.objectives import Objective, Predictions, Sums, Validation
 
 _PACKAGE = logging.getLogger("unislu_llm")
-METRICS_FILE = "metrics.jsonl"  # in the run folder: a row a step and a validation
 LOG_FILE = "log.txt"  # in the run folder: all that was printed but the bars
 
 
@@ -91,10 +92,17 @@ class Notices(logging.Handler):
 
 
 class Log:
-    """The log of a run in the folder `run`; the main process alone writes."""
+    """The log of a run in the folder `run`, which goes on where it was `resumed`; the main process
+    alone writes."""
 
-    def __init__(self, run: Path, accelerator: Accelerator, trackers: Sequence[str]) -> None:
-        self.file, self.accelerator, self.trackers = run / METRICS_FILE, accelerator, trackers
+    def __init__(self, run: Path, accelerator: Accelerator, trackers: Sequence[str],
+                 resumed: Progress) -> None:
+        self.file, self.accelerator, self.trackers = run / METRICS, accelerator, trackers
+        if accelerator.is_main_process and self.file.is_file():
+            # What will be written again goes, and a torn line, which the next would continue.
+            ends = {"train": resumed.step, "nonfinite": resumed.step, "dev": resumed.validated}
+            rows = [row for row in read_metrics(run) if row["step"] <= ends.get(row["part"], 0)]
+            write_text(self.file, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in rows))
         self.shown: Mapping[str, str] = {}  # examples as the last validation printed them
         if trackers:
             accelerator.project_configuration.logging_dir = str(run / "trackers")

@@ -7,10 +7,13 @@ like any other.
 
 from __future__ import annotations
 
+import logging
 import shlex
 import time
 from functools import partial
 from pathlib import Path
+
+from filelock import FileLock
 
 from unislu_llm.config import Config, Stage
 from unislu_llm.config_file import check, config_from_dict, inside, merge
@@ -22,17 +25,19 @@ from unislu_llm.models.saved import Description
 from unislu_llm.run_folder import (
     BEST,
     LAST,
-    can_resume,
     create_run,
     is_run,
+    lock_run,
     read_finished,
     write_finished,
 )
 from unislu_llm.tasks import TaskRegistry
-from unislu_llm.training.checkpoint import copy_model, read_progress
+from unislu_llm.training.checkpoint import copy_model, newest, read_progress
 from unislu_llm.training.log import say
 from unislu_llm.training.process import from_main, lost_process, processes
 from unislu_llm.training.trainer import Trainer
+
+log = logging.getLogger(__name__)
 
 
 def train(kind: str, config: Config, name: str = "run") -> Path:
@@ -74,6 +79,8 @@ def train(kind: str, config: Config, name: str = "run") -> Path:
 
 def _train_stages(kind: str, config: Config, name: str, started: float) -> Path:
     run = from_main(lambda: _claim(config, name))
+    held = list[FileLock]()
+    from_main(lambda: held.append(lock_run(run)))
     stages = stage_configs(config, run)
     main = processes().is_main_process
     for stage, own in stages:
@@ -93,6 +100,7 @@ def _train_stages(kind: str, config: Config, name: str, started: float) -> Path:
     if main:
         done = [read_finished(run / stage) for stage, _ in stages]
         write_finished(run, {key: sum(d[key] for d in done) for key in ("step", "train_seconds")})
+        held[0].release(force=True)
     return run
 
 
@@ -119,7 +127,7 @@ def _claim(config: Config, name: str) -> Path:
 
 
 def _resumable(folder: Path) -> bool:
-    if can_resume(folder):
+    if newest(folder, log.warning):
         return True
     # A stage that stopped before its first checkpoint begins anew; its log is kept, aside.
     if folder.exists():

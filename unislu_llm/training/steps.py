@@ -25,10 +25,10 @@ from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.data.sampler import BatchPlan
 from unislu_llm.errors import UserError
 from unislu_llm.models.base import SLUModel
-from unislu_llm.run_folder import LAST
+from unislu_llm.run_folder import LAST, METRICS
 from unislu_llm.training.checkpoint import Progress
 from unislu_llm.training.interrupt import Clock, Interrupts, ignore_signals
-from unislu_llm.training.log import METRICS_FILE, Log, Window, batch_counts
+from unislu_llm.training.log import Log, Window, batch_counts
 from unislu_llm.training.memory import halve, out_of_memory
 from unislu_llm.training.objectives import Objective
 from unislu_llm.training.optim import set_rates
@@ -116,16 +116,16 @@ class Steps:
         self.window = Window(self.objective, self.device)
         ids = gather_object([e.utterance.where for batch in micro for e in batch.examples
                              if batch.counted])
-        self.log.write("nonfinite", {"step": p.step, "samples": sorted(set(ids))})
+        self.log.write("nonfinite", {"step": p.step + 1, "samples": sorted(set(ids))})
         p.nonfinite, stops = p.nonfinite + 1, self.config.train.on_nonfinite == "stop"
         if stops or p.nonfinite >= _NONFINITE_STEPS:
-            raise UserError(f"loss is nan or infinite at step {p.step}"
+            raise UserError(f"loss is nan or infinite at step {p.step + 1}"
                             f"{'' if stops else f', and in {p.nonfinite} steps in a row'}; its "
-                            f"samples are in {self.run / METRICS_FILE}; lower train.lr or "
+                            f"samples are in {self.run / METRICS}; lower train.lr or "
                             f"train.max_grad_norm, or set train.on_nonfinite skip{self._kept()}")
         if self.main:
             log.warning("step %d was left out: its loss is nan or infinite; its samples are in "
-                        "%s", p.step, METRICS_FILE)
+                        "%s", p.step + 1, METRICS)
 
     def _kept(self) -> str:
         """The end of a message: what can be resumed."""
@@ -150,9 +150,9 @@ class Steps:
         queue, split = list(micro), self.config.train.on_oom == "split"
         while (place := self._accumulate(queue, total, alone=split)) is not None:
             self.optimizer.zero_grad()  # of a pass that was torn
-            queue = halve(queue, place, split, self.progress.step, self._kept())
+            queue = halve(queue, place, split, self.progress.step + 1, self._kept())
             log.warning("step %d: a micro-batch did not fit the memory and was split; raise "
-                        "train.accumulation to spare the time", self.progress.step)
+                        "train.accumulation to spare the time", self.progress.step + 1)
         if split and self.world > 1:
             average_gradients(self.model)
 

@@ -27,13 +27,12 @@ from unislu_llm.config import Config
 from unislu_llm.data.findings import run_findings
 from unislu_llm.data.frame_cache import build_frames
 from unislu_llm.data.loading import load_examples
-from unislu_llm.errors import Stopped
-from unislu_llm.io import write_json
-from unislu_llm.run_folder import BEST, LAST, TRAINER_FILE, create_run, write_finished
+from unislu_llm.errors import Stopped, UserError
+from unislu_llm.run_folder import BEST, LAST, create_run, is_run, lock_run, write_finished
 from unislu_llm.tokenizer import Example
 from unislu_llm.training import checkpoint
 from unislu_llm.training.build import build_model, build_registry, fitted_rates
-from unislu_llm.training.checkpoint import Progress
+from unislu_llm.training.checkpoint import Progress, newest
 from unislu_llm.training.data import (
     attach_hypotheses,
     build_dataset,
@@ -85,6 +84,7 @@ class Trainer(Steps):
         self.rank, self.world = process.process_index, process.num_processes
         self.main, self.device = process.is_main_process, self.accelerator.device
         self.host_sum = HostSum(timedelta(minutes=train.timeout))
+        from_main(self._claim)
         self.notices = Notices(self.main)
         disable_progress_bar()  # of the base checkpoints' tensors
 
@@ -115,7 +115,7 @@ class Trainer(Steps):
         optimizer = build_optimizer(self.model.trainable_groups(), train)
 
         # 4. The run folder: from here on something is written.
-        self.run = self.notices.run = from_main(lambda: create_run(config, name))
+        self.run = self.notices.run = from_main(lambda: self._create(name))
         self.notices.flush()
         if self.main:
             save_hypotheses(self.run, made)
@@ -124,10 +124,26 @@ class Trainer(Steps):
         self._fill_cache()
 
         # 5. Where it stands.
-        self.log = Log(self.run, self.accelerator, train.trackers)
         self.window, self.progress = Window(self.objective, self.device), Progress()
-        if config.resume:
+        if config.resume and (self.run / LAST).is_dir():
             self._resume(self.run / LAST)
+        self.log = Log(self.run, self.accelerator, train.trackers, self.progress)
+
+    def _claim(self) -> None:
+        run = Path(self.config.output)
+        if self.config.resume and is_run(run):  # before it is looked at, and mended
+            self.lock, damaged = lock_run(run), list[str]()
+            if newest(run, damaged.append) is None and damaged:
+                raise UserError("--resume: " + "\n".join(damaged))
+            if not (run / LAST).is_dir():
+                damaged = ["the run was stopped before its first checkpoint; it begins again"]
+            for line in damaged:
+                log.warning(line)
+
+    def _create(self, name: str) -> Path:
+        run = create_run(self.config, name)
+        self.lock = lock_run(run)
+        return run
 
     def _resume(self, last: Path) -> None:
         self.model.load_trained(last)
@@ -253,6 +269,7 @@ class Trainer(Steps):
                 say(self.run, "\n".join(parts))
             write_finished(self.run, {"step": p.step, "train_seconds": round(p.seconds, 1),
                                       "best_step": p.best_step, "best_score": p.best_score})
+            self.lock.release(force=True)
         self.accelerator.wait_for_everyone()
 
     def validate(self) -> None:
@@ -296,10 +313,10 @@ class Trainer(Steps):
             if self.main:
                 if better:
                     checkpoint.copy_model(self.run / LAST, self.run / BEST, p)
-                if p.step > 0:  # saved before: a resumed run must know of this validation
-                    write_json(self.run / LAST / TRAINER_FILE, p.model_dump())
                 self.log.validation(p.step, predictions, result, time.perf_counter() - started,
                                     p.history[0], show(predictions, p.shown, self.registry))
+                if p.step > 0:  # saved before: a resumed run must know of this one, and its row
+                    checkpoint.update_progress(self.run / LAST, p)
             self.accelerator.wait_for_everyone()
 
     def save(self) -> None:
@@ -314,6 +331,5 @@ class Trainer(Steps):
             checkpoint.save_rng(folder, rng)
 
         with self.clock.measure("save"):
-            if self.main:
-                checkpoint.save_checkpoint(self.run / LAST, write, self.progress)
-            self.accelerator.wait_for_everyone()
+            from_main(lambda: checkpoint.save_checkpoint(self.run / LAST, write, self.progress,
+                                                         self.config.train.keep))
