@@ -83,8 +83,8 @@ class Trainer:
         self.rank, self.world = process.process_index, process.num_processes
         self.main, self.device = process.is_main_process, self.accelerator.device
         self.host_sum = HostSum()
-        from_main(self._claim)
         self.notices = Notices(self.main)
+        from_main(self._claim)
         disable_progress_bar()  # of the base checkpoints' tensors
 
         # 2. Data.
@@ -128,16 +128,14 @@ class Trainer:
             self._resume(self.run / LAST)
 
     def _claim(self) -> None:
-        run = Path(self.config.output)
-        if self.config.resume and is_run(run):  # before it is looked at, and mended
+        if self.config.resume and is_run(run := Path(self.config.output)):  # before it is read
             self.lock = lock_run(run)
             if newest(run, log.warning) is None:
-                raise UserError(f"--resume: {run} holds no checkpoint: the run was stopped before "
-                                "its first one; start it anew, with another --output")
+                raise UserError(f"--resume: {run} holds no checkpoint to go on from; start it "
+                                "anew, with another --output")
 
     def _create(self, name: str) -> Path:
-        run = create_run(self.config, name)
-        self.lock = lock_run(run)
+        self.lock = lock_run(run := create_run(self.config, name))
         return run
 
     def _resume(self, last: Path) -> None:
