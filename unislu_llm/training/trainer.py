@@ -84,8 +84,8 @@ class Trainer(Steps):
         self.rank, self.world = process.process_index, process.num_processes
         self.main, self.device = process.is_main_process, self.accelerator.device
         self.host_sum = HostSum(timedelta(minutes=train.timeout))
-        from_main(self._claim)
         self.notices = Notices(self.main)
+        from_main(self._claim)
         disable_progress_bar()  # of the base checkpoints' tensors
 
         # 2. Data.
@@ -141,8 +141,7 @@ class Trainer(Steps):
                 log.warning(line)
 
     def _create(self, name: str) -> Path:
-        run = create_run(self.config, name)
-        self.lock = lock_run(run)
+        self.lock = lock_run(run := create_run(self.config, name))
         return run
 
     def _resume(self, last: Path) -> None:
