@@ -328,6 +328,8 @@ def test_help_version_and_mistyped_commands(unislu: Run) -> None:
             "predict", "transcribe", "prepare", "validate", "train", "evaluate", "compare",
             "export", "cache"]
         assert len(out.splitlines()) < 40, "a page, not the help of every command"
+    for command in ("predict", "transcribe", "validate", "evaluate", "compare"):
+        assert "(default: )" not in unislu(command, "--help")[1].partition("-h, --help")[0]
     assert re.fullmatch(r"unislu_llm \S+( \(git [0-9a-f]{40}(\+dirty)?\))?\n",
                         unislu("--version")[1])
     for words, known in ((("predit",), "predict"), (("prepare", "csvv"), "csv"),

@@ -16,7 +16,8 @@ from unislu_llm.errors import UserError, hint, quiet_libraries, report
 from unislu_llm.run_commands import cache, compare, evaluate, train, version
 
 Commands = dict[str, Callable[..., Any]]
-Manifests = Annotated[list[Path], tyro.conf.arg(metavar="MANIFEST [MANIFEST ...]")]
+Manifests = Annotated[list[Path], tyro.conf.arg(metavar="MANIFEST [MANIFEST ...]",
+                                                help_behavior_hint="")]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -73,7 +74,8 @@ def _named(doc: str) -> Callable[..., Any]:
 
 
 def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
-            audio: Annotated[list[str], tyro.conf.arg(metavar="AUDIO [AUDIO ...]")], /,
+            audio: Annotated[list[str], tyro.conf.arg(metavar="AUDIO [AUDIO ...]",
+                                                      help_behavior_hint="")], /,
             tasks: tuple[str, ...] = ("all",), out: Path | None = None,
             as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
             overlap: float = 0.0, language: str = "", num_beams: int = 1, n_best: int = 1,

@@ -13,7 +13,12 @@ from tabulate import tabulate
 
 from unislu_llm.errors import UserError
 from unislu_llm.io import portable, read_json, read_json_lines, sha256
-from unislu_llm.prediction_file import decoding_of, differences
+from unislu_llm.prediction_file import (
+    decoding_of,
+    dev_predictions,
+    differences,
+    known_decoding,
+)
 from unislu_llm.run_folder import find_run
 from unislu_llm.scoring import score as scoring
 from unislu_llm.scoring.bootstrap import Counts, bootstrap
@@ -33,6 +38,7 @@ class System:
     scores: Mapping[str, Any] | None  # of its score file
     decoding: Mapping[str, Any] | None  # None: not known
     predictions: Path | None  # None: not there
+    told: str = ""  # of what its predictions are
 
 
 def compare(paths: Sequence[Path], protocol: Protocol = "whisper", resamples: int = 1000,
@@ -59,7 +65,8 @@ def compare(paths: Sequence[Path], protocol: Protocol = "whisper", resamples: in
         if name in systems or path in paths[:i]:
             raise UserError(f"{path} is named twice; name every system once")
         systems[name] = system
-    notes = differences({name: s.decoding for name, s in systems.items()})
+    notes = [*(s.told for s in systems.values() if s.told),
+             *differences({name: s.decoding for name, s in systems.items()})]
     lacking = [name for name, s in systems.items() if s.predictions is None]
     counts: dict[str, dict[str, Counts]] = {}
     if lacking:
@@ -86,13 +93,10 @@ def _read(path: Path) -> tuple[str, System]:
     """Name of a system, and what its run folder, score file or prediction file says."""
     if path.is_dir():
         run = find_run(path)
-        file = run.folder / "predictions" / f"{run.checkpoint}-dev.jsonl"
-        if not file.is_file():
-            raise UserError(f"{path}: no predictions of the dev manifests ({file} is not there); "
-                            f"run `unislu evaluate {path}` first, or name a file")
-        return run.label, System(None, _decoding(file), file)
+        file, told = dev_predictions(run)
+        return run.label, System(None, known_decoding(file), file, told)
     if path.suffix != ".json":
-        return path.stem, System(None, _decoding(path), path)
+        return path.stem, System(None, known_decoding(path), path)
     result = read_json(path)
     if lacking := {"scores", "decode", "manifests", "precision", "limit"} - result.keys():
         raise UserError(f"{path} is no score file of `unislu evaluate`: it has no "
@@ -101,11 +105,6 @@ def _read(path: Path) -> tuple[str, System]:
     file = Path(str(result.get("predictions", "")))
     there = file.is_file() and sha256(file) == result.get("predictions_sha256")
     return path.stem, System(result["scores"], decoding_of(result), file if there else None)
-
-
-def _decoding(predictions: Path) -> dict[str, Any] | None:
-    meta = predictions.with_suffix(".meta.json")
-    return read_json(meta).get("decoding") if meta.is_file() else None
 
 
 def _scores(predictions: Path | None, registry: TaskRegistry) -> dict[str, Any]:
