@@ -197,6 +197,9 @@ def test_predict_refuses(args: list[str], expected: str, unislu: Run,
 def test_transcribe_adds_what_a_saved_model_recognises(unislu: Run,
                                                        tiny_run: Callable[..., Path]) -> None:
     run = tiny_run("whisper_slu")
+    Path("text.jsonl").write_text('{"id": "a", "text": "so it goes"}\n')
+    _, out, _ = unislu("transcribe", run, "text.jsonl", "--out", "texts")
+    assert "texts/text.jsonl: 1 of 1 rows have no audio and got no hypothesis; --copy-text" in out
     args = ("transcribe", run, "corpus/dev.jsonl", "--out", "made")
     status, out, errors = unislu(*args)
     assert (status, errors) == (0, [])
