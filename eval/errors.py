@@ -108,9 +108,7 @@ def find_files(options: Options) -> tuple[dict[str, Path], TaskRegistry]:
             run = find_run(path)
             # Predictions hold task names alone; what these are is known to the model.
             registry = registry or run.registry()
-            name, (file, told) = run.label, dev_predictions(run)
-            if told:
-                print(told)
+            name, file = run.label, dev_predictions(run)
         if file in found.values():
             raise UserError(f"{file} is named twice; name every system once")
         found[name if name not in found else portable(file)] = file

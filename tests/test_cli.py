@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.distributed import TCPStore
 
 from unislu_llm import Answer, load, understand
 from unislu_llm.cli import main
@@ -321,6 +323,30 @@ def test_under_a_launcher_the_message_says_that_nothing_more_follows(
         assert len(more) == 1
         assert "launcher" in more[0]
         assert ("--quiet" in more[0]) == quiet
+
+
+def test_of_several_processes_one_tells_what_all_have(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the launcher's
+    for name, value in {"TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "2", "RANK": "1",
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}.items():
+        monkeypatch.setenv(name, value)
+
+    def told(*args: str) -> str:
+        with contextlib.suppress(SystemExit):
+            main(["train", *args])
+        return capsys.readouterr().err
+
+    for args, message in ((("--config", "gone.yaml"), "config file gone.yaml"),
+                          (("--config", "other.yaml"), "config file other.yaml"),
+                          (("--train.lr.lora", "much"), "could not convert string")):
+        assert told(*args).count(message) == 1
+        assert told(*args) == ""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "gone.yaml" in told("--config", "gone.yaml")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_PORT", "gone")
+    assert "gone.yaml" in told("--config", "gone.yaml"), "rather twice than never"
 
 
 def test_help_version_and_mistyped_commands(unislu: Run) -> None:

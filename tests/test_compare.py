@@ -82,27 +82,28 @@ def test_another_decoding_is_named_in_both_tables(systems: list[Path],
 
 
 def test_a_fresh_run_is_compared_by_the_validation_of_its_best(
-        tiny_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:
+        tiny_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree(tiny_run(), B)
+    capsys.readouterr()
     text = compare([A, B])
-    for run in (A, B):
-        assert f"{run.name}: predictions of its validation after 2 steps (best)" in text
+    assert capsys.readouterr().out.splitlines() == [
+        f"{run}: predictions of its validation after 2 steps (best)" for run in ("tiny", "perfect")]
     assert "warning" not in text, "how validations decode is known"
     assert row_of(text, "wer")[3].startswith("+0.00 [")
+    # What validation is yet to choose is decoded by rewriting.
+    assert evaluate(options(B, decode=DecodeFlags(transcript="rewrite"))) == 0
+    assert "warning" not in compare([A, B])
+    assert evaluate(options(B, decode=DecodeFlags(transcript="verbatim"))) == 0
+    assert 'decode.transcript is "rewrite" in tiny, "verbatim" in perfect' in compare([A, B])
     # Of stages the last finished one made the best; a file of it is known as well.
     monkeypatch.chdir(A)
     shutil.copytree(".", "adapt", ignore=shutil.ignore_patterns("adapt"))
     shutil.rmtree("predictions")
     config = Path("config.yaml")
     config.write_text(config.read_text().replace("stages: []", "stages: [{name: adapt}]"))
-    assert "tiny: predictions of its validation after 2 steps" in (
-        text := compare([Path("."), Path("adapt/predictions/step-000000.jsonl")]))
+    text = compare([Path("."), Path("adapt/predictions/step-000000.jsonl")])
     assert "warning" not in text
-    # Decoded by rewriting, where the model is verbatim since: evaluated, it is another way.
-    for name in ("best", "last"):
-        saved = Path(name, "config.json")
-        saved.write_text(saved.read_text().replace('"auto"', '"verbatim"'))
-    assert "(best); it rewrote hypotheses, which" in compare([Path("."), Path("adapt")])
     # The projector's text is no answer of the model.
     config = Path("adapt/config.yaml")
     config.write_text(config.read_text().replace("objective: unified", "objective: ctc"))

@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
@@ -36,13 +37,30 @@ def reported() -> Iterator[None]:
 
 
 def report(error: object) -> None:
-    """Print a message for users on stderr."""
+    """Print a message for users on stderr; of several processes that have the same, one alone."""
+    if already_told(str(error)):
+        return
     print(f"error: {error}", file=sys.stderr, flush=True)
     # A launcher answers every exit status but 0 with a traceback, which no child can prevent.
     if launched():
         quiet = "" if "LOCAL_RANK" in os.environ else " (`accelerate launch --quiet` prints none)"
         print(f"What follows is the launcher's traceback; it says nothing more{quiet}.",
               file=sys.stderr, flush=True)
+
+
+def already_told(message: str) -> bool:
+    """Whether another process of this run has printed a message."""
+    # The launcher's store is there before the processes know each other, and outlives them. An
+    # error of one process alone (a clip of its share) has a message of its own.
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ["WORLD_SIZE"] == "1":
+        return False
+    from torch.distributed import TCPStore
+
+    key = f"unislu_llm {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {message}"
+    with contextlib.suppress(RuntimeError, KeyError, ValueError):  # rather twice than never
+        return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+                        timeout=timedelta(seconds=5), wait_for_workers=False).add(key, 1) > 1
+    return False
 
 
 def quiet_libraries() -> None:

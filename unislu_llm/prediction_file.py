@@ -80,29 +80,22 @@ class PredictionFile:
         return about
 
 
-def dev_predictions(run: Run) -> tuple[Path, str]:
-    """File of a run's predictions of its dev manifests, and what is to be told of it, if anything.
-
-    They are those of `unislu evaluate`, else those of the validation of the checkpoint. Raises
-    UserError: neither is there.
-    """
+def dev_predictions(run: Run) -> Path:
+    """File of a run's predictions of its dev manifests: those of `unislu evaluate`, else those of
+    the validation of its checkpoint, which is told. Raises UserError: neither is there."""
     file = run.folder / "predictions" / f"{run.checkpoint}-dev.jsonl"
     if file.is_file():
-        return file, ""
+        return file
     # The best of stages is that of the last finished one.
     stages = [run.folder / stage["name"] for stage in (run.config.stages if run.config else [])]
     home = next((stage for stage in reversed(stages) if read_finished(stage)), run.folder)
     step = run.step()
     validated = home / "predictions" / f"step-{-1 if step is None else step:06d}.jsonl"
-    known = known_decoding(validated) if validated.is_file() else None
-    if known is None:
+    if not validated.is_file() or known_decoding(validated) is None:
         raise UserError(f"{run.folder}: no predictions of the dev manifests ({file} is not there); "
                         f"run `unislu evaluate {run.folder}` first, or name a file")
-    told = f"{run.label}: predictions of its validation after {step} steps ({run.checkpoint})"
-    way = read_json(run.model / MODEL_FILE)["model"].get("transcript")
-    if known.get("decode.transcript") == "auto" and way == "verbatim":
-        told += "; it rewrote hypotheses, which `unislu evaluate` with this model no longer does"
-    return validated, told
+    print(f"{run.label}: predictions of its validation after {step} steps ({run.checkpoint})")
+    return validated
 
 
 def known_decoding(predictions: Path) -> dict[str, Any] | None:
@@ -111,7 +104,7 @@ def known_decoding(predictions: Path) -> dict[str, Any] | None:
     if meta.is_file():
         return read_json(meta).get("decoding")
     model = find_model(folder)
-    if not predictions.stem.startswith("step-") or not is_run(folder) or model is None:
+    if model is None or not is_run(folder) or not predictions.stem.startswith("step-"):
         return None
     # Validations decode as the run's config says; a `ctc` objective's do not decode the model.
     config = config_from_file(folder / "config.yaml", resolve=False)

@@ -32,8 +32,7 @@ class Report:
 
     copy: Path
     # `rows`; transcripts `made` now, `known` from a call that was stopped, and `looped`; rows whose
-    # hypothesis is `copied` from their text; rows `filled` with a pseudo-label; `mute` ones, which
-    # have neither audio nor hypothesis.
+    # hypothesis is `copied` from their text, or that have none (`mute`); `filled` pseudo-labels.
     counts: Counter[str]
     pairs: list[tuple[str, str]] = field(default_factory=list)  # text and recognised hypothesis
     # `file:line (id)` of rows that the copy lacks, by reason; and by span task, of filled rows

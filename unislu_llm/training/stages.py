@@ -63,7 +63,7 @@ def train(kind: str, config: Config, name: str = "run") -> Path:
 def _train_stages(kind: str, config: Config, name: str) -> Path:
     run = from_main(lambda: _claim(config, name))
     stages = stage_configs(config, run)
-    main = processes().is_main_process
+    main, said = processes().is_main_process, set[str]()
     for stage, own in stages:
         folder = Path(own.output)
         if read_finished(folder):
@@ -71,7 +71,7 @@ def _train_stages(kind: str, config: Config, name: str) -> Path:
         own.resume = from_main(partial(_resumable, folder))
         if main:
             say(run, f"stage {stage}")
-        Trainer(kind, own, stage).fit()
+        Trainer(kind, own, stage, said).fit()
         if main:
             # After each stage: a run that stops in a later one has a model.
             source = find_model(folder)

@@ -67,10 +67,12 @@ log = logging.getLogger(__name__)
 class Trainer:
     """One run: data, model, optimizer and where it stands; see :func:`.stages.train`.
 
-    Raises UserError: bad configuration or data; nothing is written then.
+    Of a stage, `said` has the warnings of those before. Raises UserError: bad configuration or
+    data; nothing is written then.
     """
 
-    def __init__(self, kind: str, config: Config, name: str = "run") -> None:
+    def __init__(self, kind: str, config: Config, name: str = "run",
+                 said: set[str] | None = None) -> None:
         self.config, train = config, config.train
 
         # 1. Processes, before anything is put on a device.
@@ -84,7 +86,7 @@ class Trainer:
         self.rank, self.world = process.process_index, process.num_processes
         self.main, self.device = process.is_main_process, self.accelerator.device
         self.host_sum = HostSum()
-        self.notices = Notices(self.main)
+        self.notices = Notices(self.main, set() if said is None else said)
         disable_progress_bar()  # of the base checkpoints' tensors
 
         # 2. Data.

@@ -81,8 +81,8 @@ def prepare(source: Source, out: Path, *, tasks_file: Path | None = None,
     write_manifest(out, rows.values())
     page = f"{n_read:>8} rows read\n{counts}\n{out}\n{summary([*rows.values()], registry)}"
     if isinstance(source, Conll | Csv) and (mute := sum(u.audio is None for u in rows.values())):
-        page += (f"\n{mute} of {len(rows)} rows have no audio, and are text alone; if there is some, "
-                 "name it by --audio FOLDER (its files are <id>.wav, .flac, ...) or in `audio`")
+        page += (f"\n{mute} of {len(rows)} rows have no audio, and are text alone; audio is named "
+                 "by --audio FOLDER (with <id>.wav, .flac, ...) or the rows' own `audio`")
     return page
 
 
