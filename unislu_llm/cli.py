@@ -271,8 +271,7 @@ def export(run: Annotated[str, tyro.conf.arg(metavar="RUN")], /, out: Path,
         print(f"largest difference of a token's loss from the original: {difference:.3g} nats "
               "(fine: 0 in fp32, below 0.05 in fp16, below 0.5 in bf16; else give a finer --dtype)")
     if not licence:
-        print("the card names no licence, without which nobody may use the weights: add --licence, "
-              "e.g. Apache-2.0")
+        print("the card names no licence, so nobody may use the weights; add --licence Apache-2.0")
     if push:
         address = publish(out, push, PUBLISHED, private=private, branch=revision)
         print(f"published as {name}: {address}")

@@ -50,15 +50,15 @@ def report(error: object) -> None:
 
 def already_told(message: str) -> bool:
     """Whether another process of this run has printed a message."""
-    # The launcher's store is there before the processes know each other, and outlives them. An
-    # error of one process alone (a clip of its share) has a message of its own.
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True" or os.environ["WORLD_SIZE"] == "1":
+    given = os.environ.get
+    # The launcher's store is there before the processes know each other, and outlives them.
+    if given("TORCHELASTIC_USE_AGENT_STORE") != "True" or given("WORLD_SIZE", "1") == "1":
         return False
     from torch.distributed import TCPStore
 
-    key = f"unislu_llm {os.environ.get('TORCHELASTIC_RESTART_COUNT')} {message}"
-    with contextlib.suppress(RuntimeError, KeyError, ValueError):  # rather twice than never
-        return TCPStore(os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False,
+    key = f"unislu_llm {given('TORCHELASTIC_RESTART_COUNT')} {message}"
+    with contextlib.suppress(RuntimeError, ValueError):  # rather twice than never
+        return TCPStore(given("MASTER_ADDR", ""), int(given("MASTER_PORT", "")), is_master=False,
                         timeout=timedelta(seconds=5), wait_for_workers=False).add(key, 1) > 1
     return False
 

@@ -108,10 +108,10 @@ def known_decoding(predictions: Path) -> dict[str, Any] | None:
         return None
     # Validations decode as the run's config says; a `ctc` objective's do not decode the model.
     config = config_from_file(folder / "config.yaml", resolve=False)
-    saved = {"model_type": read_json(model / MODEL_FILE)["model_type"],
-             "model": config.model.model_dump()}
     return None if config.train.objective == "ctc" else decoding_of({
-        "decode": config.decode.model_dump(), "precision": config.train.precision, "model": saved})
+        "decode": config.decode.model_dump(), "precision": config.train.precision, "model": {
+            "model_type": read_json(model / MODEL_FILE)["model_type"],
+            "model": config.model.model_dump()}})
 
 
 def decoding_of(result: Mapping[str, Any]) -> dict[str, Any]:

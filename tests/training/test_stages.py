@@ -52,10 +52,8 @@ def test_a_stage_trains_its_groups_and_starts_from_the_one_before(tiny_config: M
 def test_a_warning_that_all_stages_have_is_given_once(
         tiny_config: Make, capsys: pytest.CaptureFixture[str]) -> None:
     first, second = ({"name": name, "train": {"max_steps": 1}} for name in "ab")
-    for run in ("one", "two"):
-        train("speech_llm", tiny_config(run, stages=[first, second]))
-        printed = capsys.readouterr().err
-        assert printed.count("warning: data.dev: 12 of 12 clips are in data.train too") == 1, run
+    train("speech_llm", tiny_config(stages=[first, second]))
+    assert capsys.readouterr().err.count("warning: data.dev: 12 of 12 clips are in data.train") == 1
 
 
 def test_a_stopped_run_keeps_finished_stages(tiny_config: Make) -> None:
