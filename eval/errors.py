@@ -21,6 +21,7 @@ from tabulate import tabulate
 from unislu_llm.compare import difference, read_predictions, same_data
 from unislu_llm.errors import UserError, reported
 from unislu_llm.io import portable, sha256, write_json, write_text
+from unislu_llm.prediction_file import dev_predictions
 from unislu_llm.run_folder import find_run
 from unislu_llm.scoring.bootstrap import bootstrap
 from unislu_llm.scoring.entities import KINDS, entity_errors, place, prf
@@ -107,10 +108,7 @@ def find_files(options: Options) -> tuple[dict[str, Path], TaskRegistry]:
             run = find_run(path)
             # Predictions hold task names alone; what these are is known to the model.
             registry = registry or run.registry()
-            name, file = run.label, run.folder / "predictions" / f"{run.checkpoint}-dev.jsonl"
-            if not file.is_file():
-                raise UserError(f"{path}: no predictions of the dev manifests ({file} is not "
-                                f"there); run eval/evaluate.py {path} first, or name the file")
+            name, file = run.label, dev_predictions(run)
         if file in found.values():
             raise UserError(f"{file} is named twice; name every system once")
         found[name if name not in found else portable(file)] = file

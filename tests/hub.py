@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -129,5 +130,6 @@ def connected(hub: Hub, cache: Any, patch: pytest.MonkeyPatch) -> Iterator[Hub]:
                       url + "/{repo_id}/resolve/{revision}/{filename}")
         patch.setattr(constants + "HF_HUB_CACHE", str(cache))
         patch.setattr(constants + "HF_HUB_OFFLINE", False)
+        patch.setattr(sys.modules["unislu_llm.weights.resolve"], "_fetched", {})
         patch.setenv("HF_TOKEN", TOKEN)
         yield hub

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import logging
@@ -17,6 +18,7 @@ import numpy as np
 import pytest
 import soundfile
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from torch.distributed import TCPStore
 
 from unislu_llm import Answer, load, understand
 from unislu_llm.cli import main
@@ -197,6 +199,9 @@ def test_predict_refuses(args: list[str], expected: str, unislu: Run,
 def test_transcribe_adds_what_a_saved_model_recognises(unislu: Run,
                                                        tiny_run: Callable[..., Path]) -> None:
     run = tiny_run("whisper_slu")
+    Path("text.jsonl").write_text('{"id": "a", "text": "so it goes"}\n')
+    _, out, _ = unislu("transcribe", run, "text.jsonl", "--out", "texts")
+    assert "texts/text.jsonl: 1 of 1 rows have no audio and got no hypothesis; --copy-text" in out
     args = ("transcribe", run, "corpus/dev.jsonl", "--out", "made")
     status, out, errors = unislu(*args)
     assert (status, errors) == (0, [])
@@ -320,6 +325,30 @@ def test_under_a_launcher_the_message_says_that_nothing_more_follows(
         assert ("--quiet" in more[0]) == quiet
 
 
+def test_of_several_processes_one_tells_what_all_have(
+        monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)  # the launcher's
+    for name, value in {"TORCHELASTIC_USE_AGENT_STORE": "True", "WORLD_SIZE": "2", "RANK": "1",
+                        "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port)}.items():
+        monkeypatch.setenv(name, value)
+
+    def told(*args: str) -> str:
+        with contextlib.suppress(SystemExit):
+            main(["train", *args])
+        return capsys.readouterr().err
+
+    for args, message in ((("--config", "gone.yaml"), "config file gone.yaml"),
+                          (("--config", "other.yaml"), "config file other.yaml"),
+                          (("--train.lr.lora", "much"), "could not convert string")):
+        assert told(*args).count(message) == 1
+        assert told(*args) == ""
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "gone.yaml" in told("--config", "gone.yaml")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_PORT", "gone")
+    assert "gone.yaml" in told("--config", "gone.yaml"), "rather twice than never"
+
+
 def test_help_version_and_mistyped_commands(unislu: Run) -> None:
     for args in ((), ("--help",)):
         status, out, _ = unislu(*args)
@@ -328,6 +357,8 @@ def test_help_version_and_mistyped_commands(unislu: Run) -> None:
             "predict", "transcribe", "prepare", "validate", "train", "evaluate", "compare",
             "export", "cache"]
         assert len(out.splitlines()) < 40, "a page, not the help of every command"
+    for command in ("predict", "transcribe", "validate", "evaluate", "compare"):
+        assert "(default: )" not in unislu(command, "--help")[1].partition("-h, --help")[0]
     assert re.fullmatch(r"unislu_llm \S+( \(git [0-9a-f]{40}(\+dirty)?\))?\n",
                         unislu("--version")[1])
     for words, known in ((("predit",), "predict"), (("prepare", "csvv"), "csv"),

@@ -67,7 +67,7 @@ def test_another_decoding_is_named_in_both_tables(systems: list[Path],
     assert evaluate(options(B, decode=flags, again=True)) == 0
     text = compare(systems)
     assert "warning: not decoded alike: decode.grammar is false in tiny, true in perfect" in text
-    assert 'decode.transcript is "auto" in tiny, "verbatim" in perfect' in text
+    assert 'decode.transcript is "rewrite" in tiny, "verbatim" in perfect' in text
     assert text.count("warning") == 2
     assert "warning" not in capsys.readouterr().out, "there was one system"
     (B / FILE).with_suffix(".meta.json").unlink()
@@ -79,6 +79,36 @@ def test_another_decoding_is_named_in_both_tables(systems: list[Path],
     assert evaluate(options(A, B)) == 0
     assert ("warning: not decoded alike: decode.grammar is false in tiny, true in perfect"
             in capsys.readouterr().out)
+
+
+def test_a_fresh_run_is_compared_by_the_validation_of_its_best(
+        tiny_run: Callable[..., Path], monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(tiny_run(), B)
+    capsys.readouterr()
+    text = compare([A, B])
+    assert capsys.readouterr().out.splitlines() == [
+        f"{run}: predictions of its validation after 2 steps (best)" for run in ("tiny", "perfect")]
+    assert "warning" not in text, "how validations decode is known"
+    assert row_of(text, "wer")[3].startswith("+0.00 [")
+    # What validation is yet to choose is decoded by rewriting.
+    assert evaluate(options(B, decode=DecodeFlags(transcript="rewrite"))) == 0
+    assert "warning" not in compare([A, B])
+    assert evaluate(options(B, decode=DecodeFlags(transcript="verbatim"))) == 0
+    assert 'decode.transcript is "rewrite" in tiny, "verbatim" in perfect' in compare([A, B])
+    # Of stages the last finished one made the best; a file of it is known as well.
+    monkeypatch.chdir(A)
+    shutil.copytree(".", "adapt", ignore=shutil.ignore_patterns("adapt"))
+    shutil.rmtree("predictions")
+    config = Path("config.yaml")
+    config.write_text(config.read_text().replace("stages: []", "stages: [{name: adapt}]"))
+    text = compare([Path("."), Path("adapt/predictions/step-000000.jsonl")])
+    assert "warning" not in text
+    # The projector's text is no answer of the model.
+    config = Path("adapt/config.yaml")
+    config.write_text(config.read_text().replace("objective: unified", "objective: ctc"))
+    with pytest.raises(UserError, match="no predictions of the dev manifests"):
+        compare([Path("."), Path("adapt")])
 
 
 def test_other_data_is_refused(systems: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
@@ -121,6 +151,7 @@ def test_what_is_no_system_is_named(systems: list[Path]) -> None:
         with pytest.raises(UserError, match=message):
             compare(paths)
     (B / FILE).unlink()
+    (B / "predictions" / "step-000002.jsonl").unlink()
     with pytest.raises(UserError, match="run `unislu evaluate runs/perfect` first"):
         compare(systems)
     with pytest.raises(UserError, match="--resamples must be 1 or more"):

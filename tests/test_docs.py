@@ -66,7 +66,8 @@ def commands(page: Path) -> list[list[str]]:
                 words = [w for w in words if not re.fullmatch(r"[A-Z_]+=.*", w)]
                 if words and words[0] in ("unislu", "accelerate", "torchrun", "python"):
                     found.append(words)
-    return found
+    inline = re.findall(r"`(unislu [^`]*)`", outside_code(page.read_text("utf-8")))
+    return found + [shlex.split(command) for command in inline]
 
 
 @lru_cache

@@ -150,7 +150,11 @@ def test_the_command_names_problems(run: Callable[..., Path],
     base = ["export", str(RUN), "--no-check"]
     Path("empty.md").touch()
     assert main([*base, "--out", str(OUT), *names]) == 0
-    capsys.readouterr()
+    assert "the card names no licence" in capsys.readouterr().out
+    assert main(["export", str(RUN), "--out", str(OUT), *names, "--licence", "MIT"]) == 0
+    out = capsys.readouterr().out
+    assert "nats (fine: 0 in fp32, below 0.05 in fp16, below 0.5 in bf16" in out
+    assert "no licence" not in out
     for args, expected in (
         ([*base, "--out", "new"], "model.encoder"),
         ([*base, "--out", "new", *names, "--results", "gone.json"], "gone.json cannot be read"),

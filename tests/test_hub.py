@@ -21,7 +21,7 @@ from unislu_llm.decoding.recogniser import ModelRecogniser, load_recogniser
 from unislu_llm.errors import UserError
 from unislu_llm.evaluate import Options, make_job
 from unislu_llm.run_folder import find_run
-from unislu_llm.training.build import build_model
+from unislu_llm.training.build import build_model, build_registry
 from unislu_llm.weights import resolve
 
 NAME = "me/tiny"
@@ -145,6 +145,22 @@ def test_a_name_is_taken_wherever_a_folder_is(hub: Hub, best: Path,
     assert main(["predict", NAME, "corpus/audio/u0.wav"]) == 0
     assert "  sa: " in capsys.readouterr().out
     load_recogniser.cache_clear()
+
+
+def test_a_run_is_of_one_commit_whatever_is_pushed_meanwhile(hub: Hub, best: Path) -> None:
+    hub.commit(NAME, files_of(best))
+    Path("a.yaml").write_text(f"train: {{init: {NAME}}}\n")
+    config = config_from_file("a.yaml")
+    changed = load(best)
+    with torch.no_grad():
+        next(p for p in changed.parameters() if p.requires_grad).add_(1.0)
+    changed.save_pretrained("changed")
+    hub.commit(NAME, files_of(Path("changed")))
+    hub.asked.clear()
+    model = build_model("speech_llm", config, build_registry(config))
+    assert torch.equal(weights(model), weights(load(best)))
+    assert not hub.asked
+    assert torch.equal(weights(load(NAME)), weights(changed)), "asked for again, it is the new one"
 
 
 def test_in_a_config_file_a_name_stays_one(hub: Hub, best: Path, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from tabulate import tabulate
 
 from unislu_llm.errors import UserError
 from unislu_llm.io import portable, read_json, read_json_lines, sha256
-from unislu_llm.prediction_file import decoding_of, differences
+from unislu_llm.prediction_file import decoding_of, dev_predictions, differences, known_decoding
 from unislu_llm.run_folder import find_run
 from unislu_llm.scoring import score as scoring
 from unislu_llm.scoring.bootstrap import Counts, bootstrap
@@ -60,18 +60,19 @@ def compare(paths: Sequence[Path], protocol: Protocol = "whisper", resamples: in
             raise UserError(f"{path} is named twice; name every system once")
         systems[name] = system
     notes = differences({name: s.decoding for name, s in systems.items()})
-    lacking = [name for name, s in systems.items() if s.predictions is None]
+    read = {name: read_predictions(s.predictions, registry)
+            for name, s in systems.items() if s.predictions}
+    lacking = [name for name in systems if name not in read]
     counts: dict[str, dict[str, Counts]] = {}
     if lacking:
-        scores = {name: s.scores or _scores(s.predictions, registry)
+        scores = {name: s.scores or score_predictions(read[name], registry)
                   for name, s in systems.items()}
         for fault in scoring.same_data(scores):
             raise UserError(fault.removeprefix("warning: ") + "; score them on the same manifests")
         notes.append("no intervals of the differences: the predictions of "
                      f"{', '.join(lacking)} are not there, or have changed since")
     else:
-        found, _ = same_data({name: read_predictions(s.predictions, registry)
-                              for name, s in systems.items() if s.predictions})
+        found, _ = same_data(read)
         scores = {name: score_predictions(some, registry) for name, some in found.items()}
         counts = {name: utterance_counts(some, registry, protocol) for name, some in found.items()}
     rows = _rows({name: flat_scores(s, protocol) for name, s in scores.items()}, counts, resamples)
@@ -86,13 +87,10 @@ def _read(path: Path) -> tuple[str, System]:
     """Name of a system, and what its run folder, score file or prediction file says."""
     if path.is_dir():
         run = find_run(path)
-        file = run.folder / "predictions" / f"{run.checkpoint}-dev.jsonl"
-        if not file.is_file():
-            raise UserError(f"{path}: no predictions of the dev manifests ({file} is not there); "
-                            f"run `unislu evaluate {path}` first, or name a file")
-        return run.label, System(None, _decoding(file), file)
+        file = dev_predictions(run)
+        return run.label, System(None, known_decoding(file), file)
     if path.suffix != ".json":
-        return path.stem, System(None, _decoding(path), path)
+        return path.stem, System(None, known_decoding(path), path)
     result = read_json(path)
     if lacking := {"scores", "decode", "manifests", "precision", "limit"} - result.keys():
         raise UserError(f"{path} is no score file of `unislu evaluate`: it has no "
@@ -101,16 +99,6 @@ def _read(path: Path) -> tuple[str, System]:
     file = Path(str(result.get("predictions", "")))
     there = file.is_file() and sha256(file) == result.get("predictions_sha256")
     return path.stem, System(result["scores"], decoding_of(result), file if there else None)
-
-
-def _decoding(predictions: Path) -> dict[str, Any] | None:
-    meta = predictions.with_suffix(".meta.json")
-    return read_json(meta).get("decoding") if meta.is_file() else None
-
-
-def _scores(predictions: Path | None, registry: TaskRegistry) -> dict[str, Any]:
-    assert predictions is not None  # what has no scores has these
-    return score_predictions(read_predictions(predictions, registry), registry)
 
 
 def _rows(scores: Mapping[str, Mapping[str, float]], counts: Mapping[str, Mapping[str, Counts]],

@@ -10,6 +10,7 @@ import os
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any, get_args
 
 if TYPE_CHECKING:
@@ -77,7 +78,9 @@ def cause_of(error: BaseException) -> str:
 
 
 def report(error: object) -> None:
-    """Print a message for users on stderr."""
+    """Print a message for users on stderr, in one of several processes that have the same."""
+    if already_told(str(error)):
+        return
     print(f"error: {error}", file=sys.stderr, flush=True)
     # A launcher answers every exit status but 0 with a traceback, which no child can prevent.
     if launched():
@@ -92,6 +95,21 @@ def disk_fault(error: BaseException) -> str:
     told = re.search(r"\(os error (\d+)\)", str(error))
     number = int(told[1]) if told else error.errno if isinstance(error, OSError) else None
     return os.strerror(number).lower() if number else ""
+
+
+def already_told(message: str) -> bool:
+    """Whether another process of this run has printed a message."""
+    given = os.environ.get
+    # The launcher's store is there before the processes know each other, and outlives them.
+    if given("TORCHELASTIC_USE_AGENT_STORE") != "True" or given("WORLD_SIZE", "1") == "1":
+        return False
+    from torch.distributed import TCPStore
+
+    key = f"unislu_llm {given('TORCHELASTIC_RESTART_COUNT')} {message}"
+    with contextlib.suppress(RuntimeError, ValueError):  # rather twice than never
+        return TCPStore(given("MASTER_ADDR", ""), int(given("MASTER_PORT", "")), is_master=False,
+                        timeout=timedelta(seconds=5), wait_for_workers=False).add(key, 1) > 1
+    return False
 
 
 def quiet_libraries() -> None:

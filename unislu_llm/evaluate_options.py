@@ -35,7 +35,8 @@ class Options:
     """What is scored, and how."""
 
     runs: Annotated[tyro.conf.Positional[list[str]],
-                    tyro.conf.arg(metavar="RUN [RUN ...]")] = field(default_factory=list)
+                    tyro.conf.arg(metavar="RUN [RUN ...]",
+                                  help_behavior_hint="")] = field(default_factory=list)
     """Run folders of the recipes, or saved models: folders, or names on the Hugging Face hub (these
     need --manifest)."""
     manifest: list[Path] = field(default_factory=list)

@@ -17,7 +17,7 @@ import tyro
 from pydantic import BaseModel, Field, ValidationError, create_model
 
 from unislu_llm.config import Common, Config, Section
-from unislu_llm.errors import Place, UserError, dotted, explain
+from unislu_llm.errors import Place, UserError, already_told, dotted, explain
 
 Extra = Mapping[str, tuple[Any, Any]]
 """Flags that are no settings: by name, type and pydantic field, which holds the default."""
@@ -58,7 +58,8 @@ def parse_flags(config: Config, args: Sequence[str], *, prog: str | None = None,
         while fault is not None and not isinstance(fault, ValidationError):
             fault = fault.__context__
         if fault is None:  # `--help` and unknown flags are tyro's to answer
-            print(said.getvalue(), end="", file=sys.stderr)
+            if not already_told(said.getvalue()):
+                print(said.getvalue(), end="", file=sys.stderr)
             raise
         # pydantic knows the class of the section, and what lies in it, but not where it lies.
         place = next((p for p, kind in _sections(Config) if kind.__name__ == fault.title), ())

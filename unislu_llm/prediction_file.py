@@ -14,8 +14,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from unislu_llm.config_file import config_from_file
 from unislu_llm.errors import UserError
-from unislu_llm.io import append_json, read_json, read_json_lines, sha256, write_json, write_text
+from unislu_llm.io import (
+    MODEL_FILE,
+    append_json,
+    find_model,
+    read_json,
+    read_json_lines,
+    sha256,
+    write_json,
+    write_text,
+)
+from unislu_llm.run_folder import Run, is_run, read_finished
 
 Rows = list[dict[str, Any]]
 
@@ -69,6 +80,40 @@ class PredictionFile:
         return about
 
 
+def dev_predictions(run: Run) -> Path:
+    """File of a run's predictions of its dev manifests: those of `unislu evaluate`, else those of
+    the validation of its checkpoint, which is told. Raises UserError: neither is there."""
+    file = run.folder / "predictions" / f"{run.checkpoint}-dev.jsonl"
+    if file.is_file():
+        return file
+    # The best of stages is that of the last finished one.
+    stages = [run.folder / stage["name"] for stage in (run.config.stages if run.config else [])]
+    home = next((stage for stage in reversed(stages) if read_finished(stage)), run.folder)
+    step = run.step()
+    validated = home / "predictions" / f"step-{-1 if step is None else step:06d}.jsonl"
+    if not validated.is_file() or known_decoding(validated) is None:
+        raise UserError(f"{run.folder}: no predictions of the dev manifests ({file} is not there); "
+                        f"run `unislu evaluate {run.folder}` first, or name a file")
+    print(f"{run.label}: predictions of its validation after {step} steps ({run.checkpoint})")
+    return validated
+
+
+def known_decoding(predictions: Path) -> dict[str, Any] | None:
+    """How the predictions of a file were decoded, as :func:`decoding_of`; None: not known."""
+    meta, folder = predictions.with_suffix(".meta.json"), predictions.parent.parent
+    if meta.is_file():
+        return read_json(meta).get("decoding")
+    model = find_model(folder)
+    if model is None or not is_run(folder) or not predictions.stem.startswith("step-"):
+        return None
+    # Validations decode as the run's config says; a `ctc` objective's do not decode the model.
+    config = config_from_file(folder / "config.yaml", resolve=False)
+    return None if config.train.objective == "ctc" else decoding_of({
+        "decode": config.decode.model_dump(), "precision": config.train.precision, "model": {
+            "model_type": read_json(model / MODEL_FILE)["model_type"],
+            "model": config.model.model_dump()}})
+
+
 def decoding_of(result: Mapping[str, Any]) -> dict[str, Any]:
     """How predictions were decoded, as far as scores depend on it, from what a score file says:
     `decode`, `precision` and `model`."""
@@ -93,7 +138,8 @@ def differences(decodings: Mapping[str, Mapping[str, Any] | None]) -> list[str]:
     settings = {name: known for name, known in decodings.items() if known is not None}
     for key in dict.fromkeys(key for known in settings.values() for key in known):
         # What a system has nothing of (Whisper's decoder a hypothesis) is no other way of it.
-        values = {name: known[key] for name, known in settings.items() if key in known}
+        values = {name: "rewrite" if known[key] == "auto" else known[key]  # not chosen yet
+                  for name, known in settings.items() if key in known}
         if len({json.dumps(value) for value in values.values()}) > 1:
             lines.append(f"warning: not decoded alike: {key} is " + ", ".join(
                 f"{json.dumps(value)} in {name}" for name, value in values.items()))

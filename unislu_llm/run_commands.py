@@ -61,7 +61,8 @@ def evaluate(args: Sequence[str] = (), prog: str = "unislu evaluate") -> int:
     return score(options)
 
 
-def compare(systems: Annotated[list[Path], tyro.conf.arg(metavar="SYSTEM SYSTEM [SYSTEM ...]")], /,
+def compare(systems: Annotated[list[Path], tyro.conf.arg(metavar="SYSTEM SYSTEM [SYSTEM ...]",
+                                                         help_behavior_hint="")], /,
             protocol: Literal["whisper", "slue"] = "whisper", resamples: int = 1000,
             tasks_file: Path | None = None) -> None:
     """Print scores of systems side by side, and what the others have more than the first.
@@ -70,8 +71,9 @@ def compare(systems: Annotated[list[Path], tyro.conf.arg(metavar="SYSTEM SYSTEM 
     there. Systems that were scored on other data are refused; another decoding is named.
 
     Args:
-        systems: Run folders (their predictions of the dev manifests), score files of `unislu
-            evaluate` (.json), or prediction files (.jsonl).
+        systems: Run folders (their predictions of the dev manifests, by `unislu evaluate` or else
+            by the validation of their best), score files of `unislu evaluate` (.json), or
+            prediction files (.jsonl).
         protocol: How transcripts and phrases are normalised before they are compared.
         resamples: Of the bootstrap.
         tasks_file: YAML list of tasks (data.tasks of a config), where no run folder says them;

@@ -101,7 +101,7 @@ def find_run(path: str | Path, checkpoint: str | None = None) -> Run:
         if isinstance(given, str) and is_hub_name(given):
             # Results are kept here: the hub's cache is no place for them.
             name = given.replace("/", "--")
-            return Run(name, Path("runs", name), MODEL, fetch_model(given), None)
+            return Run(name, Path("runs", name), MODEL, fetch_model(given, again=True), None)
         raise UserError(f"{path}: there is no such folder; give a run folder of a training recipe, "
                         "the folder of a saved model, or a name on the Hugging Face hub "
                         f"(user/model){near_models(path)}")

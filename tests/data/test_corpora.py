@@ -133,6 +133,16 @@ c,,plain,Negative,[],,,,
     assert (u.text, u.labels) == ("in paris", {"ner": ()}), "blanks that no span counts"
 
 
+def test_examples_of_the_docs_are_read(tmp_path: Path) -> None:
+    page = (CONFIGS.parents[1] / "docs" / "data.md").read_text("utf-8")
+    for kind, source in (("csv", Csv), ("conll", Conll)):
+        block, = re.findall(rf"(?ms)^```{kind}\n(.*?)^```", page)
+        first, second = read(source(write(tmp_path / f"x.{kind}", block)))
+        assert phrases(first) == [("ORG", "council"), ("PLACE", "paris")]
+        assert (first.audio, second.id) == (tmp_path / "wav" / "a1.flac", "b7")
+        assert second.labels["ner"] == ()
+
+
 @pytest.mark.parametrize(("name", "text", "message"), [
     ("x", "a O\nb X-ORG\n", "x:2: expected a token"),
     ("x", "a\n", "x:1: expected a token"),
@@ -373,6 +383,9 @@ def test_manifest_and_counts(csv: Path, tmp_path: Path) -> None:
     assert [u.labels for u in read] == [{"ner": (Span("PLACE", 3, 8),)}, {"ner": ()}]
     assert reasons(done) == {"missing audio file": 1}
     assert all(part in done for part in ("rows.csv:4", "c.flac", "3 rows read", str(out)))
+    assert "no audio, and" not in done
+    csv.write_text(csv.read_text() + "d,,text alone,\n")
+    assert "1 of 3 rows have no audio, and are text alone" in prepare(Csv(csv), out)
 
 
 def test_all_audio_missing_is_fatal_and_writes_nothing(csv: Path, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_a_stopped_call_goes_on_and_rows_stay(make_utterances: Write, tmp_path: 
     says = Says()
     report = run(manifest, says, out, registry=registry)
     assert len(says.asked) == 2, "one German clip and two English ones were kept"
-    assert report.counts == {"rows": 7, "made": 2, "known": 3, "looped": 0}
+    assert report.counts == {"rows": 7, "made": 2, "known": 3, "looped": 0, "mute": 1}
     written = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
     ignored = ("hypothesis", "draft", "audio")
     assert [{k: v for k, v in row.items() if k not in ignored} for row in written] \
@@ -93,7 +93,7 @@ def test_a_stopped_call_goes_on_and_rows_stay(make_utterances: Write, tmp_path: 
     with pytest.raises(UserError, match="one file name"):
         write_copies(Says, [manifest, tmp_path / "train.jsonl"], out, registry, settings=[])
     copied = run(manifest, Says(), tmp_path / "copied", registry=registry, copy_text=True)
-    assert copied.counts["copied"] == 1
+    assert (copied.counts["copied"], copied.counts["mute"]) == (1, 0)
     texts = [u.hypothesis for u in read_manifest(copied.copy, registry)][-2:]
     assert texts == ["no audio", "kept"]
 

@@ -107,7 +107,7 @@ def test_bad_input_is_named(runs: list[Path]) -> None:
             (Options(), "no system is named"), (Options(runs[1:] * 2), "named twice"),
             (Options(runs, resamples=0), "--resamples must be"),
             (Options(runs, out=Path("a.json")), "names the Markdown report"),
-            (Options(runs), "run eval/evaluate.py runs/bad first"),
+            (Options(runs), "run `unislu evaluate runs/bad` first"),
             (Options([x]), "prediction 1, field 'task'.*unislu evaluate"),
             (Options([empty]), "there are none")):
         with pytest.raises(UserError, match=f"(?s){message}"):

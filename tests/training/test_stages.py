@@ -49,6 +49,13 @@ def test_a_stage_trains_its_groups_and_starts_from_the_one_before(tiny_config: M
     assert read_finished(run)["step"] == 3
 
 
+def test_a_warning_that_all_stages_have_is_given_once(
+        tiny_config: Make, capsys: pytest.CaptureFixture[str]) -> None:
+    first, second = ({"name": name, "train": {"max_steps": 1}} for name in "ab")
+    train("speech_llm", tiny_config(stages=[first, second]))
+    assert capsys.readouterr().err.count("warning: data.dev: 12 of 12 clips are in data.train") == 1
+
+
 def test_a_stopped_run_keeps_finished_stages(tiny_config: Make) -> None:
     run = train("speech_llm", tiny_config(stages=[ALIGN, ADAPT]))
     saved = run / "align" / "last" / "model.safetensors"

@@ -112,7 +112,7 @@ def check_hypotheses(examples: Sequence[Example], model: ModelConfig) -> list[Ex
         if len(lacking) == len(examples) or model.projector == "none":
             text = any(u.audio is None for u in lacking)
             raise UserError(f"{share}, the first {lacking[0].where}; add them with `unislu "
-                            f"transcribe{' --copy-text' * text}`")
+                            f"transcribe{' openai/whisper-base FILE --out DIR --copy-text' * text}`")
         log.warning("%s, the first %s; they train without one, as with train.hypothesis_dropout; "
                     "`unislu transcribe` adds them", share, lacking[0].where)
     return list(examples)

@@ -32,7 +32,7 @@ class Report:
 
     copy: Path
     # `rows`; transcripts `made` now, `known` from a call that was stopped, and `looped`; rows whose
-    # hypothesis is `copied` from their text; rows `filled` with a pseudo-label.
+    # hypothesis is `copied` from their text, or that have none (`mute`); `filled` pseudo-labels.
     counts: Counter[str]
     pairs: list[tuple[str, str]] = field(default_factory=list)  # text and recognised hypothesis
     # `file:line (id)` of rows that the copy lacks, by reason; and by span task, of filled rows
@@ -170,6 +170,7 @@ def _content(row: Row, found: Mapping[str, Transcript], registry: TaskRegistry, 
         report.counts["copied"] += 1
         made = Transcript(clean(u.text, registry))
     else:
+        report.counts["mute"] += u.audio is None and u.hypothesis is None
         return row.content
     # `draft` is the old name of what the row gets.
     return {k: v for k, v in row.content.items() if k != "draft"} | {"hypothesis": made.text}

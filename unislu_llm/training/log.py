@@ -60,12 +60,13 @@ def bar(**options: Any) -> Any:
 class Notices(logging.Handler):
     """Warnings of the package: printed at once, and in the log of the run once it has a folder.
 
-    With several processes those of the main one alone: all read the same data.
+    With several processes those of the main one alone: all read the same data. What has been `said`
+    by an earlier stage is not said again.
     """
 
-    def __init__(self, main: bool) -> None:
+    def __init__(self, main: bool, said: set[str]) -> None:
         super().__init__(logging.WARNING)
-        self.main, self.lines, self.run = main, list[str](), Path()
+        self.main, self.said, self.lines, self.run = main, said, list[str](), Path()
         if not main:
             warnings.simplefilter("ignore")
         for handler in [h for h in _PACKAGE.handlers if isinstance(h, Notices)]:
@@ -73,8 +74,9 @@ class Notices(logging.Handler):
         _PACKAGE.addHandler(self)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if self.main:
-            self.lines.append(f"warning: {record.getMessage()}")
+        if self.main and (text := record.getMessage()) not in self.said:
+            self.said.add(text)
+            self.lines.append(f"warning: {text}")
             tqdm.write(self.lines[-1], file=sys.stderr)
             self.flush()
 

@@ -170,7 +170,8 @@ class UnifiedObjective(Objective):
             saved.model.transcript = way
             saved.write(folder)
         return (f"model.transcript {way}: WER on dev of the hypotheses {given:.1f} %, of the "
-                f"model, which rewrites them, {scores['wer']:.1f} %")
+                f"model, which rewrites them, {scores['wer']:.1f} %"
+                + "; `unislu evaluate` scores it verbatim" * (way == "verbatim"))
 
     def score(self, predictions: Predictions, before: Sequence[Sums]) -> Validation:
         report = score_predictions(predictions, self.registry)

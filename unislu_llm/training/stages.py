@@ -82,7 +82,7 @@ def _train_stages(kind: str, config: Config, name: str, started: float) -> Path:
     held = list[FileLock]()
     from_main(lambda: held.append(lock_run(run)))
     stages = stage_configs(config, run)
-    main = processes().is_main_process
+    main, said = processes().is_main_process, set[str]()
     for stage, own in stages:
         folder = Path(own.output)
         if read_finished(folder):
@@ -90,7 +90,7 @@ def _train_stages(kind: str, config: Config, name: str, started: float) -> Path:
         own.resume = from_main(partial(_resumable, folder))
         if main:
             say(run, f"stage {stage}")
-        Trainer(kind, own, stage, started).fit()
+        Trainer(kind, own, stage, started, said).fit()
         if main:
             # After each stage: a run that stops in a later one has a model.
             source = find_model(folder)

@@ -63,12 +63,12 @@ log = logging.getLogger(__name__)
 class Trainer(Steps):
     """One run: data, model, optimizer and where it stands; see :func:`.stages.train`.
 
-    `started` is when the run began, by `time.monotonic()`. Raises UserError: bad configuration or
-    data; nothing is written then.
+    `started` is when the run began, by `time.monotonic()`; of a stage, `said` has the warnings of
+    those before. Raises UserError: bad configuration or data; nothing is written then.
     """
 
     def __init__(self, kind: str, config: Config, name: str = "run",
-                 started: float | None = None) -> None:
+                 started: float | None = None, said: set[str] | None = None) -> None:
         self.config, train = config, config.train
         self.clock = Clock(train.save_minutes, train.time_limit, started or time.monotonic())
         self.interrupts = Interrupts()
@@ -84,7 +84,7 @@ class Trainer(Steps):
         self.rank, self.world = process.process_index, process.num_processes
         self.main, self.device = process.is_main_process, self.accelerator.device
         self.host_sum = HostSum(timedelta(minutes=train.timeout))
-        self.notices = Notices(self.main)
+        self.notices = Notices(self.main, set() if said is None else said)
         from_main(self._claim)
         disable_progress_bar()  # of the base checkpoints' tensors
 

@@ -34,6 +34,7 @@ _TIMEOUT = 5.0  # seconds to wait for the hub's first answer
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
+_fetched: dict[str, Path] = {}  # by name, the snapshots that this process has taken
 
 log = logging.getLogger(__name__)
 
@@ -220,19 +221,24 @@ def weights_hash(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def fetch_model(name: str) -> Path:
+def fetch_model(name: str, *, again: bool = False) -> Path:
     """Folder with a saved model of the hub, `user/model` or `user/model@revision`.
 
-    Raises UserError: it is not there, cannot be reached and is not cached, or is no model of ours.
+    A name stays what it was when first asked for, or last `again`: a run's settings, tasks and
+    weights are of one commit. Raises UserError: it is not there, cannot be reached and is not
+    cached, or is no model of ours.
     """
+    if name in _fetched and not again:
+        return _fetched[name]
     try:
         found = resolve(name, files=(MODEL_FILE,))
         kind = read_json(found.path / MODEL_FILE).get("model_type")
         if kind not in MODEL_TYPES:  # before gigabytes are fetched
             raise UserError(f"{name}: its model_type is '{kind}', and no model that unislu_llm "
                             f"has saved ({', '.join(MODEL_TYPES)})")
-        # The weights of this commit, whatever is pushed meanwhile. Nothing else is taken.
-        return resolve(name.partition("@")[0], found.revision,
-                       files=(WEIGHTS_FILE, MODEL_FILE, RATES_FILE)).path
+        # The weights of this commit. Nothing else is taken.
+        _fetched[name] = resolve(name.partition("@")[0], found.revision,
+                                 files=(WEIGHTS_FILE, MODEL_FILE, RATES_FILE)).path
+        return _fetched[name]
     except UserError as error:
         raise UserError(f"{error}{near_models(name)}") from None

@@ -79,7 +79,11 @@ def prepare(source: Source, out: Path, *, tasks_file: Path | None = None,
         raise UserError(f"no row{' with audio' if rows else ''} of {n_read} is left, nothing is "
                         f"written\n{counts}")
     write_manifest(out, rows.values())
-    return f"{n_read:>8} rows read\n{counts}\n{out}\n{summary([*rows.values()], registry)}"
+    page = f"{n_read:>8} rows read\n{counts}\n{out}\n{summary([*rows.values()], registry)}"
+    if isinstance(source, Conll | Csv) and (mute := sum(u.audio is None for u in rows.values())):
+        page += (f"\n{mute} of {len(rows)} rows have no audio, and are text alone; audio is named "
+                 "by --audio FOLDER (with <id>.wav, .flac, ...) or the rows' own `audio`")
+    return page
 
 
 def _counts(dropped: Dropped) -> str:
