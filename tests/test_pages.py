@@ -1,0 +1,149 @@
+"""Every command of README and docs is run in its order, page by page, or says what it needs.
+
+They run in this process, in a folder like a checkout where everything is small: two clips of each
+part of the mini corpus, and tiny random models under the names of Whisper, the LLMs and the
+adapters that ship. A hub stands in for huggingface.co. What trains gets one step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import io
+import json
+import re
+import runpy
+import shlex
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from accelerate.state import AcceleratorState, GradientState, PartialState
+
+from tests.hub import Hub, connected
+from tests.test_docs import PAGES, PROGRAMS, ROOT, blocks, command_lines, name_of
+from unislu_llm import cli
+from unislu_llm.config import ModelConfig
+from unislu_llm.models.speech_llm import SpeechLLM
+from unislu_llm.tasks import TaskRegistry
+
+MINI, COMMIT = Path("recipes/data/mini"), "0" * 40
+RUNS = ROOT / "docs" / "training.md"  # its first two commands make the runs of other pages
+SMALL = {"train": "--train.max-steps 1 --train.threads 1 --decode.max-new-tokens 24",
+         "benchmark": "--encoder tiny --llm tiny --clips 2 --rounds 1 --threads 1 --no-memory"}
+
+
+@contextlib.contextmanager
+def inside(world: Path) -> Iterator[pytest.MonkeyPatch]:
+    """The folder in the place of the checkout, a hub with its checkpoints in the cache."""
+    with (pytest.MonkeyPatch.context() as patch,
+          connected(Hub(), world.with_name("cache"), patch)):
+        patch.chdir(world)
+        patch.setenv("UNISLU_CACHE", str(world.with_name("converted")))
+        for room in ("config_file", "training.recipe"):
+            patch.setattr(f"unislu_llm.{room}.shipped", lambda: world)
+        patch.syspath_prepend("recipes")
+        tone = np.sin(np.arange(8000) / 9).astype(np.float32)
+        patch.setattr("make_voices.PiperVoice.speak", lambda *_: tone)  # its voices are a package
+        yield patch
+
+
+def run(line: str, patch: pytest.MonkeyPatch) -> str:
+    """What a command line prints; it has to end well."""
+    words = [file for word in shlex.split(line, comments=True) for file in (
+        sorted(map(str, Path().glob(word))) if "*" in word and f"'{word}'" not in line else [word])]
+    while re.fullmatch(r"[A-Z_]+=.*", words[0]):
+        patch.setenv(*words.pop(0).split("=", 1))
+    assert words[0] in PROGRAMS, f"say what it needs, in a line `# needs: ...` above: {line}"
+    if words[0] in ("accelerate", "torchrun"):  # one process is this one
+        words = words[next(i for i, w in enumerate(words) if w == "-m" or w.endswith(".py")) - 1:]
+    words = words[2:] if words[1] == "-m" else words[words[0] != "unislu":]
+    script = words[0].endswith(".py")
+    what = Path(words[0]).stem.split("_")[0] if script else words[1]
+    words += SMALL.get(what, "").split()
+    if what == "train" and "--output" not in words:  # two of one second would have one name
+        words += ["--output", f"runs/{len([*Path('runs').glob('*')])}"]
+    with contextlib.redirect_stdout(io.StringIO()) as out:
+        try:
+            patch.setattr("sys.argv", words)
+            status: Any = (runpy.run_path(words[0], run_name="__main__") and 0
+                           if script else cli.main(words[1:]))
+        except SystemExit as stop:
+            status = stop.code
+        finally:
+            for state in (AcceleratorState, GradientState, PartialState):
+                state._reset_state()
+    assert not status, f"{line}\n{out.getvalue()[-2000:]}"
+    return out.getvalue()
+
+
+@pytest.fixture(scope="session")
+def checkout(tmp_path_factory: pytest.TempPathFactory,
+             tiny_checkpoints: dict[str, str]) -> Iterator[Path]:
+    """Recipes, scripts and adapters as they ship, but small; and two runs."""
+    world = tmp_path_factory.mktemp("pages") / "checkout"
+    for room in ("recipes", "eval", "adapters"):
+        shutil.copytree(ROOT / room, world / room, ignore=shutil.ignore_patterns(
+            "*.opus", "__pycache__", "results", "*--*"))
+    named = re.findall(r"audio/[\w*]+\.opus", "".join(page.read_text("utf-8") for page in PAGES))
+    clips = {clip.relative_to(ROOT) for name in named for clip in (ROOT / MINI).glob(name)}
+    for file in (world / MINI).glob("*.jsonl"):
+        rows = file.read_text("utf-8").splitlines(keepends=True)[:2]
+        clips |= {MINI / json.loads(row)["audio"] for row in rows}
+        file.write_text("".join(rows), "utf-8")
+    for clip in clips:
+        shutil.copyfile(ROOT / clip, world / clip)
+    llms = [yaml.safe_load(p.read_text("utf-8"))["llm"] for p in ROOT.glob("adapters/*.yaml")]
+    for name in ("openai/whisper-base", *llms):
+        place = world.with_name("cache") / f"models--{name.replace('/', '--')}"
+        files = shutil.copytree(tiny_checkpoints["llm" if name in llms else "whisper"],
+                                place / "snapshots" / COMMIT)
+        (files / "chat_template.jinja").write_text("<user>{{ messages[0].content }}</user>")
+        (place / "refs").mkdir()
+        (place / "refs" / "main").write_text(COMMIT)
+    with inside(world) as patch:
+        for file in (ROOT / "adapters").glob("*/config.json"):
+            saved = json.loads(file.read_text("utf-8"))
+            SpeechLLM.build(ModelConfig(**saved["model"]), TaskRegistry.from_dict(saved["tasks"]),
+                            ctc_tokens=saved["ctc_tokens"] and range(3, 300),
+                            ).save_pretrained(world / "adapters" / file.parent.name)
+        for line, _ in command_lines(blocks(RUNS)[0][1])[:2]:
+            run(line, patch)
+    gc.freeze()  # each training collects garbage: a second, of which tests' imports are the most
+    yield world
+    gc.unfreeze()
+
+
+def form(line: str) -> str:
+    """A printed line without what differs by data: numbers, paths, what a model says."""
+    line = re.sub(r"^(  \w+): .*|[\w.-]+/[^\s:]+", r"\1", line)
+    return re.sub(r"[-+]?\d+(\.\d+)?|-{2,}", "0", " ".join(line.split()))
+
+
+@pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=name_of)
+def test_commands_run_and_print_what_the_page_says(page: Path, checkout: Path,
+                                                   tmp_path: Path) -> None:
+    world, names, printed, before = tmp_path / "checkout", dict[str, Any](), "", ""
+    shutil.copytree(checkout, world, ignore=shutil.ignore_patterns(*["runs"] * (page == RUNS)))
+    (tmp_path / "cache").symlink_to(checkout.with_name("cache"))
+    with inside(world) as patch:
+        for kind, text in blocks(page):
+            for line, needs in command_lines(text) if kind == "shell" else ():
+                # What has to be installed first has a mark; what is run behind it is run here.
+                steps = line.split(" && ")
+                for step in steps[1:] if needs else steps:
+                    if not needs or step.split()[0] in PROGRAMS:
+                        printed += run(step, patch)
+            if kind == "python" and ">>>" not in text:
+                patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+                exec(compile(text, name_of(page), "exec"), names)
+            elif not kind and before != "python":  # tiny models do not say what real ones say
+                rest = iter([form(line) for line in printed.splitlines()])
+                gone = [x for x in text.splitlines() if x != "..." and form(x) not in rest]
+                assert not gone, f"a page says, and its commands do not print: {gone[0]}\n{printed}"
+            assert kind in ("shell", "python", "json", "yaml", "bibtex", ""), kind
+            before = kind
