@@ -59,37 +59,24 @@ def settings(section: type[BaseModel] = Config, prefix: str = "") -> set[str]:
 
 def blocks(page: Path) -> list[tuple[str, str]]:
     """Code blocks of a page in order: `shell` for commands, else as the page says, and its text."""
-    found = []
-    for kind, text in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
-        lines = [line for line in text.splitlines() if not line.startswith("#")]
-        shell = kind in ("bash", "sh", "shell", "console") or (
-            not kind and lines[0].split()[0] in (*PROGRAMS, "pip"))
-        found.append(("shell" if shell else kind, text))
-    return found
+    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    first = re.compile(rf"(#.*\n)*({'|'.join((*PROGRAMS, 'pip'))}) ")
+    return [("shell" if kind == "bash" or (not kind and first.match(text)) else kind, text)
+            for kind, text in found]
 
 
 def command_lines(block: str) -> list[tuple[str, str]]:
-    """Command lines of a block, each with what a line `# needs: ...` right above it says."""
-    lines, needs = list[tuple[str, str]](), ""
-    for line in block.replace("\\\n", " ").splitlines():
-        mark = re.fullmatch(r"# needs: (\S.*)", line)
-        if not line.startswith("#") and line.strip():
-            lines.append((line, needs))
-        needs = mark[1] if mark else ""
-    return lines
+    """Command lines of a block, each behind what a line `# needs: ...` right above it says."""
+    return re.findall(r"^(?:# needs: (\S.*)\n)?([^#\s].*)", block.replace("\\\n", " "), re.M)
 
 
 def commands(page: Path) -> list[list[str]]:
     """Words of every command of the project in a page's code blocks, comments left out."""
-    found = []
-    for line, _ in (c for kind, text in blocks(page) if kind == "shell"
-                    for c in command_lines(text)):
-        for part in line.split(" && "):
-            words = shlex.split(part, comments=True)
-            words = [w for w in words if not re.fullmatch(r"[A-Z_]+=.*", w)]
-            if words and words[0] in PROGRAMS:
-                found.append(words)
-    return found
+    parts = [part for kind, text in blocks(page) if kind == "shell"
+             for _, line in command_lines(text) for part in line.split(" && ")]
+    found = [[w for w in shlex.split(part, comments=True) if not re.fullmatch(r"[A-Z_]+=.*", w)]
+             for part in parts]
+    return [words for words in found if words and words[0] in PROGRAMS]
 
 
 @lru_cache
@@ -192,8 +179,7 @@ def test_functions_on_the_walks_exist() -> None:
 def test_readme_is_short_and_has_its_two_commands() -> None:
     text = README.read_text("utf-8")
     assert len(text.encode()) <= 9000
-    assert [command_lines(block)[0][0] for block in re.findall(
-        r"^```bash\n(.*?)^```", text, re.M | re.S)] == [QUICK_START, "pytest"]
+    assert re.findall(r"^```bash\n(?:#.*\n)?(.*?)\n```", text, re.M | re.S) == [QUICK_START, "pytest"]
 
 
 def test_scoring_example_prints_what_it_says() -> None:

@@ -28,6 +28,7 @@ from tests.hub import Hub, connected
 from tests.test_docs import PAGES, PROGRAMS, ROOT, blocks, command_lines, name_of
 from unislu_llm import cli
 from unislu_llm.config import ModelConfig
+from unislu_llm.io import write_text
 from unislu_llm.models.speech_llm import SpeechLLM
 from unislu_llm.tasks import TaskRegistry
 
@@ -39,16 +40,15 @@ SMALL = {"train": "--train.max-steps 1 --train.threads 1 --decode.max-new-tokens
 
 @contextlib.contextmanager
 def inside(world: Path) -> Iterator[pytest.MonkeyPatch]:
-    """The folder in the place of the checkout, a hub with its checkpoints in the cache."""
-    with (pytest.MonkeyPatch.context() as patch,
-          connected(Hub(), world.with_name("cache"), patch)):
+    """The folder in the place of the checkout; a hub, whose cache lies beside it."""
+    cache = world.with_name("cache")
+    with pytest.MonkeyPatch.context() as patch, connected(Hub(), cache, patch):
         patch.chdir(world)
-        patch.setenv("UNISLU_CACHE", str(world.with_name("converted")))
-        for room in ("config_file", "training.recipe"):
-            patch.setattr(f"unislu_llm.{room}.shipped", lambda: world)
+        patch.setenv("UNISLU_CACHE", str(cache / "converted"))
+        patch.setattr("unislu_llm.training.recipe.shipped", lambda: world)
         patch.syspath_prepend("recipes")
-        tone = np.sin(np.arange(8000) / 9).astype(np.float32)
-        patch.setattr("make_voices.PiperVoice.speak", lambda *_: tone)  # its voices are a package
+        tone = np.sin(np.arange(8000) / 9).astype(np.float32)  # Piper's voices are a package
+        patch.setattr("make_voices.PiperVoice.speak", lambda *_: tone)
         yield patch
 
 
@@ -68,10 +68,10 @@ def run(line: str, patch: pytest.MonkeyPatch) -> str:
     if what == "train" and "--output" not in words:  # two of one second would have one name
         words += ["--output", f"runs/{len([*Path('runs').glob('*')])}"]
     with contextlib.redirect_stdout(io.StringIO()) as out:
+        patch.setattr("sys.argv", words)
         try:
-            patch.setattr("sys.argv", words)
-            status: Any = (runpy.run_path(words[0], run_name="__main__") and 0
-                           if script else cli.main(words[1:]))
+            status: Any = cli.main(words[1:]) if not script else not runpy.run_path(
+                words[0], run_name="__main__")
         except SystemExit as stop:
             status = stop.code
         finally:
@@ -82,40 +82,32 @@ def run(line: str, patch: pytest.MonkeyPatch) -> str:
 
 
 @pytest.fixture(scope="session")
-def checkout(tmp_path_factory: pytest.TempPathFactory,
-             tiny_checkpoints: dict[str, str]) -> Iterator[Path]:
+def checkout(tmp_path_factory: Any, tiny_checkpoints: dict[str, str]) -> Path:
     """Recipes, scripts and adapters as they ship, but small; and two runs."""
     world = tmp_path_factory.mktemp("pages") / "checkout"
     for room in ("recipes", "eval", "adapters"):
         shutil.copytree(ROOT / room, world / room, ignore=shutil.ignore_patterns(
-            "*.opus", "__pycache__", "results", "*--*"))
-    named = re.findall(r"audio/[\w*]+\.opus", "".join(page.read_text("utf-8") for page in PAGES))
-    clips = {clip.relative_to(ROOT) for name in named for clip in (ROOT / MINI).glob(name)}
+            "audio", "results", "*--*", "__pycache__"))
+    (world / MINI / "audio").symlink_to(ROOT / MINI / "audio")
     for file in (world / MINI).glob("*.jsonl"):
-        rows = file.read_text("utf-8").splitlines(keepends=True)[:2]
-        clips |= {MINI / json.loads(row)["audio"] for row in rows}
-        file.write_text("".join(rows), "utf-8")
-    for clip in clips:
-        shutil.copyfile(ROOT / clip, world / clip)
+        file.write_text("".join(file.read_text("utf-8").splitlines(keepends=True)[:2]), "utf-8")
     llms = [yaml.safe_load(p.read_text("utf-8"))["llm"] for p in ROOT.glob("adapters/*.yaml")]
     for name in ("openai/whisper-base", *llms):
         place = world.with_name("cache") / f"models--{name.replace('/', '--')}"
         files = shutil.copytree(tiny_checkpoints["llm" if name in llms else "whisper"],
                                 place / "snapshots" / COMMIT)
         (files / "chat_template.jinja").write_text("<user>{{ messages[0].content }}</user>")
-        (place / "refs").mkdir()
-        (place / "refs" / "main").write_text(COMMIT)
+        write_text(place / "refs" / "main", COMMIT)
     with inside(world) as patch:
         for file in (ROOT / "adapters").glob("*/config.json"):
             saved = json.loads(file.read_text("utf-8"))
-            SpeechLLM.build(ModelConfig(**saved["model"]), TaskRegistry.from_dict(saved["tasks"]),
-                            ctc_tokens=saved["ctc_tokens"] and range(3, 300),
-                            ).save_pretrained(world / "adapters" / file.parent.name)
-        for line, _ in command_lines(blocks(RUNS)[0][1])[:2]:
+            model = SpeechLLM.build(ModelConfig(**saved["model"]), TaskRegistry(),
+                                    ctc_tokens=saved["ctc_tokens"] and range(3, 300))
+            model.save_pretrained(world / file.parent.relative_to(ROOT))
+        for _, line in command_lines(blocks(RUNS)[0][1])[:2]:
             run(line, patch)
     gc.freeze()  # each training collects garbage: a second, of which tests' imports are the most
-    yield world
-    gc.unfreeze()
+    return world
 
 
 def form(line: str) -> str:
@@ -125,17 +117,16 @@ def form(line: str) -> str:
 
 
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=name_of)
-def test_commands_run_and_print_what_the_page_says(page: Path, checkout: Path,
-                                                   tmp_path: Path) -> None:
+def test_a_page_runs_and_prints_what_it_says(page: Path, checkout: Path, tmp_path: Path) -> None:
     world, names, printed, before = tmp_path / "checkout", dict[str, Any](), "", ""
-    shutil.copytree(checkout, world, ignore=shutil.ignore_patterns(*["runs"] * (page == RUNS)))
+    there = shutil.ignore_patterns(*["runs"] * (page == RUNS))
+    shutil.copytree(checkout, world, symlinks=True, ignore=there)
     (tmp_path / "cache").symlink_to(checkout.with_name("cache"))
     with inside(world) as patch:
         for kind, text in blocks(page):
-            for line, needs in command_lines(text) if kind == "shell" else ():
+            for needs, line in command_lines(text) if kind == "shell" else ():
                 # What has to be installed first has a mark; what is run behind it is run here.
-                steps = line.split(" && ")
-                for step in steps[1:] if needs else steps:
+                for step in line.split(" && ")[bool(needs):]:
                     if not needs or step.split()[0] in PROGRAMS:
                         printed += run(step, patch)
             if kind == "python" and ">>>" not in text:
