@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 
 import tyro
 
-from unislu_llm.errors import UserError, hint, quiet_libraries, report
+from unislu_llm.errors import UserError, hint, quiet_libraries, status_of
 from unislu_llm.run_commands import cache, compare, evaluate, train, version
 
 Commands = dict[str, Callable[..., Any]]
@@ -25,12 +25,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = list(sys.argv[1:] if argv is None else argv)
     try:
         return _run(args or ["--help"])
-    except UserError as error:
-        report(error)
-        return 2
     except BrokenPipeError:  # `unislu ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except BaseException as error:
+        status = status_of(error)
+        if status is None:
+            raise
+        return status
 
 
 def _run(args: list[str]) -> int:

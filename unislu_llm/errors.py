@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import logging
 import os
 import re
@@ -25,14 +26,54 @@ class UserError(ValueError):
     """
 
 
+class Stopped(BaseException):
+    """A run that ended early on purpose: a signal or its time limit; all of it is saved.
+
+    Command-line entry points print it and exit with status 75, which is "try again later". It
+    may be raised anywhere by a signal, so nothing that catches errors must catch it.
+    """
+
+
 @contextlib.contextmanager
 def reported() -> Iterator[None]:
-    """Print the :class:`UserError` of a script's block without a traceback; it exits with 2."""
+    """Print what a script's block raises for its user without a traceback, and exit: with 2 for
+    a :class:`UserError` and what :func:`cause_of` knows, 75 for :class:`Stopped`, 130 for
+    Ctrl-C."""
     try:
         yield
-    except UserError as error:
-        report(error)
-        raise SystemExit(2) from None
+    except BaseException as error:
+        status = status_of(error)
+        if status is None:
+            raise
+        raise SystemExit(status) from None
+
+
+def status_of(error: BaseException) -> int | None:
+    """Exit status after what a user or a machine is the cause of, which is printed; None: a bug."""
+    if isinstance(error, (Stopped, KeyboardInterrupt)):
+        if os.environ.get("RANK", "0") == "0":
+            print(f"\n{str(error) or 'stopped by Ctrl-C'}", file=sys.stderr, flush=True)
+        return 75 if isinstance(error, Stopped) else 130
+    if text := str(error) if isinstance(error, UserError) else cause_of(error):
+        report(text)
+        return 2
+    return None
+
+
+_FULL = {errno.ENOSPC: "make room", errno.EDQUOT: "make room",
+         errno.EROFS: "write to another folder", errno.EACCES: "check its permissions",
+         errno.EIO: "check the disk", errno.EMFILE: "raise `ulimit -n`"}
+
+
+def cause_of(error: BaseException) -> str:
+    """What a machine lacks, in one line; nothing for an error of another kind."""
+    if isinstance(error, OSError) and error.errno in _FULL:
+        where = f"{error.filename}: " if error.filename else ""
+        return f"{where}{os.strerror(error.errno)}; {_FULL[error.errno]}"
+    if isinstance(error, MemoryError) or "out of memory" in str(error):
+        return f"out of memory ({shorten(str(error), 120) or 'of this machine'}); use smaller " \
+               "batches (train.batch_size, decode.batch_size) or a smaller model"
+    return ""
 
 
 def report(error: object) -> None:

@@ -51,6 +51,18 @@ class Batch:
         """A copy in pinned memory; torch's DataLoader asks for it."""
         return self._map(lambda t: t.pin_memory())
 
+    def halves(self) -> tuple[Batch, Batch]:
+        """The first and the second half of at least two examples, padded as they are."""
+        middle, size = len(self) // 2, len(self)
+
+        def part(rows: slice) -> Batch:
+            # Every field but the kind has one entry an example, or none at all.
+            cut = {f.name: value[rows] for f in fields(self) if f.name != "kind"
+                   and isinstance(value := getattr(self, f.name), (Tensor, tuple)) and len(value)}
+            return replace(self, **cut)  # type: ignore[arg-type]
+
+        return part(slice(middle)), part(slice(middle, size))
+
     def _map(self, change: Callable[[Tensor], Tensor]) -> Batch:
         moved = {f.name: change(value) for f in fields(self)
                  if isinstance(value := getattr(self, f.name), Tensor)}

@@ -40,6 +40,7 @@ class Progress(BaseModel):
     step: int = 0  # optimizer steps taken
     epoch: int = 0  # of the next step,
     step_in_epoch: int = 0  # and its place in there
+    nonfinite: int = 0  # steps in a row, up to this one, whose loss was not finite
     validated: int = -1  # step of the last validation
     best_step: int = -1
     best_score: float | None = None

@@ -30,6 +30,7 @@ from unislu_llm.training.examples import LEGEND
 from unislu_llm.training.objectives import Objective, Predictions, Sums, Validation
 
 _PACKAGE = logging.getLogger("unislu_llm")
+METRICS_FILE = "metrics.jsonl"  # in the run folder: a row a step and a validation
 LOG_FILE = "log.txt"  # in the run folder: all that was printed but the bars
 
 
@@ -93,7 +94,7 @@ class Log:
     """The log of a run in the folder `run`; the main process alone writes."""
 
     def __init__(self, run: Path, accelerator: Accelerator, trackers: Sequence[str]) -> None:
-        self.file, self.accelerator, self.trackers = run / "metrics.jsonl", accelerator, trackers
+        self.file, self.accelerator, self.trackers = run / METRICS_FILE, accelerator, trackers
         self.shown: Mapping[str, str] = {}  # examples as the last validation printed them
         if trackers:
             accelerator.project_configuration.logging_dir = str(run / "trackers")

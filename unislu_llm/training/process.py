@@ -5,25 +5,30 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from datetime import timedelta
 from typing import TypeVar
 
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
-from torch import distributed
+from torch import distributed, nn
 
 from unislu_llm.errors import UserError
 
 T = TypeVar("T")
 
 
-def processes() -> PartialState:
-    """The processes of this run, set up if need be; raises UserError for FSDP and DeepSpeed."""
+def processes(timeout: float = 10.0) -> PartialState:
+    """The processes of this run, set up if need be; raises UserError for FSDP and DeepSpeed.
+
+    `timeout` is in minutes: one waits so long for the others before it ends with an error.
+    """
     for flag, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
         if parse_flag_from_env(flag):
             raise UserError(f"{name} is not supported yet: weights are not sharded over processes; "
                             "launch with accelerate's MULTI_GPU (DDP)")
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"))
+    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"),
+                        timeout=timedelta(minutes=timeout))
 
 
 def from_main(make: Callable[[], T]) -> T:
@@ -44,12 +49,12 @@ def from_main(make: Callable[[], T]) -> T:
 class HostSum:
     """Sums of plain numbers over processes, which make no GPU wait."""
 
-    def __init__(self) -> None:
+    def __init__(self, timeout: timedelta) -> None:
         # NCCL sums on the device only, behind all that it still has to do; numbers that the host
         # knows go over gloo instead.
         self.world = processes().num_processes
         own = self.world > 1 and distributed.get_backend() != "gloo"
-        self.group = distributed.new_group(backend="gloo") if own else None
+        self.group = distributed.new_group(backend="gloo", timeout=timeout) if own else None
 
     def __call__(self, values: dict[str, float]) -> dict[str, float]:
         """Sums by name; every process passes the same names in the same order."""
@@ -58,6 +63,16 @@ class HostSum:
         total = torch.tensor(list(values.values()), dtype=torch.float64)
         distributed.all_reduce(total, group=self.group)
         return dict(zip(values, total.tolist(), strict=True))
+
+
+def average_gradients(model: nn.Module) -> None:
+    """Average the gradients over processes, as DDP does where it is not told to wait."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            if parameter.grad is None:  # nothing of this process's share needed it
+                parameter.grad = torch.zeros_like(parameter)
+            distributed.all_reduce(parameter.grad)
+            parameter.grad /= processes().num_processes
 
 
 def use_threads(threads: int) -> None:

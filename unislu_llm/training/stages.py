@@ -8,13 +8,14 @@ like any other.
 from __future__ import annotations
 
 import shlex
+import time
 from functools import partial
 from pathlib import Path
 
 from unislu_llm.config import Config, Stage
 from unislu_llm.config_file import check, config_from_dict, inside, merge
 from unislu_llm.data.manifest import iter_rows
-from unislu_llm.errors import UserError
+from unislu_llm.errors import Stopped, UserError
 from unislu_llm.io import find_model
 from unislu_llm.models.projectors import check_projector
 from unislu_llm.models.saved import Description
@@ -43,13 +44,20 @@ def train(kind: str, config: Config, name: str = "run") -> Path:
         name: start of the default run folder's name.
 
     Raises UserError: bad configuration (before anything is written) or data, or a loss that is not
-    finite.
+    finite; Stopped: a signal or the time limit.
     """
+    started = time.monotonic()
+    processes(config.train.timeout)  # the first call sets it
     # Before data and checkpoints are loaded, and the first of several stages has trained for hours.
     for own in [config, *(own for _, own in stage_configs(config, Path(".")))]:
         if kind == "speech_llm":
             check_projector(own.model.projector)
-    run = _train_stages(kind, config, name) if config.stages else Trainer(kind, config, name).fit()
+    try:
+        run = (_train_stages(kind, config, name, started) if config.stages
+               else Trainer(kind, config, name, started).fit())
+    except Stopped:
+        processes().destroy_process_group()
+        raise
     if processes().is_main_process:
         best = find_model(run) or run
         tasks = Description.read(best).registry(best)
@@ -60,7 +68,7 @@ def train(kind: str, config: Config, name: str = "run") -> Path:
     return run
 
 
-def _train_stages(kind: str, config: Config, name: str) -> Path:
+def _train_stages(kind: str, config: Config, name: str, started: float) -> Path:
     run = from_main(lambda: _claim(config, name))
     stages = stage_configs(config, run)
     main = processes().is_main_process
@@ -71,7 +79,7 @@ def _train_stages(kind: str, config: Config, name: str) -> Path:
         own.resume = from_main(partial(_resumable, folder))
         if main:
             say(run, f"stage {stage}")
-        Trainer(kind, own, stage).fit()
+        Trainer(kind, own, stage, started).fit()
         if main:
             # After each stage: a run that stops in a later one has a model.
             source = find_model(folder)

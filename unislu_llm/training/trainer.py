@@ -7,15 +7,13 @@ the random generators that the checkpoint keeps.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
-import math
 import sys
 import time
-from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +21,13 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, set_seed
-from torch.utils.data import DataLoader
 from transformers.utils.logging import disable_progress_bar
 
 from unislu_llm.config import Config
-from unislu_llm.data.batch import Batch
 from unislu_llm.data.findings import run_findings
 from unislu_llm.data.frame_cache import build_frames
 from unislu_llm.data.loading import load_examples
-from unislu_llm.errors import UserError
+from unislu_llm.errors import Stopped
 from unislu_llm.io import write_json
 from unislu_llm.run_folder import BEST, LAST, TRAINER_FILE, create_run, write_finished
 from unislu_llm.tokenizer import Example
@@ -46,44 +42,49 @@ from unislu_llm.training.data import (
     save_hypotheses,
 )
 from unislu_llm.training.examples import choose, show
+from unislu_llm.training.interrupt import Clock, Interrupts
 from unislu_llm.training.log import (
     Log,
     Notices,
     Window,
     bar,
-    batch_counts,
     before_and_after,
     check_trackers,
     describe_run,
     say,
 )
 from unislu_llm.training.objectives import OBJECTIVES
-from unislu_llm.training.optim import build_optimizer, group_rates, set_rates
+from unislu_llm.training.optim import build_optimizer, group_rates
 from unislu_llm.training.process import HostSum, from_main, peak_memory, processes, use_threads
+from unislu_llm.training.steps import Steps
 
 log = logging.getLogger(__name__)
 
 
-class Trainer:
+class Trainer(Steps):
     """One run: data, model, optimizer and where it stands; see :func:`.stages.train`.
 
-    Raises UserError: bad configuration or data; nothing is written then.
+    `started` is when the run began, by `time.monotonic()`. Raises UserError: bad configuration or
+    data; nothing is written then.
     """
 
-    def __init__(self, kind: str, config: Config, name: str = "run") -> None:
+    def __init__(self, kind: str, config: Config, name: str = "run",
+                 started: float | None = None) -> None:
         self.config, train = config, config.train
+        self.clock = Clock(train.save_minutes, train.time_limit, started or time.monotonic())
+        self.interrupts = Interrupts()
 
         # 1. Processes, before anything is put on a device.
         use_threads(train.threads)
         check_trackers(train.trackers)
-        process = processes()
+        process = processes(train.timeout)
         AcceleratorState._reset_state()  # an earlier stage may have had another precision
         self.accelerator = Accelerator(
             mixed_precision="bf16" if train.precision == "bf16" else "no",
             log_with=train.trackers or None, project_dir=".")
         self.rank, self.world = process.process_index, process.num_processes
         self.main, self.device = process.is_main_process, self.accelerator.device
-        self.host_sum = HostSum()
+        self.host_sum = HostSum(timedelta(minutes=train.timeout))
         self.notices = Notices(self.main)
         disable_progress_bar()  # of the base checkpoints' tensors
 
@@ -123,6 +124,7 @@ class Trainer:
         self._fill_cache()
 
         # 5. Where it stands.
+        self.log = Log(self.run, self.accelerator, train.trackers)
         self.window, self.progress = Window(self.objective, self.device), Progress()
         if config.resume:
             self._resume(self.run / LAST)
@@ -153,73 +155,36 @@ class Trainer:
         """Title of a short bar, which is for eyes alone; empty shows none."""
         return name if self.main and sys.stderr.isatty() else ""
 
-    def batches(self, epoch: int, skip: int = 0) -> Iterator[list[Batch]]:
-        """This process's micro-batches, a list a step, from step `skip` of an epoch on."""
-        steps = self.plan.micro_batches(epoch, self.rank, self.world)[skip:]
-        # One loader for all steps, so that its workers fetch beyond the end of a step.
-        flat: Any = [micro for step in steps for micro in step]
-        # A generator of its own: the loader must not draw from the one that dropout uses, or a
-        # resumed run would draw differently.
-        own = torch.Generator().manual_seed(self.dataset.seed + epoch)
-        items: Any = replace(self.dataset, epoch=epoch)
-        workers = self.config.data.num_workers
-        loader = iter(DataLoader(
-            items, batch_sampler=flat, collate_fn=self.model.collator(), generator=own,
-            num_workers=workers, pin_memory=self.device.type == "cuda",
-            prefetch_factor=4 if workers else None))
-        for step in steps:
-            yield [next(loader) for _ in step]
-
-    def step(self, micro: Sequence[Batch]) -> None:
-        """One optimizer step over this process's micro-batches of a global batch.
-
-        Raises UserError: the loss is not finite; nothing has changed then.
-        """
-        started = time.perf_counter()
-        total = self.totals(micro)
-        self.backward(micro, total)
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        limit = self.config.train.max_grad_norm or math.inf
-        # Reading the norm is the one time in a step that the host waits for the device. A loss
-        # that is not finite has such a gradient, which must not reach weights and moments.
-        norm = float(self.accelerator.clip_grad_norm_(parameters, limit) or 0.0)
-        if not math.isfinite(norm):
-            self.optimizer.zero_grad()
-            kept = f"; {self.run / LAST} can be resumed" if (self.run / LAST).is_dir() else ""
-            raise UserError(f"loss is nan or infinite at step {self.progress.step}; lower train.lr "
-                            f"or train.max_grad_norm{kept}")
-        set_rates(self.optimizer, self.config.train, self.progress.step, self.total_steps)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
-        took = time.perf_counter() - started
-        self.progress.seconds += took
-        self.window.add(total, norm, took)
-
-    def totals(self, micro: Sequence[Batch]) -> dict[str, float]:
-        """Counts of the global batch, the same in every process."""
-        counts: Counter[str] = Counter()
-        for batch in micro:
-            found: Any = self.objective.counts(batch) | batch_counts(batch)
-            counts.update(found)
-        return self.host_sum(dict(counts))
-
-    def backward(self, micro: Sequence[Batch], total: dict[str, float]) -> None:
-        """Add the gradients of the global loss up, and its sums in the log's window."""
-        self.wrapped.train()
-        for i, batch in enumerate(micro):
-            last = i == len(micro) - 1
-            # Gradients go over the network with the last micro-batch alone.
-            with contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped):
-                with self.accelerator.autocast():
-                    loss, sums = self.objective.loss(self.wrapped, batch.to(self.device), total)
-                # DDP averages over processes; the normalizer is global already.
-                self.accelerator.backward(loss * self.world)
-            self.window.sums += sums
-
     def fit(self) -> Path:
-        """Train to the end; returns the run folder. Raises as :meth:`step`, and for bad audio."""
+        """Train to the end; returns the run folder.
+
+        Raises as :meth:`step`, for bad audio, and Stopped: a signal, or the time limit.
+        """
+        try:
+            with self.interrupts:
+                self._fit()
+        except Stopped as stop:
+            raise Stopped(self._how_to_go_on(str(stop))) from None
+        finally:
+            # Stages and notebooks go on in these processes, which the trackers must leave.
+            for tracker in self.accelerator.trackers:
+                tracker.finish()
+        self.notices.close()
+        # DDP's reducer goes first: freed after the process group, it can hold the GIL while
+        # gloo's thread waits for it.
+        self.wrapped = self.model
+        self.accelerator.free_memory()
+        gc.collect()
+        return self.run
+
+    def _how_to_go_on(self, reason: str) -> str:
+        if not (self.run / LAST).is_dir():
+            return f"stopped ({reason}) before the first step of {self.run}; train anew"
+        return (f"stopped ({reason}) after step {self.progress.step} of {self.total_steps}, saved "
+                f"in {self.run / LAST}; go on with: --resume --output {self.run}")
+
+    def _fit(self) -> None:
         p = self.progress
-        self.log = Log(self.run, self.accelerator, self.config.train.trackers)
         if self.main:
             say(self.run, describe_run(self.config, self.model, self.dataset.examples, self.dev,
                                        self.plan, self.total_steps, self.world)
@@ -232,34 +197,33 @@ class Trainer:
             while p.step < self.total_steps:
                 self._epoch(steps)
         self._finish()
-        # Stages and notebooks go on in these processes, which the trackers and DDP must leave.
-        for tracker in self.accelerator.trackers:
-            tracker.finish()
-        self.notices.close()
-        # DDP's reducer goes first: freed after the process group, it can hold the GIL while
-        # gloo's thread waits for it.
-        self.wrapped = self.model
-        self.accelerator.free_memory()
-        gc.collect()
-        return self.run
 
     def _epoch(self, shown: Any) -> None:
         p, every = self.progress, self.config.train.save_every
         steps = self.batches(p.epoch, p.step_in_epoch)
         while p.step < self.total_steps:
             started = time.perf_counter()
-            micro = next(steps, None)
-            if micro is None:
-                p.epoch, p.step_in_epoch = p.epoch + 1, 0
-                return
-            self.window.waited += time.perf_counter() - started
-            self.step(micro)
-            p.step, p.step_in_epoch = p.step + 1, p.step_in_epoch + 1
-            self._log_step(shown)
-            if self._validates() or (every and p.step % every == 0):
-                self.save()  # first: a validation that fails must not lose the steps before it
+            self.clock.step()
+            with self.interrupts.held():
+                micro = next(steps, None)
+                if micro is None:
+                    p.epoch, p.step_in_epoch = p.epoch + 1, 0
+                    return
+                self.window.waited += time.perf_counter() - started
+                self.step(micro)
+                p.step, p.step_in_epoch = p.step + 1, p.step_in_epoch + 1
+                self._log_step(shown)
+                due = self.ends or self.saves or (every and p.step % every == 0)
+                if due or self._validates():
+                    self.save()  # first: a validation that fails must not lose the steps before it
+            if self.ends and p.step < self.total_steps:
+                raise Stopped(self.interrupts.reason or self._why_it_ends())
             if self._validates():
                 self.validate()
+
+    def _why_it_ends(self) -> str:
+        limit = self.config.train.time_limit
+        return f"train.time_limit of {limit:g} minutes" if limit else "another process was stopped"
 
     def _validates(self) -> bool:
         step, every = self.progress.step, self.config.train.eval_every
@@ -268,6 +232,8 @@ class Trainer:
     def _log_step(self, shown: Any) -> None:
         p = self.progress
         shown.update(1)
+        if not self.window.steps:  # it was left out
+            return
         row = self.window.read(self.accelerator)
         self.window = Window(self.objective, self.device)
         shown.set_postfix({k: f"{row[k]:.3f}" for k in ("loss", "loss_asr", "loss_task", "w_asr")
@@ -290,11 +256,23 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def validate(self) -> None:
-        """Decode the dev examples on all processes, score, log, print; keep the best weights."""
+        """Decode the dev examples on all processes, score, log, print; keep the best weights.
+
+        Raises Stopped: a signal came, or the time that is left does not suffice.
+        """
+        p = self.progress
+        if not self.dev:
+            p.validated = p.step
+            return
+        self.interrupts.check()
+        if from_main(partial(self.clock.time_is_up, validation=True)):
+            raise Stopped(self._why_it_ends())
+        with self.clock.measure("validation"):
+            self._validate()
+
+    def _validate(self) -> None:
         p = self.progress
         p.validated = p.step
-        if not self.dev:
-            return
         started = time.perf_counter()
         mine = deal(self.dev, self.rank, self.world)
         # Training goes on with the random numbers that it would have had without this.
@@ -314,14 +292,15 @@ class Trainer:
         better = p.step > 0 and (p.best_score is None or result.scores["score"] > p.best_score)
         if better:
             p.best_score, p.best_step = result.scores["score"], p.step
-        if self.main:
-            if better:
-                checkpoint.copy_model(self.run / LAST, self.run / BEST, p)
-            if p.step > 0:  # saved before: a resumed run must know of this validation
-                write_json(self.run / LAST / TRAINER_FILE, p.model_dump())
-            self.log.validation(p.step, predictions, result, time.perf_counter() - started,
-                                p.history[0], show(predictions, p.shown, self.registry))
-        self.accelerator.wait_for_everyone()
+        with self.interrupts.held():
+            if self.main:
+                if better:
+                    checkpoint.copy_model(self.run / LAST, self.run / BEST, p)
+                if p.step > 0:  # saved before: a resumed run must know of this validation
+                    write_json(self.run / LAST / TRAINER_FILE, p.model_dump())
+                self.log.validation(p.step, predictions, result, time.perf_counter() - started,
+                                    p.history[0], show(predictions, p.shown, self.registry))
+            self.accelerator.wait_for_everyone()
 
     def save(self) -> None:
         """Write the checkpoint `last`."""
@@ -334,6 +313,7 @@ class Trainer:
             checkpoint.save_optimizer(folder, self.optimizer, self.model)
             checkpoint.save_rng(folder, rng)
 
-        if self.main:
-            checkpoint.save_checkpoint(self.run / LAST, write, self.progress)
-        self.accelerator.wait_for_everyone()
+        with self.clock.measure("save"):
+            if self.main:
+                checkpoint.save_checkpoint(self.run / LAST, write, self.progress)
+            self.accelerator.wait_for_everyone()

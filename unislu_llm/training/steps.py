@@ -1,0 +1,181 @@
+"""The steps of a run: batches of this process, gradients, and what may go wrong with them."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import gather_object
+from torch import nn
+from torch.optim import Optimizer
+from torch.utils.data import DataLoader
+
+from unislu_llm.config import Config
+from unislu_llm.data.batch import Batch
+from unislu_llm.data.dataset import SpeechDataset
+from unislu_llm.data.sampler import BatchPlan
+from unislu_llm.errors import UserError
+from unislu_llm.models.base import SLUModel
+from unislu_llm.run_folder import LAST
+from unislu_llm.training.checkpoint import Progress
+from unislu_llm.training.interrupt import Clock, Interrupts, ignore_signals
+from unislu_llm.training.log import METRICS_FILE, Log, Window, batch_counts
+from unislu_llm.training.memory import halve, out_of_memory
+from unislu_llm.training.objectives import Objective
+from unislu_llm.training.optim import set_rates
+from unislu_llm.training.process import HostSum, average_gradients
+
+log = logging.getLogger(__name__)
+
+_NONFINITE_STEPS = 5  # in a row: more are no accident that training gets over
+
+
+class Steps:
+    """What :class:`Trainer` does over and over; the trainer puts everything here in place."""
+
+    config: Config
+    run: Path
+    accelerator: Accelerator
+    rank: int
+    world: int
+    main: bool
+    device: torch.device
+    host_sum: HostSum
+    model: SLUModel
+    wrapped: nn.Module  # the model as Accelerate prepared it
+    optimizer: Optimizer
+    objective: Objective
+    dataset: SpeechDataset
+    plan: BatchPlan
+    total_steps: int
+    progress: Progress
+    window: Window  # since the last row of the log
+    log: Log
+    clock: Clock
+    interrupts: Interrupts
+    ends: bool = False  # of all processes, after the step that is under way: the run stops,
+    saves: bool = False  # or saves
+
+    def batches(self, epoch: int, skip: int = 0) -> Iterator[list[Batch]]:
+        """This process's micro-batches, a list a step, from step `skip` of an epoch on."""
+        steps = self.plan.micro_batches(epoch, self.rank, self.world)[skip:]
+        # One loader for all steps, so that its workers fetch beyond the end of a step.
+        flat: Any = [micro for step in steps for micro in step]
+        # A generator of its own: the loader must not draw from the one that dropout uses, or a
+        # resumed run would draw differently.
+        own = torch.Generator().manual_seed(self.dataset.seed + epoch)
+        items: Any = replace(self.dataset, epoch=epoch)
+        workers = self.config.data.num_workers
+        loader = iter(DataLoader(
+            items, batch_sampler=flat, collate_fn=self.model.collator(), generator=own,
+            num_workers=workers, pin_memory=self.device.type == "cuda",
+            prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals))
+        for step in steps:
+            yield [next(loader) for _ in step]
+
+    def step(self, micro: Sequence[Batch]) -> None:
+        """One optimizer step over this process's micro-batches of a global batch.
+
+        Raises UserError: the loss is not finite, or a micro-batch does not fit the memory; weights
+        and moments have not changed then.
+        """
+        started = time.perf_counter()
+        total = self.totals(micro)
+        # Each process says whether it should end, and the main one whether to save: so all know.
+        self.ends, self.saves = (bool(total.pop(key)) for key in ("ends", "saves"))
+        self.backward(micro, total)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        limit = self.config.train.max_grad_norm or math.inf
+        # Reading the norm is the one time in a step that the host waits for the device. A loss
+        # that is not finite has such a gradient, which must not reach weights and moments.
+        norm = float(self.accelerator.clip_grad_norm_(parameters, limit) or 0.0)
+        if not math.isfinite(norm):
+            self._not_finite(micro)
+            return
+        self.progress.nonfinite = 0
+        set_rates(self.optimizer, self.config.train, self.progress.step, self.total_steps)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        took = time.perf_counter() - started
+        self.progress.seconds += took
+        self.window.add(total, norm, took)
+
+    def _not_finite(self, micro: Sequence[Batch]) -> None:
+        """Leave a step out, and log its samples; raises UserError if that is not wanted."""
+        p = self.progress
+        self.optimizer.zero_grad()
+        self.window = Window(self.objective, self.device)
+        ids = gather_object([e.utterance.where for batch in micro for e in batch.examples
+                             if batch.counted])
+        self.log.write("nonfinite", {"step": p.step, "samples": sorted(set(ids))})
+        p.nonfinite, stops = p.nonfinite + 1, self.config.train.on_nonfinite == "stop"
+        if stops or p.nonfinite >= _NONFINITE_STEPS:
+            raise UserError(f"loss is nan or infinite at step {p.step}"
+                            f"{'' if stops else f', and in {p.nonfinite} steps in a row'}; its "
+                            f"samples are in {self.run / METRICS_FILE}; lower train.lr or "
+                            f"train.max_grad_norm, or set train.on_nonfinite skip{self._kept()}")
+        if self.main:
+            log.warning("step %d was left out: its loss is nan or infinite; its samples are in "
+                        "%s", p.step, METRICS_FILE)
+
+    def _kept(self) -> str:
+        """The end of a message: what can be resumed."""
+        return f"; {self.run / LAST} can be resumed" if (self.run / LAST).is_dir() else ""
+
+    def totals(self, micro: Sequence[Batch]) -> dict[str, float]:
+        """Counts of the global batch, the same in every process."""
+        counts: Counter[str] = Counter()
+        for batch in micro:
+            found: Any = self.objective.counts(batch) | batch_counts(batch)
+            counts.update(found)
+        ends = bool(self.interrupts.reason) or (self.main and self.clock.time_is_up())
+        saves = self.main and self.clock.save_is_due()
+        return self.host_sum({**counts, "ends": float(ends), "saves": float(saves)})
+
+    def backward(self, micro: Sequence[Batch], total: dict[str, float]) -> None:
+        """Add the gradients of the global loss up, and its sums in the log's window.
+
+        Raises UserError: a micro-batch does not fit the memory.
+        """
+        self.wrapped.train()
+        queue, split = list(micro), self.config.train.on_oom == "split"
+        while (place := self._accumulate(queue, total, alone=split)) is not None:
+            self.optimizer.zero_grad()  # of a pass that was torn
+            queue = halve(queue, place, split, self.progress.step, self._kept())
+            log.warning("step %d: a micro-batch did not fit the memory and was split; raise "
+                        "train.accumulation to spare the time", self.progress.step)
+        if split and self.world > 1:
+            average_gradients(self.model)
+
+    def _accumulate(self, micro: Sequence[Batch], total: dict[str, float],
+                    alone: bool) -> int | None:
+        """One pass over micro-batches; returns the place of one that did not fit the memory.
+
+        With `alone` no process waits for another in it: they may differ in how many they have.
+        """
+        found = torch.zeros_like(self.window.sums)
+        for i, batch in enumerate(micro):
+            shares = i == len(micro) - 1 and not alone
+            try:
+                # Gradients go over the network with the last micro-batch alone.
+                with contextlib.nullcontext() if shares else self.accelerator.no_sync(self.wrapped):
+                    with self.accelerator.autocast():
+                        loss, sums = self.objective.loss(self.wrapped, batch.to(self.device), total)
+                    # DDP averages over processes; the normalizer is global already.
+                    self.accelerator.backward(loss * self.world)
+            except (RuntimeError, MemoryError) as error:
+                if not out_of_memory(error):
+                    raise
+                return i
+            found += sums
+        self.window.sums += found
+        return None
