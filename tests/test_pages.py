@@ -1,8 +1,7 @@
 """Every command of README and docs is run in its order, page by page, or says what it needs.
 
-They run in this process, in a folder like a checkout where everything is small: two clips of each
-part of the mini corpus, and tiny random models under the names of Whisper, the LLMs and the
-adapters that ship. A hub stands in for huggingface.co. What trains gets one step.
+They run in a folder like a checkout where all is small: two clips of each part of the mini corpus,
+tiny random models under the names of Whisper, the LLMs and the adapters, one step of training.
 """
 
 from __future__ import annotations
@@ -23,6 +22,7 @@ import numpy as np
 import pytest
 import yaml
 from accelerate.state import AcceleratorState, GradientState, PartialState
+from transformers.utils.logging import enable_progress_bar
 
 from tests.hub import Hub, connected
 from tests.test_docs import PAGES, PROGRAMS, README, ROOT, blocks, command_lines, name_of
@@ -41,10 +41,9 @@ SMALL = {"train": "--train.max-steps 1 --train.threads 1 --decode.max-new-tokens
 @contextlib.contextmanager
 def inside(world: Path) -> Iterator[pytest.MonkeyPatch]:
     """The folder in the place of the checkout; a hub, whose cache lies beside it."""
-    cache = world.with_name("cache")
-    with pytest.MonkeyPatch.context() as patch, connected(Hub(), cache, patch):
+    with pytest.MonkeyPatch.context() as patch, connected(Hub(), world.parent / "cache", patch):
         patch.chdir(world)
-        patch.setenv("UNISLU_CACHE", str(cache / "converted"))
+        patch.setenv("UNISLU_CACHE", str(world.parent / "converted"))
         patch.setattr("unislu_llm.training.recipe.shipped", lambda: world)
         patch.syspath_prepend("recipes")
         tone = np.sin(np.arange(8000) / 9).astype(np.float32)  # Piper's voices are a package
@@ -67,7 +66,9 @@ def run(line: str, patch: pytest.MonkeyPatch) -> str:
     words += SMALL.get(what, "").split()
     if what == "train" and "--output" not in words:  # two of one second would have one name
         words += ["--output", f"runs/{len([*Path('runs').glob('*')])}"]
-    with contextlib.redirect_stdout(io.StringIO()) as out:
+    with (contextlib.redirect_stdout(io.StringIO()) as out,
+          contextlib.redirect_stderr(io.StringIO()) as err):
+        enable_progress_bar()  # as in a new process
         patch.setattr("sys.argv", words)
         try:
             status: Any = cli.main(words[1:]) if not script else not runpy.run_path(
@@ -77,7 +78,8 @@ def run(line: str, patch: pytest.MonkeyPatch) -> str:
         finally:
             for state in (AcceleratorState, GradientState, PartialState):
                 state._reset_state()
-    assert not status, f"{line}\n{out.getvalue()[-2000:]}"
+    assert not status, f"{line}\n{out.getvalue()[-2000:]}\n{err.getvalue()[-2000:]}"
+    assert "Loading weights" not in err.getvalue(), line  # bars of libraries
     return out.getvalue()
 
 
@@ -93,7 +95,7 @@ def checkout(tmp_path_factory: Any, tiny_checkpoints: dict[str, str]) -> Path:
         file.write_text("".join(file.read_text("utf-8").splitlines(keepends=True)[:2]), "utf-8")
     llms = [yaml.safe_load(p.read_text("utf-8"))["llm"] for p in ROOT.glob("adapters/*.yaml")]
     for name in ("openai/whisper-base", *llms):
-        place = world.with_name("cache") / f"models--{name.replace('/', '--')}"
+        place = world.parent / "cache" / f"models--{name.replace('/', '--')}"
         files = shutil.copytree(tiny_checkpoints["llm" if name in llms else "whisper"],
                                 place / "snapshots" / COMMIT)
         (files / "chat_template.jinja").write_text("<user>{{ messages[0].content }}</user>")
@@ -119,16 +121,14 @@ def form(line: str) -> str:
 @pytest.mark.parametrize("page", [p for p in PAGES if blocks(p)], ids=name_of)
 def test_a_page_runs_and_prints_what_it_says(page: Path, checkout: Path, tmp_path: Path) -> None:
     world, names, printed, before = tmp_path / "checkout", dict[str, Any](), "", ""
-    there = shutil.ignore_patterns(*["runs"] * (page == RUNS))
-    shutil.copytree(checkout, world, symlinks=True, ignore=there)
-    (tmp_path / "cache").symlink_to(checkout.with_name("cache"))
+    shutil.copytree(checkout, world, symlinks=True, ignore=lambda *_: ["runs"] * (page == RUNS))
+    (tmp_path / "cache").symlink_to(checkout.parent / "cache")
     with inside(world) as patch:
         for kind, text in blocks(page):
             for needs, line in command_lines(text) if kind == "shell" else ():
-                # What has to be installed first has a mark; what is run behind it is run here.
-                for step in line.split(" && ")[bool(needs):]:
-                    if not needs or step.split()[0] in PROGRAMS:
-                        printed += run(step, patch)
+                # What has to be installed first has a mark; what is run at the end is run here.
+                for step in line.split(" && ")[1:][-1:] if needs else line.split(" && "):
+                    printed += run(step, patch)
             if kind == "python" and ">>>" not in text:
                 patch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
                 exec(compile(text, name_of(page), "exec"), names)
