@@ -46,6 +46,17 @@ def from_main(make: Callable[[], T]) -> T:
     return box[0]  # type: ignore[return-value]
 
 
+def lost_process(error: RuntimeError, timeout: float) -> str:
+    """What to tell where a process waited for another in vain; nothing for an error of its own."""
+    text = str(error)  # gloo's and NCCL's; torch has no class for either case
+    if "imed out waiting" in text or "collective operation timeout" in text:
+        return (f"a process of this run has not answered for {timeout:g} minutes (train.timeout): "
+                "it was stopped, or hangs")
+    if "onnection closed by peer" in text or "onnection reset by peer" in text:
+        return "another process of this run has ended; what it printed says why"
+    return ""
+
+
 class HostSum:
     """Sums of plain numbers over processes, which make no GPU wait."""
 

@@ -31,7 +31,7 @@ from unislu_llm.run_folder import (
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.training.checkpoint import copy_model, read_progress
 from unislu_llm.training.log import say
-from unislu_llm.training.process import from_main, processes
+from unislu_llm.training.process import from_main, lost_process, processes
 from unislu_llm.training.trainer import Trainer
 
 
@@ -57,6 +57,10 @@ def train(kind: str, config: Config, name: str = "run") -> Path:
                else Trainer(kind, config, name, started).fit())
     except Stopped:
         processes().destroy_process_group()
+        raise
+    except RuntimeError as error:
+        if lost := lost_process(error, config.train.timeout):
+            raise UserError(f"{lost}; the run can be resumed from its last checkpoint") from error
         raise
     if processes().is_main_process:
         best = find_model(run) or run
