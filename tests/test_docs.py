@@ -26,6 +26,7 @@ README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "eval" / "README.md",
          ROOT / "eval" / "results" / "README.md", ROOT / "adapters" / "README.md",
          *sorted((ROOT / "adapters").glob("*/README.md")), ROOT / "recipes/data/mini/README.md"]
+PROGRAMS = ("unislu", "accelerate", "torchrun", "python")
 RECIPE_FLAGS = {"config", "adapter", "llm", "encoder", "projector", "tasks_file",
                 "decoder", "nproc_per_node"}
 QUICK_START = ("python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt -e "
@@ -56,18 +57,28 @@ def settings(section: type[BaseModel] = Config, prefix: str = "") -> set[str]:
     return found
 
 
+def blocks(page: Path) -> list[tuple[str, str]]:
+    """Code blocks of a page in order: `shell` for commands, else as the page says, and its text."""
+    found = re.findall(r"^```(\w*)\n(.*?)^```", page.read_text("utf-8"), re.M | re.S)
+    first = re.compile(rf"(#.*\n)*({'|'.join((*PROGRAMS, 'pip'))}) ")
+    return [("shell" if kind == "bash" or (not kind and first.match(text)) else kind, text)
+            for kind, text in found]
+
+
+def command_lines(block: str) -> list[tuple[str, str]]:
+    """Command lines of a block, each behind what a line `# needs: ...` right above it says."""
+    return re.findall(r"^(?:# needs: (\S.*)\n)?([^#\s].*)", block.replace("\\\n", " "), re.M)
+
+
 def commands(page: Path) -> list[list[str]]:
-    """Words of every command in a page's code blocks, comments left out."""
-    found = []
-    for kind, block in re.findall(r"^```(\w*)\n(.*?)^```", page.read_text("utf-8"), re.M | re.S):
-        for line in block.replace("\\\n", " ").splitlines() if kind in ("", "bash") else ():
-            for part in line.split(" && "):
-                words = shlex.split(part, comments=True)
-                words = [w for w in words if not re.fullmatch(r"[A-Z_]+=.*", w)]
-                if words and words[0] in ("unislu", "accelerate", "torchrun", "python"):
-                    found.append(words)
+    """Words of every command of the project in a page's code blocks and lines, without comments."""
+    parts = [part for kind, text in blocks(page) if kind == "shell"
+             for _, line in command_lines(text) for part in line.split(" && ")]
+    found = [[w for w in shlex.split(part, comments=True) if not re.fullmatch(r"[A-Z_]+=.*", w)]
+             for part in parts]
     inline = re.findall(r"`(unislu [^`]*)`", outside_code(page.read_text("utf-8")))
-    return found + [shlex.split(command) for command in inline]
+    return [*(words for words in found if words and words[0] in PROGRAMS),
+            *map(shlex.split, inline)]
 
 
 @lru_cache
@@ -170,7 +181,7 @@ def test_functions_on_the_walks_exist() -> None:
 def test_readme_is_short_and_has_its_two_commands() -> None:
     text = README.read_text("utf-8")
     assert len(text.encode()) <= 9000
-    assert re.findall(r"^```bash\n(.*?)\n```", text, re.M | re.S) == [QUICK_START, "pytest"]
+    assert re.findall(r"^```bash\n(?:#.*\n)?(.*)\n```", text, re.M) == [QUICK_START, "pytest"]
 
 
 def test_scoring_example_prints_what_it_says() -> None:

@@ -111,8 +111,9 @@ def check_hypotheses(examples: Sequence[Example], model: ModelConfig) -> list[Ex
         share = f"data.train: {len(lacking)} of {len(examples)} examples have no hypothesis"
         if len(lacking) == len(examples) or model.projector == "none":
             text = any(u.audio is None for u in lacking)
+            flags = " openai/whisper-base FILE --out DIR --copy-text" if text else ""
             raise UserError(f"{share}, the first {lacking[0].where}; add them with `unislu "
-                            f"transcribe{' openai/whisper-base FILE --out DIR --copy-text' * text}`")
+                            f"transcribe{flags}`")
         log.warning("%s, the first %s; they train without one, as with train.hypothesis_dropout; "
                     "`unislu transcribe` adds them", share, lacking[0].where)
     return list(examples)

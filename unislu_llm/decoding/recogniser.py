@@ -21,6 +21,7 @@ from tqdm import tqdm
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.logging import disable_progress_bar
 
 from unislu_llm import models, weights
 from unislu_llm.config import DecodeConfig, ModelConfig
@@ -170,6 +171,7 @@ def load_recogniser(name: str, source: str = "decoder", revision: str | None = N
     Raises:
         UserError: there is none.
     """
+    disable_progress_bar()  # of the base checkpoints' tensors
     if is_saved_model(found := weights.resolve(name, revision).path):
         return ModelRecogniser(models.load(found, dtype=dtype).to(device), source)
     if source == "ctc":

@@ -74,17 +74,13 @@ def run_recipe(argv: Sequence[str], description: str, prog: str | None = None,
             raise UserError(f"{path}: the mini corpus is not there; give corpora of your own by "
                             "--data.train FILE... --data.dev FILE...")
     quiet_libraries()
-    main = os.environ.get("RANK", "0") == "0"
-    if main:
+    if os.environ.get("RANK", "0") == "0":
         print(*told, sep="\n", flush=True)
     # After --help, which should not wait for torch.
     import torch
-    from transformers.utils.logging import disable_progress_bar
 
     from unislu_llm.training.stages import train
 
-    if not main:  # each process would show the same bars of loading
-        disable_progress_bar()
     if (cards := torch.cuda.device_count()) > 1 and not launched():
         print(f"one of {cards} GPUs is used; `accelerate launch -m unislu_llm.cli train ...` uses "
               "them all", flush=True)
@@ -110,6 +106,7 @@ def fill_cache(source: Path, folder: Path | None, decoder: str) -> int:
     """
     import torch
     from transformers import WhisperModel
+    from transformers.utils.logging import disable_progress_bar
 
     from unislu_llm.data.frame_cache import FrameCache, build_frames, encoder_settings
     from unislu_llm.data.loading import load_examples
@@ -125,6 +122,7 @@ def fill_cache(source: Path, folder: Path | None, decoder: str) -> int:
     examples = load_examples(data.train, build_registry(config))
     clips = [example.utterance for example in examples]
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    disable_progress_bar()  # of the checkpoint's tensors
     whisper: Any = WhisperModel.from_pretrained(resolve(model.encoder).path, dtype=torch.float32,
                                                 attn_implementation="sdpa")
     # As the models build their encoders: frames of another dtype would not be found again.
