@@ -20,7 +20,7 @@ from typing import Annotated, Any, Literal
 import tyro
 from tabulate import tabulate
 
-from unislu_llm.config_file import config_from_file
+from unislu_llm.config_file import config_of_run
 from unislu_llm.errors import UserError, hint, reported
 from unislu_llm.io import numbered_json_lines, portable, sha256, write_json
 from unislu_llm.run_folder import BEST, LAST, is_run, read_finished
@@ -152,7 +152,7 @@ def run_of(folder: Path) -> Path:
 
 def with_training(history: History, folder: Path) -> History:
     """A history and the training of one more run, behind what that one starts from."""
-    config = config_from_file(folder / "config.yaml", resolve=False)
+    config = config_of_run(folder)
     # Stages name the one before as `init` too, but only the run's own config is followed.
     if config.train.init:
         source = run_of(Path(config.train.init))
@@ -167,7 +167,7 @@ def with_training(history: History, folder: Path) -> History:
 def with_log(history: History, folder: Path) -> History:
     """A history and what one more log says; of steps that were taken twice the later count."""
     path, before = folder / LOG, history.end
-    ctc = config_from_file(folder / "config.yaml", resolve=False).train.objective == "ctc"
+    ctc = config_of_run(folder).train.objective == "ctc"
     kept: dict[tuple[int, str], dict[str, Any]] = {}
     last = 0
     for number, row in numbered_json_lines(path):

@@ -7,30 +7,32 @@ like any other.
 
 from __future__ import annotations
 
+import re
 import shlex
 from functools import partial
 from pathlib import Path
 
-from unislu_llm.config import Config, Stage
-from unislu_llm.config_file import check, config_from_dict, inside, merge
+from unislu_llm.config import Config, Stage, check_together
+from unislu_llm.config_file import absolute, check, config_from_dict, inside, merge
 from unislu_llm.data.manifest import iter_rows
+from unislu_llm.data.text_injection import SimulationRates
 from unislu_llm.errors import UserError
 from unislu_llm.io import find_model
 from unislu_llm.models.projectors import check_projector
 from unislu_llm.models.saved import Description
 from unislu_llm.run_folder import (
     BEST,
-    LAST,
     can_resume,
     create_run,
-    is_run,
     read_finished,
+    write_config,
     write_finished,
 )
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.training.checkpoint import copy_model, read_progress
 from unislu_llm.training.log import say
 from unislu_llm.training.process import from_main, processes
+from unislu_llm.training.resume import check_resume
 from unislu_llm.training.trainer import Trainer
 
 
@@ -45,12 +47,20 @@ def train(kind: str, config: Config, name: str = "run") -> Path:
     Raises UserError: bad configuration (before anything is written) or data, or a loss that is not
     finite.
     """
+    config = absolute(config)
+    world, main = processes().num_processes, processes().is_main_process
     # Before data and checkpoints are loaded, and the first of several stages has trained for hours.
-    for own in [config, *(own for _, own in stage_configs(config, Path(".")))]:
+    for own in [own for _, own in stage_configs(config, Path("."))] or [config]:
+        check_together(own, world)
+        if own.augment.noise and not Path(own.augment.noise).is_dir():
+            raise UserError(f"augment.noise: {own.augment.noise} is no folder with audio files")
         if kind == "speech_llm":
-            check_projector(own.model.projector)
+            check_projector(own.model.projector, own.model.projector_options)
+            SimulationRates().override(own.data.text_injection)
+    if config.resume and (line := from_main(partial(check_resume, kind, config, world))) and main:
+        say(Path(config.output), line)
     run = _train_stages(kind, config, name) if config.stages else Trainer(kind, config, name).fit()
-    if processes().is_main_process:
+    if main:
         best = find_model(run) or run
         tasks = Description.read(best).registry(best)
         more = "" if config.data.dev else " --manifest FILE"
@@ -61,7 +71,7 @@ def train(kind: str, config: Config, name: str = "run") -> Path:
 
 
 def _train_stages(kind: str, config: Config, name: str) -> Path:
-    run = from_main(lambda: _claim(config, name))
+    run = from_main(lambda: _claim(config, name, kind))
     stages = stage_configs(config, run)
     main = processes().is_main_process
     for stage, own in stages:
@@ -96,14 +106,11 @@ def _clip(config: Config, registry: TaskRegistry) -> str:
     return shlex.quote(str(clip.audio.relative_to(Path.cwd()) if here else clip.audio))
 
 
-def _claim(config: Config, name: str) -> Path:
+def _claim(config: Config, name: str, kind: str) -> Path:
     if not config.resume:
-        return create_run(config, name)
-    run = Path(config.output)
-    if not config.output or not is_run(run):
-        raise UserError(f"--resume: {config.output or 'no --output'} holds no run; give the run's "
-                        "folder as --output")
-    return run
+        return create_run(config, name, kind)
+    write_config(Path(config.output), config)
+    return Path(config.output)
 
 
 def _resumable(folder: Path) -> bool:
@@ -125,9 +132,9 @@ def stage_configs(config: Config, run: Path) -> list[tuple[str, Config]]:
     for i, values in enumerate(config.stages):
         where = f"stages[{i}]"
         name = check(Stage, values, inside(where)).name
-        if not name or Path(name).name != name or name in (BEST, LAST, "predictions"):
-            raise UserError(f"{where}.name: '{name}' cannot be the name of a folder in the run; "
-                            "choose another")
+        if not re.fullmatch(r"(?!(best|last.*|predictions|trackers)$)\w[\w-]{0,63}", name):
+            raise UserError(f"{where}.name: '{name[:64]}' cannot be the name of a folder in the "
+                            "run; choose another, of letters, digits, _ and -")
         if name in dict(stages):
             raise UserError(f"{where}.name: there are two stages '{name}'; rename one")
         common = config.model_dump() | {"stages": [], "output": str(run / name), "resume": False}

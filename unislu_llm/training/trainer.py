@@ -114,7 +114,7 @@ class Trainer:
         optimizer = build_optimizer(self.model.trainable_groups(), train)
 
         # 4. The run folder: from here on something is written.
-        self.run = self.notices.run = from_main(lambda: create_run(config, name))
+        self.run = self.notices.run = from_main(lambda: create_run(config, name, kind))
         self.notices.flush()
         if self.main:
             save_hypotheses(self.run, made)
