@@ -40,15 +40,17 @@ def check_resume(kind: str, config: Config, processes: int) -> str:
     found = fingerprints(config)
     for key, files in began.get("files", {}).items():
         then, files = [tuple(file) for file in files], found.get(key, [])
-        gone = [name for name, _, digest in files if not digest]
+        gone = any(not file[2] for file in files)
         if then == files:  # wherever they are
             now[key] = before[key]
         elif gone or before.get(key) == now.get(key):
-            other = gone or [new[0] for old, new in zip(then, files, strict=True) if old != new]
+            paths = now[key] if isinstance(now[key], list) else [now[key]]
+            other = next(path for path, file in zip(paths, files, strict=True)
+                         if not file[2] or (not gone and file not in then))
             raise UserError(
-                f"{key}: '{other[0]}' of {_short(now[key])} {'is gone' if gone else 'has changed'} "
-                f"since {run} began, so that batches would be others. Put it back, say where it is "
-                f"now (--{key} FILE), or start a new run from these weights: --train.init {run}")
+                f"{key}: {other} {'is gone' if gone else 'has changed'} since {run} began, so that "
+                f"batches would be others. Put it back, say where it is now (--{key} FILE), or "
+                f"start a new run from these weights: --train.init {run}")
     before["processes"], now["processes"] = began.get("processes", processes), processes
     told = {key: f"{key} {_short(before.get(key))} -> {_short(now.get(key))}"
             for key in before | now if before.get(key) != now.get(key)}
