@@ -326,7 +326,7 @@ def check_together(config: Sections, processes: int = 1) -> None:
         (drops and model.hypothesis == "none", "train.hypothesis_dropout, train.hypothesis_word_"
          "dropout: the model reads no hypothesis; set model.hypothesis, or these to 0"),
         (train.hypothesis_dropout and model.projector == "none", "train.hypothesis_dropout: "
-         "without hypothesis and speech (model.projector none) there is nothing to go by; set it to 0")))
+         "without hypothesis and speech (model.projector none) there is nothing to go by; set 0")))
     check_decoding(config.decode)
 
 

@@ -21,13 +21,10 @@ from pydantic import Field, ValidationError
 from unislu_llm.config import Common, Config, ModelConfig, Precision, Section, Stage
 from unislu_llm.errors import Place, UserError, dotted, explain
 from unislu_llm.flags import Extra, flag_of, parse_flags
-from unislu_llm.io import MODEL_FILE, find_model, is_hub_name, near_models, read_json
+from unislu_llm.io import MODEL_FILE, RUN_CONFIG, find_model, is_hub_name, near_models, read_json
 
 Values = dict[str, Any]
 S = TypeVar("S", bound=Section)
-
-RUN_CONFIG, RUN_BEGAN = "config.yaml", "began.json"
-"""In a run folder: its settings; and of which kind, on which files it was begun."""
 
 # Settings that are paths, by section; those of models may be names as well.
 _PATHS = {"data": ("train", "dev", "tasks", "frame_cache"), "augment": ("noise",),
@@ -128,13 +125,6 @@ def config_of_run(folder: str | Path) -> Config:
     """The settings of a run; raises as :func:`load_config`."""
     values = read_layer(Path(folder) / RUN_CONFIG, resolve=False)
     return Config.model_validate(values | {"output": str(folder), "resume": False})
-
-
-def kind_of_run(folder: Path) -> str:
-    """`speech_llm` or `whisper_slu`; empty for a run that does not say so yet."""
-    model, began = find_model(folder), folder / RUN_BEGAN
-    file, key = (began, "kind") if began.is_file() else (model and model / MODEL_FILE, "model_type")
-    return str(read_json(file)[key]) if file else ""
 
 
 def _with_saved(values: Values, init: str | None, *, over: bool) -> Values:

@@ -24,6 +24,8 @@ MODEL_TYPES = ("speech_llm", "whisper_slu")
 """What a saved model may be; `models.KINDS` has their classes."""
 BEST, LAST = "best", "last"
 """Folders of a run's checkpoints, which are saved models."""
+RUN_CONFIG, RUN_BEGAN = "config.yaml", "began.json"
+"""In a run folder: its settings; and of which kind, on which files it was begun."""
 
 
 def git_revision() -> str:
@@ -168,6 +170,13 @@ def find_model(folder: str | Path) -> Path | None:
     """The folder itself, or a run's best, else its last: the first that is a saved model."""
     folder = Path(folder)
     return next((p for p in (folder, folder / BEST, folder / LAST) if is_saved_model(p)), None)
+
+
+def kind_of_run(folder: Path) -> str:
+    """`speech_llm` or `whisper_slu`; empty for a run that does not say so yet."""
+    model, began = find_model(folder), folder / RUN_BEGAN
+    file, key = (began, "kind") if began.is_file() else (model and model / MODEL_FILE, "model_type")
+    return str(read_json(file)[key]) if file else ""
 
 
 def near_models(path: str | Path) -> str:

@@ -26,12 +26,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from unislu_llm import models
 from unislu_llm.config import Config, Precision
-from unislu_llm.config_file import RUN_BEGAN, RUN_CONFIG, absolute, config_of_run, to_yaml
+from unislu_llm.config_file import absolute, config_of_run, to_yaml
 from unislu_llm.data.manifest import manifest_name
 from unislu_llm.errors import UserError
 from unislu_llm.io import (
     BEST,
     LAST,
+    RUN_BEGAN,
+    RUN_CONFIG,
     git_revision,
     is_hub_name,
     is_saved_model,

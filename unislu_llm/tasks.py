@@ -31,11 +31,12 @@ _CHECKED = ConfigDict(extra="forbid")
 
 _MARKER = re.compile(r"\[/?[A-Za-z0-9_/-]+\]")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
-RESERVED = frozenset("""
-    all asr none task tasks labels id text audio start end duration speaker language corpus hypothesis
-    text_source segments draft file error seconds problems raw ctc_hypothesis probabilities confidence
-    tokens alternatives spans windows text_start text_end warning no_speech score
-    """.split())  # noqa: SIM905
+RESERVED = frozenset((
+    "all", "asr", "none", "task", "tasks", "labels", "id", "text", "audio", "start", "end",
+    "duration", "speaker", "language", "corpus", "draft", "hypothesis", "text_source", "segments",
+    "file", "error", "seconds", "problems", "raw", "ctc_hypothesis", "probabilities", "confidence",
+    "tokens", "alternatives", "spans", "windows", "text_start", "text_end", "warning", "no_speech",
+    "score"))
 """What manifests, answers, their confidences and scores call other things than a task."""
 
 

@@ -11,8 +11,9 @@ import pytest
 import yaml
 
 from unislu_llm.config import Config
-from unislu_llm.config_file import config_of_run, kind_of_run
+from unislu_llm.config_file import config_of_run
 from unislu_llm.errors import UserError
+from unislu_llm.io import kind_of_run
 from unislu_llm.run_folder import is_run, read_finished
 from unislu_llm.training.recipe import run_recipe
 from unislu_llm.training.resume import check_resume
@@ -98,7 +99,7 @@ def test_files_are_those_with_which_the_run_began(run: Path, tmp_path: Path) -> 
     corpus, moved = tmp_path / "corpus", tmp_path / "moved" / "corpus"
     shutil.copytree(corpus, moved)
     shutil.move(corpus, tmp_path / "away")
-    with pytest.raises(UserError, match=r"data\.train: .*train\.jsonl is gone .*--data\.train FILE"):
+    with pytest.raises(UserError, match=r"data\.train: .*\.jsonl is gone .*--data\.train FILE"):
         check_resume("speech_llm", asked(run), 1)
     new = [str(moved / "train.jsonl")]
     there = asked(run, data={"train": new, "dev": new})

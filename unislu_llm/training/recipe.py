@@ -10,16 +10,15 @@ from typing import Any, Literal, NamedTuple
 from pydantic import Field
 
 from unislu_llm.config_file import (
-    RUN_CONFIG,
     config_from_file,
     config_of_run,
     first_flags,
-    kind_of_run,
     load_config,
     resumed_run,
     shipped,
 )
 from unislu_llm.errors import UserError, hint, launched, quiet_libraries
+from unislu_llm.io import RUN_CONFIG, kind_of_run
 
 
 class Recipe(NamedTuple):

@@ -8,16 +8,16 @@ from pathlib import Path
 from typing import Any
 
 from unislu_llm.config import Config
-from unislu_llm.config_file import RUN_BEGAN, absolute, config_of_run, kind_of_run
+from unislu_llm.config_file import absolute, config_of_run
 from unislu_llm.errors import UserError, shorten
-from unislu_llm.io import read_json
+from unislu_llm.io import RUN_BEGAN, kind_of_run, read_json
 from unislu_llm.run_folder import fingerprints, is_run, settings
 
 # How long, how often, how fast it goes on. All else decides what a step sees (data, batches, seed),
 # what it minimises, or by what scores `best` is chosen.
 _FREE = re.compile(
-    r"train\.(epochs|max_steps|warmup_steps|lr\.\w+|max_grad_norm|gradient_checkpointing|on_nonfinite"
-    r"|on_oom|eval_every|save_every|save_minutes|keep|time_limit|timeout|threads|trackers)"
+    r"train\.(epochs|max_steps|warmup_steps|lr\.\w+|max_grad_norm|gradient_checkpointing|on_\w+"
+    r"|eval_every|save_every|save_minutes|keep|time_limit|timeout|threads|trackers)"
     r"|data\.num_workers|decode\.batch_size")
 _SCRIPTS = {"speech_llm": "train_llm.py", "whisper_slu": "train_whisper.py"}
 
