@@ -20,7 +20,7 @@ from typing import Annotated, Literal
 import tyro
 from tabulate import tabulate
 
-from unislu_llm.config_file import config_from_file
+from unislu_llm.config_file import config_of_run
 from unislu_llm.errors import UserError, hint, reported
 from unislu_llm.io import portable, sha256, write_json
 from unislu_llm.run_folder import BEST, LAST, METRICS, is_run, read_finished, read_metrics
@@ -152,7 +152,7 @@ def run_of(folder: Path) -> Path:
 
 def with_training(history: History, folder: Path) -> History:
     """A history and the training of one more run, behind what that one starts from."""
-    config = config_from_file(folder / "config.yaml", resolve=False)
+    config = config_of_run(folder)
     # Stages name the one before as `init` too, but only the run's own config is followed.
     if config.train.init:
         source = run_of(Path(config.train.init))
@@ -167,7 +167,7 @@ def with_training(history: History, folder: Path) -> History:
 def with_log(history: History, folder: Path) -> History:
     """A history and what one more log says."""
     before, rows = history.end, read_metrics(folder)
-    ctc = config_from_file(folder / "config.yaml", resolve=False).train.objective == "ctc"
+    ctc = config_of_run(folder).train.objective == "ctc"
     seconds, counted, points = before.seconds, 0, list(history.points)
 
     def at(step: int, scores: dict[str, float]) -> Point:

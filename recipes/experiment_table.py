@@ -9,7 +9,7 @@ from typing import Any
 
 from tabulate import tabulate
 
-from unislu_llm.config_file import config_from_file
+from unislu_llm.config_file import config_of_run
 from unislu_llm.io import read_json, write_json, write_text
 
 Values = dict[str, Any]
@@ -77,7 +77,7 @@ def _minutes(run: Path) -> float:
     """Minutes of training, with those of the runs that it starts from."""
     if not (run / "finished.json").is_file():
         return 0.0
-    init = config_from_file(run / "config.yaml", resolve=False).train.init
+    init = config_of_run(run).train.init
     before = _minutes(Path(init)) if init else 0.0
     return before + read_json(run / "finished.json").get("train_seconds", 0.0) / 60
 

@@ -179,7 +179,7 @@ def test_predict_answers_long_files_by_windows(unislu: Run, tiny_run: Callable[.
     (["runs", "a.wav"], "runs is neither a run folder"),
     (["runs/tiny"], "no audio file is named"),
     (["runs/tiny", "a.wav", "--tasks", "nerr"], "unknown task 'nerr'"),
-    (["runs/tiny", "a.wav", "--batch-size", "0"], "--batch-size: should be greater"),
+    (["runs/tiny", "a.wav", "--batch-size", "0"], "--batch-size: must be at least 1"),
     (["runs/tiny", "a.wav", "--num-beams", "0"], "needs --num-beams 1 or more"),
     (["runs/tiny", "a.wav"], "a.wav: audio file does not exist"),
     (["runs/tiny", "a.wav", "--n-best", "2"], "needs --num-beams 2"),

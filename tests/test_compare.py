@@ -147,6 +147,7 @@ def test_what_is_no_system_is_named(systems: list[Path]) -> None:
     for paths, message in (([A], "name two systems or more"), ([A, A], "is named twice"),
                            ([A, Path("gone")], "gone"), ([A, Path("x.json")], "is no score file"),
                            ([A, Path("x.jsonl")], "x.jsonl cannot be read as predictions"),
+                           ([A, Path("gone.jsonl")], "^gone.jsonl cannot be read: No such"),
                            ([A, Path("runs/new")], "neither a run folder")):
         with pytest.raises(UserError, match=message):
             compare(paths)

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from unislu_llm.data.row_reader import FIELDS
+from unislu_llm.decoding.answer import Answer
 from unislu_llm.errors import UserError
-from unislu_llm.tasks import NER, SA, SEPARATOR, LabelTask, SpanTask, TaskRegistry
+from unislu_llm.scoring.predictions import Prediction
+from unislu_llm.tasks import NER, RESERVED, SA, SEPARATOR, LabelTask, SpanTask, TaskRegistry
 from unislu_llm.unified import encode, parse, render
 from unislu_llm.utterance import Utterance
 
@@ -58,6 +62,8 @@ def test_every_marker_has_a_meaning_in_plain_words() -> None:
 @pytest.mark.parametrize(("task", "message"), [
     (SpanTask("ner", "[N2]", ("A",)), "'ner' is registered twice"),
     (SpanTask("asr", "[N2]", ("A",)), "not 'asr'"),
+    (SpanTask("problems", "[N2]", ("A",)), "not 'problems', which has a meaning already"),
+    (SpanTask("ner_label", "[N2]", ("A",)), "scores would be called as another task's"),
     (SpanTask("My Task", "[N2]", ("A",)), "lower-case"),
     (SpanTask("n2", "[NER]", ("A",)), r"\[NER\]' is already in use"),
     (SpanTask("n2", SEPARATOR, ("A",)), r"\[T/L\]' is already in use"),
@@ -80,6 +86,17 @@ def test_a_task_that_cannot_be_told_apart_is_refused(task: SpanTask | LabelTask,
                                                      message: str) -> None:
     with pytest.raises(UserError, match=message):
         TaskRegistry([NER, SA, task])
+
+
+def test_what_rows_and_answers_call_otherwise_is_reserved(tmp_path: Path) -> None:
+    parts = {"text", "file", *Answer("", 0.0, hypothesis="").to_dict(),
+             *(part.name for part in fields(Answer))} - {"transcript", "outputs", "n_tokens"}
+    assert {*FIELDS, *parts, *Prediction.model_fields} - RESERVED == {
+        "ref", "hyp", "ref_text", "hyp_text"}
+    file = write(tmp_path / "tasks.yaml", [SLOTS, ACTS | {"name": "file"}])
+    line = file.read_text().splitlines().index("- kind: label") + 1
+    with pytest.raises(UserError, match=rf"tasks\.yaml:{line}: tasks\[1\]: task 'file': .*rename"):
+        TaskRegistry.from_yaml(file)
 
 
 def test_a_new_task_comes_from_yaml_alone(tmp_path: Path) -> None:

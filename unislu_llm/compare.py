@@ -124,8 +124,9 @@ def _rows(scores: Mapping[str, Mapping[str, float]], counts: Mapping[str, Mappin
 
 def read_predictions(path: Path, registry: TaskRegistry) -> list[Prediction]:
     """Predictions of a file; what it holds instead is named."""
+    rows = read_json_lines(path)  # whose errors name the file themselves
     try:
-        if found := check_predictions(read_json_lines(path), registry):
+        if found := check_predictions(rows, registry):
             return found
         fault = "there are none"
     except UserError as error:

@@ -9,37 +9,57 @@ file (`--config`), flags.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-import tyro
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from tyro.conf import arg
+
+from unislu_llm.errors import UserError
 
 Precision = Literal["fp32", "bf16"]
 Transcript = Literal["rewrite", "margin", "verbatim"]  # as ModelConfig.transcript says
-_JSON = tyro.conf.arg(constructor=json.loads, metavar="JSON")  # a flag whose value is JSON
+_JSON = arg(constructor=json.loads, metavar="JSON")  # a flag whose value is JSON
 
 
 class Common:
     """Mark of a setting that most users set: `--help` shows those, `--help-all` the others too."""
 
 
-# Strict: otherwise `"5"` and `true` would pass for numbers.
-Count = Annotated[int, Field(ge=0, strict=True)]
-Positive = Annotated[int, Field(ge=1, strict=True)]
+# Bounds are wider than anybody needs, and such that no value exhausts the memory by itself, never
+# ends, or overflows where it is used. Strict: otherwise `"5"` and `true` would pass for numbers.
+Count = Annotated[int, Field(ge=0, le=10**9, strict=True)]
+Positive = Annotated[int, Field(ge=1, le=10**9, strict=True)]
+Few = Annotated[int, Field(ge=1, le=128, strict=True)]  # layers, heads, frames that are stacked
+Width = Annotated[int, Field(ge=0, le=32_768, strict=True)]  # of a layer
+Switch = Annotated[bool, Field(strict=True)]
 # Pydantic takes `.inf` and `.nan` of YAML for numbers; as a rate they would end in NaN losses.
 Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Rate = Annotated[Number, Field(ge=0.0)]
+Rate = Annotated[Number, Field(ge=0.0, le=1e6)]
 Share = Annotated[Number, Field(ge=0.0, le=1.0)]
+Level = Annotated[Number, Field(ge=-100.0, le=100.0)]  # dB
+
+
+def _file_name(text: str) -> str:
+    # The system would answer such names with errors of its own, wherever they are used first.
+    if any(c < " " for c in text) or any(len(part.encode()) > 255 for part in text.split("/")):
+        raise ValueError(f"is too long for a name, or has a control character: {text!r:.60}")
+    return text
 
 
 def _no_text(value: Any) -> Any:
     # What else an option may be only its owner knows, who has no file and line to name.
     items = value if isinstance(value, list) else [value]
-    if any(isinstance(item, str | bool) for item in items):
-        raise ValueError(f"must be a number or a list of numbers, found {value!r}")
+    if len(items) > 100 or not all(type(i) in (int, float) and abs(i) <= 1e9 for i in items):
+        raise ValueError(f"must be a number or a list of numbers, found {value!r:.80}")
     return value
 
 
+FilePath = Annotated[str, Field(max_length=4096), AfterValidator(_file_name)]
+"""File, folder or checkpoint; empty where there need be none."""
+Name = Annotated[FilePath, Field(min_length=1)]
+Names = Annotated[list[Name], Field(max_length=1000)]
+Prompt = Annotated[str, Field(max_length=10_000)]
 Options = Annotated[dict[str, Annotated[Any, AfterValidator(_no_text)]], _JSON]
 """Further arguments of what a setting chooses."""
 
@@ -55,11 +75,11 @@ class Section(BaseModel):
 class LoraConfig(Section):
     """Low-rank adapters (arXiv 2106.09685)."""
 
-    rank: Count = 16
+    rank: Annotated[Count, Field(le=1024)] = 16
     """0 trains no adapter."""
     alpha: Rate = 32
     """The update is alpha / rank * B A."""
-    target_modules: list[str] = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
+    target_modules: Names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
                                  "down_proj"]
     """Suffixes of the linear layers to adapt; all-linear adapts all of them."""
 
@@ -67,41 +87,41 @@ class LoraConfig(Section):
 class ModelConfig(Section):
     """Which parts are put together, and which of them train."""
 
-    encoder: Annotated[str, tyro.conf.arg(aliases=["--encoder"]), Common] = "openai/whisper-base"
+    encoder: Annotated[Name, arg(aliases=["--encoder"]), Common] = "openai/whisper-base"
     """Whisper checkpoint of any size: a folder or a name."""
     encoder_mode: Literal["frozen", "lora", "top", "full"] = "frozen"
     """What trains in the encoder: nothing, adapters, the last layers, or everything."""
-    encoder_top_layers: Positive = 2
+    encoder_top_layers: Few = 2
     """With encoder_mode top: how many of the last layers train."""
-    pad_to_30s: bool = False
+    pad_to_30s: Switch = False
     """Pad every clip to 30 s, as Whisper was trained; about 3 times the encoder frames."""
-    llm: Annotated[str, tyro.conf.arg(aliases=["--llm"]), Common] = (
+    llm: Annotated[Name, arg(aliases=["--llm"]), Common] = (
         "HuggingFaceTB/SmolLM2-135M-Instruct")
     """Causal LM, any of transformers: a folder or a name."""
-    projector: Annotated[str, tyro.conf.arg(aliases=["--projector"]), Common] = "mlp"
+    projector: Annotated[Name, arg(aliases=["--projector"]), Common] = "mlp"
     """linear, mlp, conv, qformer, ctc; or none: the LLM reads the hypothesis and no speech."""
     projector_options: Options = {}
     """Keyword arguments of the projector, e.g. {"stack": 4}."""
     lora: LoraConfig = LoraConfig()
     """Adapters of the LLM, or with decoder_mode lora of Whisper's decoder."""
-    prompt_prefix: str = ""
+    prompt_prefix: Prompt = ""
     """Text before the speech; special tokens may be written out."""
-    prompt_suffix: str = ""
+    prompt_suffix: Prompt = ""
     """Text between the speech and hypothesis and the answer."""
     hypothesis: Annotated[Literal["none", "manifest", "reference"], Common] = "none"
     """Transcript in the LLM's prompt: the manifest's, else the recogniser's; or the reference."""
-    hypothesis_prompt: str = "\nDraft:"
+    hypothesis_prompt: Prompt = "\nDraft:"
     """Text before the hypothesis."""
     hypothesis_bias: Rate = 0.0
     """Nats by which decoding favours the next words of the hypothesis, else of the ctc text."""
-    transcript: Literal["auto"] | Transcript = "auto"
+    transcript: Literal["auto", "rewrite", "margin", "verbatim"] = "auto"
     """The hypothesis becomes the transcript: rewrite by the LLM, by a margin (it departs only where
     it is surer of another word by hypothesis_bias), verbatim; auto: validation chooses."""
-    recogniser: str = ""
+    recogniser: FilePath = ""
     """What makes hypotheses: a Whisper or saved model, ctc (the projector), empty: the encoder."""
     quantization: Annotated[Literal["none", "8bit", "4bit"], Common] = "none"
     """Frozen LLM weights in 8 or 4 bits (bitsandbytes)."""
-    language: str = "en"
+    language: Annotated[str, Field(pattern="^[a-z]{2,3}$")] = "en"
     """Language code of Whisper's prompt, for its decoder and where it makes hypotheses."""
     decoder_mode: Literal["full", "lora", "frozen"] = "full"
     """Whisper decoder only: what trains in it."""
@@ -110,23 +130,23 @@ class ModelConfig(Section):
 class DataConfig(Section):
     """Manifests and how they are read. Paths are relative to the config file that names them."""
 
-    train: Annotated[list[str], Common] = []
+    train: Annotated[Names, Common] = []
     """Training manifests (JSON lines)."""
-    dev: Annotated[list[str], Common] = []
+    dev: Annotated[Names, Common] = []
     """Manifests that are scored before, during and after training; `--data.dev none`: none."""
-    tasks: Annotated[str | None, tyro.conf.arg(aliases=["--tasks-file"]), Common] = None
+    tasks: Annotated[Name | None, arg(aliases=["--tasks-file"]), Common] = None
     """YAML list of tasks; default: those of train.init, else named entities and sentiment."""
     weights: Annotated[dict[str, Rate], _JSON] = {}
     """Share of each corpus (or manifest, by its stem) in training; overrides the temperature."""
-    temperature: Annotated[Number, Field(gt=0)] = 1.0
+    temperature: Annotated[Number, Field(ge=0.01, le=1e9)] = 1.0
     """Draw a corpus of n samples in proportion to n ** (1 / temperature); 1 is natural mixing."""
-    epoch_samples: Count = 0
+    epoch_samples: Annotated[Count, Field(le=10**8)] = 0
     """Samples drawn an epoch; 0: as many as there are."""
     dev_limit: Count = 0
     """Score at most so many samples of each dev manifest during training; 0 is all."""
-    num_workers: Count = 0
+    num_workers: Annotated[Count, Field(le=256)] = 0
     """Loader processes; 0 loads in the training process."""
-    frame_cache: str = ""
+    frame_cache: FilePath = ""
     """Folder that keeps the frames of a frozen encoder for all epochs and runs; empty: none."""
     text_injection: Options = {}
     """Rates for rows without audio, over those that the ctc stage fits: {"error_rate": 0.3}."""
@@ -135,17 +155,17 @@ class DataConfig(Section):
 class AugmentConfig(Section):
     """Augmentation of training audio, on the fly; never in validation. Off by default."""
 
-    freq_masks: Count = 0
+    freq_masks: Annotated[Count, Field(le=100)] = 0
     """SpecAugment: frequency masks a clip, of up to 27 mel bins (cached frames: a tenth)."""
-    time_masks: Count = 0
+    time_masks: Annotated[Count, Field(le=100)] = 0
     """SpecAugment: time masks a clip, of up to 0.5 s and a tenth of it (cached: 0.4 s in 5 s)."""
-    speeds: list[Annotated[Number, Field(ge=0.5, le=2.0)]] = []
+    speeds: Annotated[list[Annotated[Number, Field(ge=0.5, le=2.0)]], Field(max_length=100)] = []
     """Speed (and pitch) factors, drawn evenly, e.g. 0.9 1.0 1.1."""
-    gain_db: Rate = 0.0
+    gain_db: Annotated[Rate, Field(le=60.0)] = 0.0
     """Loudness changes by up to so many dB, up or down."""
-    noise: str = ""
+    noise: FilePath = ""
     """Folder of audio that is added as noise to half of the samples."""
-    snr: tuple[Number, Number] = (5.0, 20.0)
+    snr: tuple[Level, Level] = (5.0, 20.0)
     """Lowest and highest signal-to-noise ratio, dB."""
     silence_share: Share = 0.0
     """Part of the samples replaced by silence or noise with an empty transcript and no task."""
@@ -174,24 +194,24 @@ class TrainConfig(Section):
     """unified: transcript and task outputs. ctc: transcripts by the ctc projector alone."""
     loss: Annotated[Literal["dynamic", "fixed", "uniform"], Common] = "dynamic"
     """dynamic (the paper's), fixed or uniform."""
-    init: Annotated[str, Common] = ""
+    init: Annotated[FilePath, Common] = ""
     """Saved model (or run: its best) to start from, with its model settings and tasks; what it
     lacks starts untrained."""
-    groups: list[str] = []
-    """Parameter groups that train (projector, lora, markers, encoder, decoder); default: all."""
+    groups: list[Literal["projector", "lora", "markers", "encoder", "decoder"]] = []
+    """Parameter groups that train; default: all."""
     hypothesis_dropout: Share = 0.0
     """Part of the samples whose hypothesis is left out, so that the model listens too."""
     hypothesis_word_dropout: Share = 0.0
     """Part of the hypotheses' words deleted or replaced; if not 0, 0.15 or more without audio."""
-    epochs: Annotated[Positive, Common] = 10
+    epochs: Annotated[Positive, Field(le=10_000), Common] = 10
     """Passes over the training samples."""
     max_steps: Annotated[Count, Common] = 0
     """Stop after so many steps; 0 means by epochs alone."""
-    batch_size: Annotated[Positive, Common] = 16
+    batch_size: Annotated[Positive, Field(le=100_000), Common] = 16
     """Samples of a global batch, over all processes and accumulation steps."""
     batch_tokens: Count = 0
     """Tokens of a global batch, padding included, in place of batch_size; 0: batch_size counts."""
-    accumulation: Annotated[Positive, Common] = 1
+    accumulation: Annotated[Positive, Field(le=100_000), Common] = 1
     """Micro-batches that each process takes for one step; more need less memory."""
     lr: LearningRates = LearningRates()
     """Peak learning rates; the schedule is a linear warm-up and a cosine to zero."""
@@ -201,7 +221,7 @@ class TrainConfig(Section):
     """Gradient clipping; 0 switches it off."""
     precision: Annotated[Precision, Common] = "fp32"
     """fp32 or bf16. fp16 is not offered: activations of Whisper and of most LLMs overflow it."""
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: Switch = False
     """Recompute activations in the backward pass: less memory, more time."""
     seed: Annotated[Count, Common] = 1
     """Of data order, initial weights and dropout."""
@@ -211,40 +231,40 @@ class TrainConfig(Section):
     """Steps between checkpoints; 0: by save_minutes alone. Each validation saves as well."""
     save_minutes: Rate = 10.0
     """Minutes between checkpoints; 0: none by time."""
-    keep: Positive = 2
+    keep: Annotated[Positive, Field(le=1000)] = 2
     """So many of the newest checkpoints are kept: last, last-1, ...; and best."""
     time_limit: Rate = 0.0
     """Minutes after which the run saves and ends, to be resumed (of a batch system); 0: none."""
-    timeout: Annotated[Number, Field(gt=0)] = 10.0
+    timeout: Annotated[Number, Field(gt=0, le=1e5)] = 10.0
     """Minutes that a process waits for the others before all end with an error."""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """A loss or gradient that is not finite: stop, or skip the step (5 in a row stop)."""
     on_oom: Literal["stop", "split"] = "stop"
     """A micro-batch that does not fit the memory: stop, or split it in halves."""
-    threads: Count = 0
+    threads: Annotated[Count, Field(le=1024)] = 0
     """CPU threads of a process; 0 shares the cores out."""
-    trackers: list[str] = ["tensorboard"]
+    trackers: Names = ["tensorboard"]
     """Accelerate trackers, e.g. tensorboard wandb; metrics.jsonl is always written."""
 
 
 class DecodeConfig(Section):
     """How answers are decoded."""
 
-    batch_size: Positive = 16
+    batch_size: Annotated[Positive, Field(le=10_000)] = 16
     """Utterances decoded at one time."""
-    max_new_tokens: Positive = 256
+    max_new_tokens: Annotated[Positive, Field(le=100_000)] = 256
     """Bound of any answer."""
     tokens_per_second: Rate = 12.0
     """Bound by audio length: so many new tokens a second of audio, plus 24."""
-    force_task: bool = False
+    force_task: Switch = False
     """Force the control token of the task that is asked for; the paper's models choose it."""
-    grammar: bool = False
+    grammar: Switch = False
     """Let only well-formed answers be decoded, and leave what repeats itself."""
-    grounded: bool = False
+    grounded: Switch = False
     """With the grammar: phrases of span tasks are whole words of the transcript just decoded."""
-    num_beams: Positive = 1
+    num_beams: Few = 1
     """Beams; 1 is greedy (or sampling, with a temperature)."""
-    temperature: Rate = 0.0
+    temperature: Annotated[Rate, Field(le=100.0)] = 0.0
     """Sample at this temperature; 0 takes the likeliest token."""
     hypothesis_bias: Rate | None = None
     """In place of the model's own hypothesis_bias."""
@@ -276,9 +296,50 @@ class Stage(Sections):
 class Config(Sections):
     """One training run."""
 
-    output: Annotated[str, Common] = ""
+    output: Annotated[FilePath, Common] = ""
     """Run folder, never overwritten; default: runs/<recipe>-<date-time>."""
-    resume: Annotated[bool, Common] = False
+    resume: Annotated[Switch, Common] = False
     """Go on with the run in `output` from its last checkpoint."""
-    stages: Annotated[list[dict[str, Any]], _JSON] = []
+    stages: Annotated[list[dict[str, Any]], Field(max_length=100), _JSON] = []
     """Stages in order, each a mapping with a `name` and sections laid over this config."""
+
+
+def check_together(config: Sections, processes: int = 1) -> None:
+    """Raises UserError: settings that are right by themselves contradict each other."""
+    model, data, augment, train = config.model, config.data, config.augment, config.train
+    drops = train.hypothesis_dropout or train.hypothesis_word_dropout
+    keeps, parts = data.frame_cache and model.projector != "none", processes * train.accumulation
+    # Masks are laid over cached frames; all other effects are on the audio.
+    audible = augment.model_copy(update={"freq_masks": 0, "time_masks": 0}).active
+    _refuse((
+        (not train.batch_tokens and train.batch_size < parts, f"train.batch_size: "
+         f"{train.batch_size} is smaller than processes x accumulation = {parts}; raise it"),
+        (augment.snr[0] > augment.snr[1], "augment.snr: the lowest comes first, then the highest"),
+        (model.lora.rank and not model.lora.target_modules,
+         "model.lora.target_modules: names no layer; give some, or set model.lora.rank 0"),
+        (data.weights and not any(data.weights.values()),
+         "data.weights: all weights are 0; give at least one corpus a share"),
+        (keeps and audible, "data.frame_cache: augmentation gives every epoch other audio, so "
+         "there is nothing to keep; switch it off, or all of augment but time_masks, freq_masks"),
+        (keeps and model.encoder_mode != "frozen", "data.frame_cache: frames can be kept of a "
+         "frozen encoder alone; set model.encoder_mode frozen, or leave data.frame_cache empty"),
+        (drops and model.hypothesis == "none", "train.hypothesis_dropout, train.hypothesis_word_"
+         "dropout: the model reads no hypothesis; set model.hypothesis, or these to 0"),
+        (train.hypothesis_dropout and model.projector == "none", "train.hypothesis_dropout: "
+         "without hypothesis and speech (model.projector none) there is nothing to go by; set 0")))
+    check_decoding(config.decode)
+
+
+def check_decoding(decode: DecodeConfig) -> None:
+    """As :func:`check_together`, for how answers are decoded."""
+    _refuse((
+        (decode.grounded and not decode.grammar, "decode.grounded: set decode.grammar as well"),
+        (decode.temperature and decode.num_beams > 1,
+         "decode.temperature: samples one answer; it takes decode.num_beams 1"),
+        (0 < decode.temperature < 1e-3, "decode.temperature: 0 takes the likeliest token, and less "
+         "than 0.001 does nothing else; set 0")))
+
+
+def _refuse(faults: Iterable[tuple[object, str]]) -> None:
+    if found := [text for wrong, text in faults if wrong]:
+        raise UserError("\n".join(found))

@@ -20,15 +20,15 @@ from pydantic import Field, ValidationError
 
 from unislu_llm.config import Common, Config, ModelConfig, Precision, Section, Stage
 from unislu_llm.errors import Place, UserError, dotted, explain
-from unislu_llm.flags import Extra, parse_flags
-from unislu_llm.io import MODEL_FILE, find_model, is_hub_name, near_models, read_json
+from unislu_llm.flags import Extra, flag_of, parse_flags
+from unislu_llm.io import MODEL_FILE, RUN_CONFIG, find_model, is_hub_name, near_models, read_json
 
 Values = dict[str, Any]
 S = TypeVar("S", bound=Section)
 
-# Settings that are paths, by section.
+# Settings that are paths, by section; those of models may be names as well.
 _PATHS = {"data": ("train", "dev", "tasks", "frame_cache"), "augment": ("noise",),
-          "train": ("init",)}
+          "train": ("init",), "model": ("encoder", "llm", "recogniser")}
 
 
 class Preset(ModelConfig):
@@ -57,15 +57,20 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
     Raises UserError: a file that is missing or no YAML, an unknown key, a value out of bounds.
     """
     argv = sys.argv[1:] if argv is None else argv
-    chosen = _first_flags(argv, prog)
-    file = chosen.config or default_file
-    values = _with_saved(read_layer(file), chosen.init, over=not chosen.config)
+    chosen = first_flags(argv, prog)
+    file, run = chosen.config or default_file, resumed_run(argv)
+    if run:  # its settings, under a file that is named and flags
+        over = read_layer(chosen.config) if chosen.config else {}
+        values = merge(Config, config_of_run(run).model_dump(), over)
+        values |= {"output": str(run), "resume": True}
+    else:
+        values = _with_saved(read_layer(file), chosen.init, over=not chosen.config)
     flags = {key: value for key in ("llm", "projector")
              if (value := getattr(chosen, key)) is not None}
     told, init = f"config: {file}", values.get("train", {}).get("init")
     shown = {"config": (Path, Field(file, description="Config file (YAML).")),
              **(extra or {})}
-    if presets is not None:
+    if presets is not None and not run:
         llm = flags.get("llm") or values.get("model", {}).get("llm") or ModelConfig().llm
         preset = chosen.adapter or next((path for path in sorted(presets.glob("*.yaml"))
                                          if YamlFile.read(path).values.get("llm") == llm), None)
@@ -76,29 +81,50 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
         told += f"; preset: {preset}" if preset else f"; preset: none for {llm} (defaults)"
         shown["adapter"] = (Path | None, Field(preset, description=(
             "Preset of an LLM (YAML); default: the one that names the LLM.")))
-    elif flags or chosen.adapter:
+    elif (flags or chosen.adapter) and not run:
         raise UserError("--llm, --projector and --adapter are of an LLM decoder, and this run "
                         "trains Whisper's own; drop them")
-    config = Config.model_validate(merge(Config, values, {"model": flags}))
+    config = check(Config, merge(Config, values, {"model": flags}), flag_of)
     shown = {name: (Annotated[kind, Common], field) for name, (kind, field) in shown.items()}
     config = parse_flags(config, argv, prog=prog, description=description, extra=shown)
     if config.data.dev == ["none"]:
         config.data.dev = []
-    elif file.resolve().parent == default_file.resolve().parent:
+    elif not run and file.resolve().parent == default_file.resolve().parent:
         _check_own_data({word.partition("=")[0] for word in argv or ()}, config, file)
-    say(told + (f"; model settings: those of {init}" if init else ""))
+    say(told + (f"; model settings: those of {init}" if init and not run else ""))
     return config
 
 
-def _first_flags(argv: Sequence[str], prog: str | None) -> argparse.Namespace:
-    # These five decide what the defaults of all other flags are, so they are read before them.
+def first_flags(argv: Sequence[str], prog: str | None = None) -> argparse.Namespace:
+    """The flags that decide what the defaults of all others are, read before them."""
     first = argparse.ArgumentParser(prog, add_help=False, allow_abbrev=False)
-    first.add_argument("--config", type=Path)
-    first.add_argument("--adapter", type=Path)
-    first.add_argument("--llm", "--model.llm", dest="llm")
-    first.add_argument("--projector", "--model.projector", dest="projector")
+    for name, kind in (("config", Path), ("adapter", Path), ("output", str)):
+        first.add_argument(f"--{name}", type=kind)
+    for name in ("llm", "projector", "encoder"):
+        first.add_argument(f"--{name}", f"--model.{name}", dest=name)
     first.add_argument("--train.init", dest="init")
+    first.add_argument("--resume", action="store_true")
+    first.add_argument("--decoder", nargs="?", const="")
     return first.parse_known_args(argv)[0]
+
+
+def resumed_run(argv: Sequence[str]) -> Path | None:
+    """The run that a command line resumes, if it does; raises UserError: there is none."""
+    chosen = first_flags(argv)
+    values = read_layer(chosen.config) if chosen.config else {}
+    if not (chosen.resume or values.get("resume")):
+        return None
+    output = chosen.output or values.get("output")
+    if not output or not (Path(output) / RUN_CONFIG).is_file():
+        raise UserError(f"--resume: {output or 'no --output'} holds no run; give the run's folder "
+                        "as --output")
+    return Path(output)
+
+
+def config_of_run(folder: str | Path) -> Config:
+    """The settings of a run; raises as :func:`load_config`."""
+    values = read_layer(Path(folder) / RUN_CONFIG, resolve=False)
+    return Config.model_validate(values | {"output": str(folder), "resume": False})
 
 
 def _with_saved(values: Values, init: str | None, *, over: bool) -> Values:
@@ -129,7 +155,7 @@ def shipped() -> Path:
 def config_from_file(path: str | Path, *, resolve: bool = True) -> Config:
     """The configuration in a YAML file; raises as :func:`load_config`.
 
-    `resolve` takes the paths in it as relative to it; a run's `config.yaml` has them as given.
+    `resolve` takes the paths in it as relative to it, else they are as given.
     """
     values = read_layer(Path(path), resolve=resolve)
     # A run's file has every setting written out, and what it began with may be gone since.
@@ -182,6 +208,14 @@ def to_yaml(config: Config) -> str:
     """A configuration as a file holds it, every setting written out."""
     return yaml.dump(config.model_dump(mode="json"), Dumper=_Dumper, sort_keys=False,
                      allow_unicode=True)
+
+
+def absolute(config: Config) -> Config:
+    """A configuration whose paths work from anywhere, as seen from the current folder."""
+    values = config.model_dump()
+    for part in (values, *values["stages"]):
+        _resolve_paths(part, Path.cwd())
+    return Config.model_validate(values)
 
 
 def read_preset(path: Path) -> Values:
@@ -306,5 +340,6 @@ def _resolve_paths(values: Values, folder: Path) -> None:
             value = section.get(key)
             if isinstance(value, list):
                 section[key] = [str((folder / item).resolve()) for item in value]
-            elif value and not (key == "init" and is_hub_name(value, folder)):
+            elif value and not (key == "init" and is_hub_name(value, folder)) and (
+                    name != "model" or (folder / value).is_dir()):
                 section[key] = str((folder / value).resolve())

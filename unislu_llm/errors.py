@@ -154,8 +154,9 @@ def explain(error: ValidationError, model: type[Any],
         model: pydantic model or dataclass, which knows the names of its fields.
         where: what to call a place, e.g. `config.yaml:12: train.epochs`.
     """
-    return UserError("\n".join(f"{where(tuple(fault['loc']))}: {_message(fault, model)}"
-                               for fault in error.errors()))
+    lines = [f"{where(tuple(fault['loc']))}: {_message(fault, model)}" for fault in error.errors()]
+    more = [f"... and {len(lines) - 10} more"] if len(lines) > 10 else []
+    return UserError("\n".join(lines[:10] + more))
 
 
 _WANTED = {
@@ -166,13 +167,17 @@ _WANTED = {
     "tuple_type": "must be a list",
     "dict_type": "must be a mapping",
     "model_type": "must be a mapping",
+    "string_too_short": "must not be empty",
+    "string_too_long": "is too long",
+    "string_unicode": "holds half a character",
 }
 
 
 def _message(fault: Mapping[str, Any], model: type[Any]) -> str:
     """What is wrong at one place and what would be right."""
     # Pydantic's own words name types of Python, which writers of YAML need not know.
-    place, kind, found = fault["loc"], fault["type"], f", found {fault['input']!r}"
+    place, kind = fault["loc"], fault["type"]
+    found = f", found {shorten(repr(fault['input']), 80)}"
     if kind in ("extra_forbidden", "unexpected_keyword_argument"):
         known = _fields(model, place[:-1])
         return f"unknown key{hint(place[-1], known) or '; known: ' + ', '.join(known)}"
@@ -183,13 +188,22 @@ def _message(fault: Mapping[str, Any], model: type[Any]) -> str:
     if kind == "literal_error":
         allowed = re.findall(r"'([^']*)'", fault["ctx"]["expected"])
         near = hint(fault["input"], allowed)
-        return f"{fault['input']!r} is not one of {', '.join(allowed)}{near}"
+        return f"{shorten(repr(fault['input']), 80)} is not one of {', '.join(allowed)}{near}"
+    if kind.startswith(("int_", "float_", "finite_")):
+        bounds = getattr(_fields(model, place[:-1]).get(place[-1]), "metadata", ())
+        least = next((f" of at least {bound.ge:g}" for bound in bounds if hasattr(bound, "ge")), "")
+        what = {"int": "a whole", "fin": "a finite"}.get(kind[:3], "a")
+        return f"must be {what} number{least}{found}"
+    for key, words in (("ge", "at least"), ("gt", "above"), ("le", "at most")):
+        if key in fault.get("ctx", {}):
+            bound = fault["ctx"][key]
+            return f"must be {words} {bound if isinstance(bound, int) else f'{bound:g}'}{found}"
     message = str(fault["msg"]).removeprefix("Value error, ").replace("Input should", "should")
     return message + ("" if kind == "value_error" else found)
 
 
-def _fields(model: Any, place: Place) -> list[str]:
-    """Names of the fields of the model at a place below `model`."""
+def _fields(model: Any, place: Place) -> dict[str, Any]:
+    """Fields of the model at a place below `model`, by name."""
     # Models and pydantic dataclasses both have them under this name.
     name = "__pydantic_fields__"
     for part in place:
@@ -198,4 +212,4 @@ def _fields(model: Any, place: Place) -> list[str]:
             continue  # an index, or the tag of a union: the model stays the same
         kinds = [field.annotation, *get_args(field.annotation)]
         model = next((k for k in kinds if hasattr(k, name)), None)
-    return list(getattr(model, name, {}))
+    return getattr(model, name, {})

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from pydantic import ValidationError
 
-from unislu_llm.config import DecodeConfig, Precision
+from unislu_llm.config import DecodeConfig, Precision, check_decoding
 from unislu_llm.data.loading import load_examples
 from unislu_llm.decoding.predict import predict
 from unislu_llm.errors import UserError, dotted, explain
@@ -131,6 +131,7 @@ def make_job(path: str | Path, options: Options) -> Job:
     except ValidationError as error:
         raise explain(error, DecodeConfig, lambda place: "--decode." + dotted(place).replace(
             "_", "-")) from None
+    check_decoding(decode)
     return Job(label, run, manifests, stem, decode, options.precision or trained, options.limit)
 
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import io
+import json
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import is_dataclass
-from typing import Annotated, Any, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 
 import tyro
 from pydantic import BaseModel, Field, ValidationError, create_model
@@ -21,6 +22,30 @@ from unislu_llm.errors import Place, UserError, already_told, dotted, explain
 
 Extra = Mapping[str, tuple[Any, Any]]
 """Flags that are no settings: by name, type and pydantic field, which holds the default."""
+
+
+_WORDS = tyro.constructors.ConstructorRegistry()
+
+
+@_WORDS.primitive_rule
+def _as_given(info: tyro.constructors.PrimitiveTypeInfo
+              ) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """What is no number, JSON or choice stays a word, which the settings' own checks refuse: in the
+    same words as in a file, where the parser would show those of Python."""
+    choices = get_args(info.type) if info.type_origin is Literal else ()
+    make: Any = str if choices else info.type
+    if not choices and make not in (int, float, json.loads):
+        return None
+
+    def read(words: list[str]) -> Any:
+        with contextlib.suppress(ValueError, RecursionError):
+            return None if words[0] == "None" else make(words[0])
+        return words[0]
+
+    return tyro.constructors.PrimitiveConstructorSpec(
+        1, "{" + ",".join(choices) + "}" if choices else make.__name__.upper(), read,
+        lambda value: value in choices if choices else type(value) in (int, make),
+        lambda value: [json.dumps(value) if make is json.loads else str(value)])
 
 
 def parse_flags(config: Config, args: Sequence[str], *, prog: str | None = None,
@@ -50,7 +75,7 @@ def parse_flags(config: Config, args: Sequence[str], *, prog: str | None = None,
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):
-            found = tyro.cli(model, args=args, prog=prog, description=description,
+            found = tyro.cli(model, args=args, prog=prog, description=description, registry=_WORDS,
                              default=model.model_validate(config.model_dump()))
     except SystemExit as stop:
         # tyro says in a box of its own what pydantic found; of that it is better to say more.
@@ -62,10 +87,15 @@ def parse_flags(config: Config, args: Sequence[str], *, prog: str | None = None,
                 print(said.getvalue(), end="", file=sys.stderr)
             raise
         # pydantic knows the class of the section, and what lies in it, but not where it lies.
-        place = next((p for p, kind in _sections(Config) if kind.__name__ == fault.title), ())
-        raise explain(fault, Config, lambda at: "--" + dotted((*place, *at)).replace("_", "-")
-                      ) from None
+        place, kind = next((found for found in _sections(Config)
+                            if found[1].__name__ == fault.title), ((), Config))
+        raise explain(fault, kind, lambda at: flag_of((*place, *at))) from None
     return Config.model_validate(found.model_dump(include=set(Config.model_fields)))
+
+
+def flag_of(place: Place) -> str:
+    """The flag of a setting: `--train.max-steps`."""
+    return "--" + dotted(place).replace("_", "-")
 
 
 def refuse_repeats(args: Sequence[str], kind: Callable[..., Any], *, nested: bool = False) -> None:

@@ -27,6 +27,8 @@ MODEL_TYPES = ("speech_llm", "whisper_slu")
 """What a saved model may be; `models.KINDS` has their classes."""
 BEST, LAST = "best", "last"
 """Folders of a run's checkpoints, which are saved models."""
+RUN_CONFIG, RUN_BEGAN = "config.yaml", "began.json"
+"""In a run folder: its settings; and of which kind, on which files it was begun."""
 
 
 def git_revision() -> str:
@@ -251,6 +253,13 @@ def find_model(folder: str | Path) -> Path | None:
     folder = Path(folder)
     places = (folder, checkpoint_folder(folder, BEST), checkpoint_folder(folder, LAST))
     return next((path for path in places if is_saved_model(path)), None)
+
+
+def kind_of_run(folder: Path) -> str:
+    """`speech_llm` or `whisper_slu`; empty for a run that does not say so yet."""
+    model, began = find_model(folder), folder / RUN_BEGAN
+    file, key = (began, "kind") if began.is_file() else (model and model / MODEL_FILE, "model_type")
+    return str(read_json(file)[key]) if file else ""
 
 
 def near_models(path: str | Path) -> str:

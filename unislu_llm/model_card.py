@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
 
-from unislu_llm.config_file import config_from_file
+from unislu_llm.config_file import config_of_run
 from unislu_llm.data.manifest import manifest_name, read_manifest
 from unislu_llm.errors import UserError
 from unislu_llm.io import portable, read_json, write_text
@@ -99,7 +99,7 @@ def _sources(folder: Path) -> tuple[set[str], set[str]]:
     """Training manifests of a run and its stages, and the models that it starts from."""
     manifests, starts = set[str](), set[str]()
     for file in (folder / "config.yaml", *folder.glob("*/config.yaml")):
-        config = config_from_file(file, resolve=False)
+        config = config_of_run(file.parent)
         manifests.update(config.data.train)
         init = Path(config.train.init)
         # A stage starts from the one before.

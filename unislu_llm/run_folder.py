@@ -2,6 +2,7 @@
 
     runs/mine/
       config.yaml versions.json     what was asked for, and by which versions
+      began.json                    kind of model, processes, and hashes of the manifests
       metrics.jsonl predictions/    the log, and what validations decoded
       log.txt                       what was printed
       best/ last/ last-1/ ...       models; `last` can be resumed, and those before it
@@ -17,7 +18,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from operator import index
 from pathlib import Path
@@ -29,11 +30,14 @@ from transformers.utils.logging import disable_progress_bar
 
 from unislu_llm import models
 from unislu_llm.config import Config, Precision
-from unislu_llm.config_file import config_from_file, to_yaml
+from unislu_llm.config_file import absolute, config_of_run, to_yaml
+from unislu_llm.data.manifest import manifest_name
 from unislu_llm.errors import UserError, disk_fault
 from unislu_llm.io import (
     BEST,
     LAST,
+    RUN_BEGAN,
+    RUN_CONFIG,
     TRAINER_FILE,
     checkpoint_folder,
     git_revision,
@@ -42,6 +46,7 @@ from unislu_llm.io import (
     near_models,
     read_json,
     read_signed,
+    sha256,
     write_json,
     write_text,
 )
@@ -52,7 +57,7 @@ from unislu_llm.weights import fetch_model
 
 MODEL = "model"  # in place of `best` or `last`, of a folder that is a saved model and no run
 METRICS = "metrics.jsonl"
-_CONFIG, _VERSIONS, _FINISHED = "config.yaml", "versions.json", "finished.json"
+_VERSIONS, _FINISHED = "versions.json", "finished.json"
 _LOCK, _HOLDER = ".lock", ".lock.json"
 
 log = logging.getLogger(__name__)
@@ -118,7 +123,7 @@ def find_run(path: str | Path, checkpoint: str | None = None) -> Run:
         # The folder as it was given, where it ends in the checkpoint: results show it.
         path = path.parent if path.name == full.name else full.parent
         checkpoint = full.name
-    config = config_from_file(path / _CONFIG, resolve=False)
+    config = config_of_run(path)
     there = [name for name in (BEST, LAST) if is_saved_model(checkpoint_folder(path, name))]
     if not there:
         raise UserError(f"{path}: no checkpoint yet, neither {BEST} nor {LAST}; let the run "
@@ -166,31 +171,36 @@ def load_model(run: Run, precision: Precision = "fp32",
     return model.to(device).eval()
 
 
-def create_run(config: Config, name: str) -> Path:
-    """Make the run folder (by default `runs/<name>-<date-time>`), unless the run is resumed.
+def create_run(config: Config, name: str, kind: str = "") -> Path:
+    """Make the run folder (by default `runs/<name>-<date-time>`), unless the run is resumed; then
+    its settings are renewed, which may have changed in part. `kind` is that of the model.
 
     Raises UserError: it exists (runs are never overwritten), holds no run to resume, or cannot be
     written.
     """
     folder = Path(config.output or f"runs/{name}-{time.strftime('%Y%m%d-%H%M%S')}")
     if config.resume and is_run(folder):
+        write_config(folder, config)
         return folder
     if config.resume:
         raise UserError(f"--resume: {folder} holds no run; give the run's folder as --output")
+    lock = lock_run(folder)  # of two runs that begin at once one is refused
     try:
-        # An empty one may have been made to be mounted.
-        if folder.is_dir() and {path.name for path in folder.iterdir()} - {_LOCK, _HOLDER}:
-            raise FileExistsError
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / _CONFIG).touch(exist_ok=False)  # of two runs that begin at once one is refused
-        write_text(folder / _CONFIG, to_yaml(config))
+        # What there may be of a run that was killed before it began, or a folder to be mounted.
+        mine = {_LOCK, _HOLDER, RUN_BEGAN, _VERSIONS}
+        if is_run(folder) or any(p.name not in mine and p.suffix != ".partial"
+                                 for p in folder.iterdir()):
+            raise UserError(f"run folder {folder} exists and is never overwritten; choose another "
+                            "--output, or --resume it")
+        write_json(folder / RUN_BEGAN, {"kind": kind, "files": fingerprints(config),
+                                        "processes": int(os.environ.get("WORLD_SIZE", "1"))})
         write_json(folder / _VERSIONS, versions())
-    except FileExistsError:
-        raise UserError(f"run folder {folder} exists and is never overwritten; choose another "
-                        "--output, or --resume it") from None
+        write_config(folder, config)  # last: with it, it is a run
     except OSError as error:
         raise UserError(f"run folder {folder} cannot be written: {disk_fault(error)}; choose "
                         "another --output") from error
+    finally:
+        lock.release()
     return folder
 
 
@@ -242,9 +252,37 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     return list(kept.values())
 
 
+def write_config(folder: Path, config: Config) -> None:
+    """Write the settings of a run, which work from anywhere."""
+    own = absolute(config).model_copy(update={"resume": False})
+    write_text(folder / RUN_CONFIG, to_yaml(own))
+
+
+def settings(config: Config) -> Iterator[tuple[str, Any]]:
+    """Settings of a run by name, those of stages as `stages[0].train.epochs`."""
+    def flat(values: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+        for key, value in values.items():
+            name = f"{prefix}.{key}".removeprefix(".")
+            yield from flat(value, name) if isinstance(value, Mapping) else [(name, value)]
+
+    yield from flat(config.model_dump(mode="json", exclude={"output", "resume", "stages"}), "")
+    for i, stage in enumerate(config.stages):
+        yield from flat(stage, f"stages[{i}]")
+
+
+def fingerprints(config: Config) -> dict[str, list[tuple[str, int, str]]]:
+    """Name, bytes and SHA-256 of manifests and task files, by setting; no hash of what is gone."""
+    paths = {key: [Path(name) for name in ([value] if isinstance(value, str) else value or ())]
+             for key, value in settings(config)
+             if key.endswith(("data.train", "data.dev", "data.tasks"))}
+    return {key: [(manifest_name(path), path.stat().st_size, sha256(path)) if path.is_file()
+                  else (manifest_name(path), 0, "") for path in some]
+            for key, some in paths.items()}
+
+
 def is_run(folder: Path) -> bool:
     """Whether a run was begun in this folder."""
-    return (folder / _CONFIG).is_file()
+    return (folder / RUN_CONFIG).is_file()
 
 
 def write_finished(folder: Path, values: Mapping[str, Any]) -> None:

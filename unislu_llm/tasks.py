@@ -31,6 +31,13 @@ _CHECKED = ConfigDict(extra="forbid")
 
 _MARKER = re.compile(r"\[/?[A-Za-z0-9_/-]+\]")
 _NAME = re.compile(r"[a-z][a-z0-9_]*")
+RESERVED = frozenset((
+    "all", "asr", "none", "task", "tasks", "labels", "id", "text", "audio", "start", "end",
+    "duration", "speaker", "language", "corpus", "draft", "hypothesis", "text_source", "segments",
+    "file", "error", "seconds", "problems", "raw", "ctc_hypothesis", "probabilities", "confidence",
+    "tokens", "alternatives", "spans", "windows", "text_start", "text_end", "warning", "no_speech",
+    "score"))
+"""What manifests, answers, their confidences and scores call other things than a task."""
 
 
 class Span(NamedTuple):
@@ -195,7 +202,19 @@ class TaskRegistry:
     @classmethod
     def from_dict(cls, rows: Iterable[Mapping[str, Any]], where: str = "tasks") -> TaskRegistry:
         """Build from plain data: `[{kind: span|label, name: ..., marker: ..., labels: [...]}]`."""
-        return cls(_from_row(row, f"{where}[{i}]") for i, row in enumerate(rows))
+        return cls._placed((row, f"{where}[{i}]") for i, row in enumerate(rows))
+
+    @classmethod
+    def _placed(cls, rows: Iterable[tuple[Mapping[str, Any], str]]) -> TaskRegistry:
+        registry = cls(())
+        for row, where in rows:
+            task = _from_row(row, where)
+            try:
+                _check(task, registry)
+            except UserError as error:
+                raise UserError(f"{where}: {error}") from None
+            registry._tasks[task.name] = task
+        return registry
 
     @classmethod
     def from_yaml(cls, path: str | Path | None) -> TaskRegistry:
@@ -208,12 +227,15 @@ class TaskRegistry:
         if not Path(path).is_file():
             raise UserError(f"task file {path} does not exist; give a YAML list of tasks")
         try:
-            rows = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            text = Path(path).read_text(encoding="utf-8")
+            rows, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise UserError(f"{path} is not YAML: {error}") from error
         if not isinstance(rows, list):
             raise UserError(f"{path}: expected a YAML list of tasks, found {type(rows).__name__}")
-        return cls.from_dict(rows, where=str(path))
+        lines = [item.start_mark.line + 1 for item in node.value] if node else []
+        return cls._placed((row, f"{path}:{line}: tasks[{i}]")
+                           for i, (row, line) in enumerate(zip(rows, lines, strict=True)))
 
 
 def _from_row(row: Mapping[str, Any], where: str) -> Task:
@@ -245,10 +267,14 @@ def _builtin(row: Mapping[str, Any], where: str) -> Task:
 def _check(task: Task, known: TaskRegistry) -> None:
     """Whether a task can be told apart from the known ones, in a manifest and in decoded text."""
     where = f"task '{task.name}'"
-    if not _NAME.fullmatch(task.name) or task.name == ASR:
-        raise UserError(f"{where}: a name is lower-case letters, digits and _, and not '{ASR}'")
+    if not _NAME.fullmatch(task.name) or task.name in RESERVED:
+        taken = f", and not '{task.name}', which has a meaning already" * (task.name in RESERVED)
+        raise UserError(f"{where}: a name is lower-case letters, digits and _{taken}; rename it")
     if task.name in known:
         raise UserError(f"{where} is registered twice; rename one")
+    # Scores are flat: `<task>_f1`, `<task>_label_f1`.
+    if task.name.removesuffix("_label") in known or f"{task.name}_label" in known:
+        raise UserError(f"{where}: its scores would be called as another task's; rename it")
     if not task.labels or len(set(task.labels)) != len(task.labels):
         raise UserError(f"{where}: labels must be given and differ from each other")
     for marker in task.markers:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import soundfile
 import torch
 
-from unislu_llm.config import AugmentConfig, Config, TrainConfig
+from unislu_llm.config import AugmentConfig, TrainConfig
 from unislu_llm.data.audio import log_mel
 from unislu_llm.data.augment import (
     Augmenter,
@@ -19,7 +18,6 @@ from unislu_llm.data.augment import (
     Key,
     Masks,
     add_noise,
-    build_dropout,
     change_speed,
 )
 from unislu_llm.errors import UserError
@@ -180,9 +178,6 @@ def test_bad_settings_are_refused(tmp_path: Path) -> None:
     (tmp_path / "x.wav").write_text("not audio")
     with pytest.raises(UserError, match=r"x\.wav"):
         Augmenter(AugmentConfig(noise=str(tmp_path)))
-    Augmenter(AugmentConfig(time_masks=1, freq_masks=1), cached=True)  # frames can be masked
-    with pytest.raises(UserError, match=r"data\.frame_cache: augmentation"):
-        Augmenter(AugmentConfig(time_masks=1, gain_db=3), cached=True)
 
 
 # Hypotheses
@@ -228,14 +223,3 @@ def test_rows_without_audio_are_spoilt_by_15_percent_at_least() -> None:
     assert left(dropout(0, 0.05), text) == left(dropout(0, 0.15), speech)
     assert left(dropout(0, 0.4), text) == left(dropout(0, 0.4), speech)
     assert left(dropout(0, 0), text) == [LONG] * 400
-
-
-@pytest.mark.parametrize(("train", "model", "message"), [
-    ({"hypothesis_word_dropout": 0.1}, {}, r"set model\.hypothesis"),
-    ({"hypothesis_dropout": 0.1}, {"hypothesis": "manifest", "projector": "none"}, "nothing to go"),
-])
-def test_dropout_that_makes_no_sense_is_refused(train: dict[str, Any], model: dict[str, Any],
-                                                message: str) -> None:
-    with pytest.raises(UserError, match=message):
-        build_dropout(Config.model_validate({"train": train, "model": model}), WORDS)
-    assert build_dropout(Config.model_validate({"model": model}), WORDS) is None

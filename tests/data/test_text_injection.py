@@ -69,7 +69,7 @@ def test_fit_finds_the_rates_that_simulated(tmp_path: Path) -> None:
     ({"deletion": 0.1}, "did you mean 'deletions'"),
     ({"substitutions": 1.5}, r"data\.text_injection\.substitutions"),
     ({"peak": float("nan")}, r"data\.text_injection\.peak"),
-    ({"blanks": "many"}, r"data\.text_injection\.blanks: should be a valid number"),
+    ({"blanks": "many"}, r"data\.text_injection\.blanks: must be a number"),
     ({"error_rate": 1.0}, r"data\.text_injection\.error_rate"),
 ])
 def test_bad_rates_are_named(options: dict[str, Any], message: str) -> None:

@@ -86,14 +86,9 @@ def _stretch(rng: np.random.Generator, size: int, longest: int) -> slice:
 
 
 class Augmenter:
-    """The effects on a clip; raises UserError: no noise, or audio other than of `cached` frames."""
+    """The effects on a clip; raises UserError: a folder without noise."""
 
-    def __init__(self, config: AugmentConfig, *, cached: bool = False) -> None:
-        # Masks are laid over the frames; all other effects are on the audio.
-        if cached and config.model_copy(update={"freq_masks": 0, "time_masks": 0}).active:
-            raise UserError("data.frame_cache: augmentation gives every epoch other audio, so "
-                            "there is nothing to keep; switch the cache off, or all of the augment "
-                            "section but time_masks and freq_masks")
+    def __init__(self, config: AugmentConfig) -> None:
         self.config = config
         self.noises = _scan(Path(config.noise)) if config.noise else []
 
@@ -206,14 +201,7 @@ class HypothesisDropout:
 
 
 def build_dropout(config: Config, examples: Sequence[Example]) -> HypothesisDropout | None:
-    """What a run does to hypotheses, if it does; raises UserError: none or nothing else is read."""
-    train, model = config.train, config.model
-    if not (train.hypothesis_dropout or train.hypothesis_word_dropout):
-        return None
-    if model.hypothesis == "none":
-        raise UserError("train.hypothesis_dropout, train.hypothesis_word_dropout: the model reads "
-                        "no hypothesis; set model.hypothesis, or these to 0")
-    if train.hypothesis_dropout and model.projector == "none":
-        raise UserError("train.hypothesis_dropout: without hypothesis and speech (model.projector "
-                        "none) there is nothing to go by; set it to 0")
-    return HypothesisDropout(train, examples)
+    """What a run does to hypotheses, if it does."""
+    train = config.train
+    drops = train.hypothesis_dropout or train.hypothesis_word_dropout
+    return HypothesisDropout(train, examples) if drops else None

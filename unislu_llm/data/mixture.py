@@ -118,9 +118,7 @@ def build_mixture(data: DataConfig, examples: Sequence[Example], seed: int) -> M
     groups = _groups(examples, data.weights)
     raw = {name: data.weights[name] if data.weights else n ** (1 / data.temperature)
            for name, n in Counter(groups).items()}
-    if not (total := sum(raw.values())):
-        raise UserError("data.weights: all weights are 0; give at least one corpus a share")
-    shares = {name: value / total for name, value in raw.items()}
+    shares = {name: value / sum(raw.values()) for name, value in raw.items()}
     return Mixture(groups, shares, data.epoch_samples, seed)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from unislu_llm.config import Count, Positive, Share
+from unislu_llm.config import Few, Share, Width
 from unislu_llm.errors import UserError
 from unislu_llm.models.encoder import attention_bias, valid_mask, zero_beyond
 from unislu_llm.models.projector_base import Projected, Projector, stack_frames
@@ -99,9 +99,9 @@ class CTCProjector(Projector):
     """Frames to posteriors over the LLM's tokens, to a mixture of its embeddings."""
 
     def __init__(self, in_dim: int, out_dim: int, scale: float,
-                 stack: Positive = 3,  # frames a CTC frame; 3 gives 16.7 Hz
-                 layers: Positive = 2, heads: Positive = 8, dropout: Share = 0.1,
-                 hidden: Count = 0,  # width of the transformer; 0 is the encoder's
+                 stack: Few = 3,  # frames a CTC frame; 3 gives 16.7 Hz
+                 layers: Few = 2, heads: Few = 8, dropout: Share = 0.1,
+                 hidden: Width = 0,  # width of the transformer; 0 is the encoder's
                  blank_bias: float = 8.0,  # logit of blank at the start
                  ) -> None:
         super().__init__(in_dim, out_dim, scale)

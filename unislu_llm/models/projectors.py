@@ -16,7 +16,7 @@ from pydantic import ConfigDict, Field, ValidationError, create_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unislu_llm.config import Count, Positive
+from unislu_llm.config import Few, Width
 from unislu_llm.errors import UserError, dotted, explain, hint
 from unislu_llm.models.ctc import CTCProjector
 from unislu_llm.models.encoder import valid_mask
@@ -26,7 +26,7 @@ from unislu_llm.models.projector_base import Projector, ceil_div, stack_frames
 class LinearProjector(Projector):
     """Concatenate `stack` frames and map them linearly (SLAM-ASR's simplest, arXiv 2402.08846)."""
 
-    def __init__(self, in_dim: int, out_dim: int, scale: float, stack: Positive = 5) -> None:
+    def __init__(self, in_dim: int, out_dim: int, scale: float, stack: Few = 5) -> None:
         super().__init__(in_dim, out_dim, scale)
         self.stack = stack
         self.proj = nn.Linear(stack * in_dim, out_dim)
@@ -38,8 +38,8 @@ class LinearProjector(Projector):
 class MLPProjector(Projector):
     """Stack, RMS norm, SwiGLU of width `hidden`, by default twice the LLM's (ultravox's recipe)."""
 
-    def __init__(self, in_dim: int, out_dim: int, scale: float, stack: Positive = 5,
-                 hidden: Count = 0) -> None:
+    def __init__(self, in_dim: int, out_dim: int, scale: float, stack: Few = 5,
+                 hidden: Width = 0) -> None:
         super().__init__(in_dim, out_dim, scale)
         hidden = hidden or 2 * out_dim
         self.stack = stack
@@ -56,8 +56,8 @@ class ConvProjector(Projector):
     """Convolutions of kernel 2 * stride - 1, then a linear map; `hidden` 0 is the LLM's size."""
 
     def __init__(self, in_dim: int, out_dim: int, scale: float,
-                 strides: Annotated[tuple[Positive, ...], Field(min_length=1)] = (5,),
-                 hidden: Count = 0) -> None:
+                 strides: Annotated[tuple[Few, ...], Field(min_length=1, max_length=8)] = (5,),
+                 hidden: Width = 0) -> None:
         super().__init__(in_dim, out_dim, scale)
         hidden = hidden or out_dim
         dims = [in_dim] + [hidden] * len(strides)
@@ -90,9 +90,9 @@ class QFormerProjector(Projector):
     `hidden` 0 is the encoder's size.
     """
 
-    def __init__(self, in_dim: int, out_dim: int, scale: float, window: Positive = 15,
-                 queries: Positive = 3, layers: Positive = 2, heads: Positive = 8,
-                 hidden: Count = 0) -> None:
+    def __init__(self, in_dim: int, out_dim: int, scale: float, window: Few = 15,
+                 queries: Few = 3, layers: Few = 2, heads: Few = 8,
+                 hidden: Width = 0) -> None:
         super().__init__(in_dim, out_dim, scale)
         hidden = hidden or in_dim
         if hidden % heads:
@@ -133,29 +133,33 @@ PROJECTORS: dict[str, type[Projector]] = {
     "qformer": QFormerProjector, "ctc": CTCProjector}
 
 
-def check_projector(name: str) -> None:
-    """Raises UserError: an unknown name, with the nearest known one."""
+def check_projector(name: str, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options as a projector takes them.
+
+    Raises UserError: an unknown name or option, with the nearest known one; or a wrong value.
+    """
     if name not in (known := [*PROJECTORS, NONE]):
         raise UserError(f"model.projector: unknown projector '{name}'; known: {', '.join(known)}"
                         f"{hint(name, known)}")
-
-
-def build_projector(name: str, in_dim: int, out_dim: int, scale: float,
-                    options: Mapping[str, Any]) -> Projector:
-    """Build a registered projector; `options` are further keyword arguments of its class.
-
-    Raises:
-        UserError: unknown name or option, with the nearest known one; or a value that cannot be.
-    """
-    check_projector(name)
+    if name == NONE:
+        return {}
     # The constructor's own annotations say what each option may be.
     kinds = get_type_hints(PROJECTORS[name].__init__, include_extras=True)
     fields: dict[str, Any] = {key: (kind, None) for key, kind in kinds.items()
                               if key not in ("in_dim", "out_dim", "scale", "return")}
     checked = create_model(name, __config__=ConfigDict(extra="forbid"), **fields)
     try:
-        given = checked.model_validate(options).model_dump(exclude_unset=True)
+        return checked.model_validate(options).model_dump(exclude_unset=True)
     except ValidationError as error:
         raise explain(error, checked,
                       lambda place: f"projector '{name}': option {dotted(place)}") from None
+
+
+def build_projector(name: str, in_dim: int, out_dim: int, scale: float,
+                    options: Mapping[str, Any]) -> Projector:
+    """Build a registered projector; `options` are further keyword arguments of its class.
+
+    Raises UserError: as :func:`check_projector`, or sizes that do not fit each other.
+    """
+    given = check_projector(name, options)
     return PROJECTORS[name](in_dim, out_dim, scale, **given)

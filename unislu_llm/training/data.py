@@ -78,8 +78,7 @@ def build_dataset(config: Config, model: SLUModel, examples: Sequence[Example],
     if config.data.frame_cache and model.encoder is not None:
         cache = FrameCache(Path(config.data.frame_cache),
                            encoder_settings(model.encoder, config.train.precision))
-    augmenter = (Augmenter(config.augment, cached=cache is not None)
-                 if config.augment.active else None)
+    augmenter = Augmenter(config.augment) if config.augment.active else None
     return SpeechDataset(examples, listens=model.listens, frame_cache=cache, augmenter=augmenter,
                          injector=_build_injector(config, model, examples, fitted),
                          dropout=build_dropout(config, examples), seed=config.train.seed)

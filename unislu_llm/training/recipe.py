@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,8 +9,16 @@ from typing import Any, Literal, NamedTuple
 
 from pydantic import Field
 
-from unislu_llm.config_file import config_from_file, load_config, shipped
+from unislu_llm.config_file import (
+    config_from_file,
+    config_of_run,
+    first_flags,
+    load_config,
+    resumed_run,
+    shipped,
+)
 from unislu_llm.errors import UserError, hint, launched, quiet_libraries
+from unislu_llm.io import RUN_CONFIG, kind_of_run
 
 
 class Recipe(NamedTuple):
@@ -35,11 +42,8 @@ def default_config(decoder: str, argv: Sequence[str]) -> Path:
     adapter, scratch = (configs / f"from_{name}.yaml" for name in ("adapter", "scratch"))
     if not (shipped() / "adapters" / "whisper-base--smollm2-135m").is_dir():
         return scratch
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--adapter")
-    for part in ("llm", "encoder", "projector"):
-        parser.add_argument(f"--{part}", f"--model.{part}", dest=part)
-    asked = {key: value for key, value in vars(parser.parse_known_args(argv)[0]).items() if value}
+    asked = {key: value for key in ("adapter", "llm", "encoder", "projector")
+             if (value := getattr(first_flags(argv), key))}
     if not asked:
         return adapter
     # The adapter's own parts may be named as well.
@@ -60,14 +64,15 @@ def run_recipe(argv: Sequence[str], description: str, prog: str | None = None,
     Raises UserError: bad flags, configuration or data.
     """
     extra: dict[str, Any] = {}
+    resumed = resumed_run(argv)
     if not decoder:
-        decoder = _decoder_of(argv)
+        decoder = _decoder_of(argv, kind_of_run(resumed) if resumed else "")
         extra["decoder"] = (Literal["llm", "whisper"], Field(decoder, description=(
             "An LLM behind Whisper's encoder, or Whisper's own decoder, the baseline.")))
     told: list[str] = []
-    config = load_config(argv, default_config(decoder, argv),
-                         shipped() / "adapters" if decoder == "llm" else None, description,
-                         prog=prog, extra=extra, say=told.append)
+    default = resumed / RUN_CONFIG if resumed else default_config(decoder, argv)
+    config = load_config(argv, default, shipped() / "adapters" if decoder == "llm" else None,
+                         description, prog=prog, extra=extra, say=told.append)
     mini = shipped() / "recipes" / "data" / "mini"
     for path in map(Path, (*config.data.train, *config.data.dev)):
         if path.is_relative_to(mini.resolve()) and not path.is_file():
@@ -88,11 +93,12 @@ def run_recipe(argv: Sequence[str], description: str, prog: str | None = None,
     return train(kind, config, name)
 
 
-def _decoder_of(argv: Sequence[str]) -> str:
-    """The value of `--decoder`, which chooses the defaults of all other flags."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--decoder", nargs="?", default="llm", const="")
-    decoder: str = parser.parse_known_args(argv)[0].decoder
+def _decoder_of(argv: Sequence[str], kind: str) -> str:
+    """The value of `--decoder`, which chooses the defaults of all other flags; default: the one of
+    the `kind` of the run that is resumed."""
+    own = next((name for name, recipe in RECIPES.items() if recipe.kind == kind), "llm")
+    given = first_flags(argv).decoder
+    decoder: str = own if given is None else given
     if decoder not in RECIPES:
         raise UserError(f"--decoder: '{decoder}' is not one of {', '.join(RECIPES)}"
                         f"{hint(decoder, RECIPES)}")
@@ -114,8 +120,8 @@ def fill_cache(source: Path, folder: Path | None, decoder: str) -> int:
     from unislu_llm.training.build import build_registry
     from unislu_llm.weights import resolve
 
-    run = source / "config.yaml"  # its paths are as the run was given them
-    config = config_from_file(run, resolve=False) if run.is_file() else config_from_file(source)
+    run = (source / RUN_CONFIG).is_file()
+    config = config_of_run(source) if run else config_from_file(source)
     model, data, precision = config.model, config.data, config.train.precision
     if not (home := folder or data.frame_cache):
         raise UserError(f"{source} names no data.frame_cache; give --folder")

@@ -8,6 +8,7 @@ like any other.
 from __future__ import annotations
 
 import logging
+import re
 import shlex
 import time
 from functools import partial
@@ -15,26 +16,27 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from unislu_llm.config import Config, Stage
-from unislu_llm.config_file import check, config_from_dict, inside, merge
+from unislu_llm.config import Config, Stage, check_together
+from unislu_llm.config_file import absolute, check, config_from_dict, inside, merge
 from unislu_llm.data.manifest import iter_rows
+from unislu_llm.data.text_injection import SimulationRates
 from unislu_llm.errors import Stopped, UserError
 from unislu_llm.io import find_model
 from unislu_llm.models.projectors import check_projector
 from unislu_llm.models.saved import Description
 from unislu_llm.run_folder import (
     BEST,
-    LAST,
     create_run,
-    is_run,
     lock_run,
     read_finished,
+    write_config,
     write_finished,
 )
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.training.checkpoint import copy_model, newest, read_progress
 from unislu_llm.training.log import say
 from unislu_llm.training.process import from_main, lost_process, processes
+from unislu_llm.training.resume import check_resume
 from unislu_llm.training.trainer import Trainer
 
 log = logging.getLogger(__name__)
@@ -51,12 +53,19 @@ def train(kind: str, config: Config, name: str = "run") -> Path:
     Raises UserError: bad configuration (before anything is written) or data, or a loss that is not
     finite; Stopped: a signal or the time limit.
     """
-    started = time.monotonic()
-    processes(config.train.timeout)  # the first call sets it
+    started, config = time.monotonic(), absolute(config)
+    state = processes(config.train.timeout)  # the first call sets it
+    world, main = state.num_processes, state.is_main_process
     # Before data and checkpoints are loaded, and the first of several stages has trained for hours.
-    for own in [config, *(own for _, own in stage_configs(config, Path(".")))]:
+    for own in [own for _, own in stage_configs(config, Path("."))] or [config]:
+        check_together(own, world)
+        if own.augment.noise and not Path(own.augment.noise).is_dir():
+            raise UserError(f"augment.noise: {own.augment.noise} is no folder with audio files")
         if kind == "speech_llm":
-            check_projector(own.model.projector)
+            check_projector(own.model.projector, own.model.projector_options)
+            SimulationRates().override(own.data.text_injection)
+    if config.resume and (line := from_main(partial(check_resume, kind, config, world))) and main:
+        say(Path(config.output), line)
     try:
         run = (_train_stages(kind, config, name, started) if config.stages
                else Trainer(kind, config, name, started).fit())
@@ -67,7 +76,7 @@ def train(kind: str, config: Config, name: str = "run") -> Path:
         if lost := lost_process(error, config.train.timeout):
             raise UserError(f"{lost}; the run can be resumed from its last checkpoint") from error
         raise
-    if processes().is_main_process:
+    if main:
         best = find_model(run) or run
         tasks = Description.read(best).registry(best)
         more = "" if config.data.dev else " --manifest FILE"
@@ -78,7 +87,7 @@ def train(kind: str, config: Config, name: str = "run") -> Path:
 
 
 def _train_stages(kind: str, config: Config, name: str, started: float) -> Path:
-    run = from_main(lambda: _claim(config, name))
+    run = from_main(lambda: _claim(config, name, kind))
     held = list[FileLock]()
     from_main(lambda: held.append(lock_run(run)))
     stages = stage_configs(config, run)
@@ -116,14 +125,11 @@ def _clip(config: Config, registry: TaskRegistry) -> str:
     return shlex.quote(str(clip.audio.relative_to(Path.cwd()) if here else clip.audio))
 
 
-def _claim(config: Config, name: str) -> Path:
+def _claim(config: Config, name: str, kind: str) -> Path:
     if not config.resume:
-        return create_run(config, name)
-    run = Path(config.output)
-    if not config.output or not is_run(run):
-        raise UserError(f"--resume: {config.output or 'no --output'} holds no run; give the run's "
-                        "folder as --output")
-    return run
+        return create_run(config, name, kind)
+    write_config(Path(config.output), config)
+    return Path(config.output)
 
 
 def _resumable(folder: Path) -> bool:
@@ -145,9 +151,9 @@ def stage_configs(config: Config, run: Path) -> list[tuple[str, Config]]:
     for i, values in enumerate(config.stages):
         where = f"stages[{i}]"
         name = check(Stage, values, inside(where)).name
-        if not name or Path(name).name != name or name in (BEST, LAST, "predictions"):
-            raise UserError(f"{where}.name: '{name}' cannot be the name of a folder in the run; "
-                            "choose another")
+        if not re.fullmatch(r"(?!(best|last.*|predictions|trackers)$)\w[\w-]{0,63}", name):
+            raise UserError(f"{where}.name: '{name[:64]}' cannot be the name of a folder in the "
+                            "run; choose another, of letters, digits, _ and -")
         if name in dict(stages):
             raise UserError(f"{where}.name: there are two stages '{name}'; rename one")
         common = config.model_dump() | {"stages": [], "output": str(run / name), "resume": False}

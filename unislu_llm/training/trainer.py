@@ -115,7 +115,7 @@ class Trainer(Steps):
         optimizer = build_optimizer(self.model.trainable_groups(), train)
 
         # 4. The run folder: from here on something is written.
-        self.run = self.notices.run = from_main(lambda: self._create(name))
+        self.run = self.notices.run = from_main(lambda: self._create(name, kind))
         self.notices.flush()
         if self.main:
             save_hypotheses(self.run, made)
@@ -140,8 +140,8 @@ class Trainer(Steps):
             for line in damaged:
                 log.warning(line)
 
-    def _create(self, name: str) -> Path:
-        self.lock = lock_run(run := create_run(self.config, name))
+    def _create(self, name: str, kind: str) -> Path:
+        self.lock = lock_run(run := create_run(self.config, name, kind))
         return run
 
     def _resume(self, last: Path) -> None:
