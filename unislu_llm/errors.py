@@ -37,7 +37,7 @@ def reported() -> Iterator[None]:
 
 
 def report(error: object) -> None:
-    """Print a message for users on stderr; of several processes that have the same, one alone."""
+    """Print a message for users on stderr, in one of several processes that have the same."""
     if already_told(str(error)):
         return
     print(f"error: {error}", file=sys.stderr, flush=True)

@@ -88,7 +88,7 @@ def test_hypotheses_are_those_that_a_run_asks_for(caplog: pytest.LogCaptureFixtu
 @pytest.mark.parametrize(("examples", "model", "message"), [
     (examples_with(None, None), READS.model_copy(update={"recogniser": "ctc"}),
      r"data\.train: 2 of 2 .* m\.jsonl:1; .*unislu transcribe`$"),
-    (examples_with("a", None, audio=None), READS_ALONE, "transcribe --copy-text"),
+    (examples_with("a", None, audio=None), READS_ALONE, "whisper-base FILE --out FOLDER --copy-text`"),
 ])
 def test_missing_hypotheses_are_refused(examples: list[Example], model: ModelConfig,
                                         message: str) -> None:

@@ -111,8 +111,8 @@ def check_hypotheses(examples: Sequence[Example], model: ModelConfig) -> list[Ex
         share = f"data.train: {len(lacking)} of {len(examples)} examples have no hypothesis"
         if len(lacking) == len(examples) or model.projector == "none":
             text = any(u.audio is None for u in lacking)
-            raise UserError(f"{share}, the first {lacking[0].where}; add them with `unislu "
-                            f"transcribe{' --copy-text' * text}`")
+            raise UserError(f"{share}, the first {lacking[0].where}; add them by `unislu transcribe"
+                            f"{' openai/whisper-base FILE --out FOLDER --copy-text' * text}`")
         log.warning("%s, the first %s; they train without one, as with train.hypothesis_dropout; "
                     "`unislu transcribe` adds them", share, lacking[0].where)
     return list(examples)
