@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UserError as error:
         report(error)
         return 2
+    except KeyboardInterrupt:
+        print("interrupted; what was printed or written stays", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # `unislu ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
@@ -76,7 +79,8 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
             audio: Annotated[list[str], tyro.conf.arg(metavar="AUDIO [AUDIO ...]")], /,
             tasks: tuple[str, ...] = ("all",), out: Path | None = None,
             as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-            overlap: float = 0.0, language: str = "", num_beams: int = 1, n_best: int = 1,
+            overlap: float = 0.0, language: str = "", no_speech: float = 0.6,
+            num_beams: int = 1, n_best: int = 1,
             transcript: Literal["rewrite", "margin", "verbatim"] | None = None,
             grounded: bool = False, no_grammar: bool = False, confidences: bool = False,
             precision: Literal["fp32", "bf16"] = "fp32", batch_size: int = 8) -> int:
@@ -95,6 +99,7 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
         as_json: Print one JSON object a file, with all that is known.
         overlap: Seconds by which windows overlap.
         language: Whisper language code for the model's recogniser; default: the model's own.
+        no_speech: Probability of no speech above which nothing is answered; 1 answers all.
         num_beams: Beams; 1 is greedy.
         n_best: With JSON: alternatives to print, at most as many as beams.
         transcript: How a hypothesis becomes the transcript; default: the model's own way.
@@ -123,7 +128,8 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
         run.registry()[name]  # an unknown task is named before the model is loaded
     options = check(DecodeConfig, {
         "batch_size": batch_size, "num_beams": num_beams, "transcript": transcript,
-        "grounded": grounded, "force_task": True, "grammar": not no_grammar},
+        "grounded": grounded, "force_task": True, "grammar": not no_grammar,
+        "no_speech": no_speech},
         lambda place: f"--{place[0]}".replace("_", "-"))
     paths = list(files.find_files(audio))
     answers = files.answer_files(partial(load_model, run, precision), paths, names, options,
@@ -174,7 +180,8 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
                          name=run.name if run else "", batch_size=batch_size)
     table = []
     for r in reports:
-        parts = {n: r.counts[n] for n in ("rows", "made", "known", "looped", "copied", "filled")}
+        parts = {n: r.counts[n] for n in ("rows", "made", "known", "looped", "no_speech", "copied",
+                                          "filled")}
         texts, made = zip(*r.pairs, strict=True) if r.pairs else ((), ())
         wer = f"{corpus_wer(texts, made, 'whisper').wer:.1f}" if r.pairs else "-"
         table.append({"manifest": str(r.copy), **parts, "WER": wer})

@@ -124,6 +124,9 @@ def expand(name: str) -> Iterator[str]:
     Raises:
         UserError: there are none.
     """
+    if "://" in name:  # an address, which is refused when it is opened
+        yield name
+        return
     found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else []
     # A file may have such characters in its name.
     for path in [name] if os.path.exists(name) or not glob.has_magic(name) else found:
