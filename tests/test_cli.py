@@ -152,6 +152,18 @@ def test_answers_come_one_by_one_with_a_bar_on_a_terminal(
     assert "error: gone.wav: audio file does not exist" in shown.getvalue()
     assert "file/s" not in unislu("predict", run, *files)[1]
 
+    def stopped(_: object, inputs: list[object], *__: object, **___: object) -> list[Answer]:
+        printed.append("")
+        if len(printed) == 2:
+            raise KeyboardInterrupt
+        return [Answer("words", 1.0)]
+
+    printed.clear()
+    monkeypatch.setattr("unislu_llm.decoding.files.understand", stopped)
+    status, out, errors = unislu("predict", run, *files, "--batch-size", "1")
+    assert (status, out.count("words")) == (130, 1), "Ctrl-C keeps what was printed"
+    assert errors == ["error: interrupted; what was printed or written stays"]
+
 
 def test_predict_answers_long_files_by_windows(unislu: Run, tiny_run: Callable[..., Path],
                                                files: list[Path], tmp_path: Path) -> None:

@@ -29,7 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report(error)
         return 2
     except KeyboardInterrupt:
-        print("interrupted; what was printed or written stays", file=sys.stderr)
+        report("interrupted; what was printed or written stays")
         return 130
     except BrokenPipeError:  # `unislu ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -127,10 +127,9 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
     for name in names:
         run.registry()[name]  # an unknown task is named before the model is loaded
     options = check(DecodeConfig, {
-        "batch_size": batch_size, "num_beams": num_beams, "transcript": transcript,
-        "grounded": grounded, "force_task": True, "grammar": not no_grammar,
-        "no_speech": no_speech},
-        lambda place: f"--{place[0]}".replace("_", "-"))
+        "batch_size": batch_size, "num_beams": num_beams, "no_speech": no_speech,
+        "transcript": transcript, "grounded": grounded, "force_task": True,
+        "grammar": not no_grammar}, lambda place: f"--{place[0]}".replace("_", "-"))
     paths = list(files.find_files(audio))
     answers = files.answer_files(partial(load_model, run, precision), paths, names, options,
                                  n_best=n_best, overlap=overlap, language=language or None)

@@ -49,7 +49,7 @@ class Hears:
     (Evidence(0.9, "en", 0.4, -0.4, 0.3), True, []),  # `you`, in silence
     (Evidence(0.9, "en", 0.99, -0.4, 0.9), False, ["may be no speech (probability 0.90)"]),
     (Evidence(0.59, "en", 0.9, -3.0, 0.9), False, []),
-    (Evidence(0.02, "km", 0.5, -0.2, 13.4), False, [
+    (Evidence(0.02, "km", 0.5, -1.2, 13.4), False, [
         "may be no speech (probability 0.02, no language above 0.50)",
         "repeats itself (compression ratio 13.4)"]),
     (GERMAN, False, [

@@ -50,7 +50,7 @@ def answer_files(load: Callable[[], SLUModel], files: Sequence[str | UserError],
         read = [_read(file) for file in some]
         good = [found for found in read if not isinstance(found, UserError)]
         model = model or (load() if good else None)
-        answers = iter(understand(model, good, tasks, options, **how) if model else ())
+        answers = iter(understand(model, good, tasks, options, **how) if model and good else ())
         for file, found in zip(some, read, strict=True):
             yield str(file), found if isinstance(found, UserError) else next(answers)
 

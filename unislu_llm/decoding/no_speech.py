@@ -61,12 +61,12 @@ def silent(wave: Tensor) -> bool:
 def judge(evidence: Evidence, threshold: float, told: str) -> tuple[bool, tuple[str, ...]]:
     """Whether there is no speech by a threshold of its probability, and warnings where there is;
     `told` is the code of the language for which the words were taken."""
-    above, log_prob = evidence.no_speech > threshold, evidence.log_prob
-    sure = evidence.language_prob if evidence.language else 1.0
-    if above and (log_prob is None or log_prob < LOG_PROB or sure < KNOWN):
+    above, sure = evidence.no_speech > threshold, evidence.language_prob if evidence.language else 1
+    unsure = evidence.log_prob is None or evidence.log_prob < LOG_PROB  # of its words
+    if above and (unsure or sure < KNOWN):
         return True, ()
     found, told = [], told.lower().split("-")[0]
-    if above or sure < DOUBTED:
+    if above or (unsure and sure < DOUBTED):
         found.append(f"may be no speech (probability {evidence.no_speech:.2f}"
                      + f", no language above {sure:.2f}" * (sure < DOUBTED) + ")")
     if evidence.compression > COMPRESSION:

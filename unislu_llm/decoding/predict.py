@@ -139,16 +139,12 @@ def _batches(engine: Engine, utterances: Sequence[Utterance], tasks: Sequence[Se
         items = [dataset[i, 0] for i in indices]
         answers = engine.answer(collator(items), [tasks[i] for i in indices], n_best=n_best)
         for i, item, answer in zip(indices, items, answers, strict=True):
-            _judge(answer, utterances[i], item.input, engine)
+            # Without a recogniser, that every frame is blank to a `ctc` projector says it.
+            blank = (answer.evidence, answer.hypothesis, answer.ctc_hypothesis) == (None, None, "")
+            if blank or (isinstance(item.input, Tensor) and silent(item.input)):
+                answer.evidence = Evidence(1.0)
+            if answer.evidence is not None:
+                told = utterances[i].language or engine.model.config.language
+                answer.no_speech, answer.warnings = judge(
+                    answer.evidence, engine.options.no_speech, told)
         yield indices, answers
-
-
-def _judge(answer: Answer, utterance: Utterance, wave: Any, engine: Engine) -> None:
-    """Note whether there is speech in it, and what speaks against the answer."""
-    # To a `ctc` projector without a recogniser, every frame was blank.
-    blank = (answer.evidence, answer.hypothesis, answer.ctc_hypothesis) == (None, None, "")
-    if blank or (isinstance(wave, Tensor) and silent(wave)):
-        answer.evidence = Evidence(1.0)
-    if answer.evidence is not None:
-        told = utterance.language or engine.model.config.language
-        answer.no_speech, answer.warnings = judge(answer.evidence, engine.options.no_speech, told)

@@ -134,8 +134,8 @@ class WhisperRecogniser:
             said = ids[:ids.index(end)] if end in ids[:n] else ids[:n]
             sure = log_probs[:min(len(said) + 1, n)]  # with the token that ends it
             text = str(self._tokenizer.decode(said, skip_special_tokens=True))
-            found.append(_cut(said, self._tokenizer)._replace(
-                evidence=evidence.of_words(sum(sure) / len(sure), text)))
+            evidence = evidence.of_words(sum(sure) / len(sure), text)
+            found.append(_cut(said, self._tokenizer, evidence))
         return found
 
 
@@ -157,29 +157,26 @@ class ModelRecogniser:
     @torch.inference_mode()
     def __call__(self, waves: Sequence[Tensor], language: str) -> list[Transcript]:
         model, engine = self._model, self._engine
-        read: list[dict[str, Any]] = [{}] * len(waves)
+        blanks = [Example(Utterance("", None, ""), None)] * len(waves)
         if engine is not None and model.reads_hypothesis:
-            read = [{"hypothesis": made.text, "evidence": made.evidence}
-                    for made in recogniser_of(model)(waves, language)]
-        blanks = [Example(Utterance("", None, "", **fields), None) for fields in read]
+            blanks = [Example(replace(blanks[0].utterance, hypothesis=made.text,
+                                      evidence=made.evidence), None)
+                      for made in recogniser_of(model)(waves, language)]
         batch = model.collator().from_waves(blanks, waves)
         if engine is None:  # no decoder runs
-            said = model.ctc_transcripts(batch.to(model.device))
-            known = [None if ids else Evidence(1.0) for ids in said]
+            said = [(ids, None if ids else Evidence(1.0))
+                    for ids in model.ctc_transcripts(batch.to(model.device))]
         else:
-            answers = engine.answer(batch, [()] * len(waves))
-            said = [model.tokenizer.text_ids(a.transcript) if a.transcript else []
-                    for a in answers]
-            known = [a.evidence for a in answers]
-        return [_cut(ids, model.tokenizer.base)._replace(evidence=evidence)
-                for ids, evidence in zip(said, known, strict=True)]
+            said = [(model.tokenizer.text_ids(a.transcript) if a.transcript else [], a.evidence)
+                    for a in engine.answer(batch, [()] * len(waves))]
+        return [_cut(ids, model.tokenizer.base, evidence) for ids, evidence in said]
 
 
-def _cut(ids: Sequence[int], tokenizer: Any) -> Transcript:
+def _cut(ids: Sequence[int], tokenizer: Any, evidence: Evidence | None) -> Transcript:
     # Copied by a model that reads it, a repetition would become one of the model.
     start = loop_start(ids)
     return Transcript(str(tokenizer.decode(ids[:start], skip_special_tokens=True)),
-                      start is not None)
+                      start is not None, evidence)
 
 
 @lru_cache(maxsize=1)

@@ -19,7 +19,7 @@ from unislu_llm.data.annotations import listed_phrases
 from unislu_llm.data.audio import MAX_SECONDS
 from unislu_llm.data.manifest import Row, moved, read_rows
 from unislu_llm.data.phrases import place_phrases
-from unislu_llm.decoding.no_speech import Evidence, judge
+from unislu_llm.decoding.no_speech import judge
 from unislu_llm.decoding.recogniser import Recogniser, Transcript, clean, load_recogniser, recognise
 from unislu_llm.errors import UserError
 from unislu_llm.io import append_json, atomic
@@ -32,9 +32,8 @@ class Report:
     """What became of one manifest, of which `copy` was written."""
 
     copy: Path
-    # `rows`; transcripts `made` now, `known` from a call that was stopped, `looped`, and empty for
-    # `no_speech`; rows whose hypothesis is `copied` from their text, and `filled` with a
-    # pseudo-label.
+    # `rows`; transcripts `made` now, `known` from a stopped call, `looped`, empty for `no_speech`;
+    # rows whose hypothesis is `copied` from their text; rows `filled` with a pseudo-label.
     counts: Counter[str]
     pairs: list[tuple[str, str]] = field(default_factory=list)  # text and recognised hypothesis
     # `file:line (id)` of rows that the copy lacks, by reason; and by span task, of filled rows
@@ -142,10 +141,9 @@ def _resume(kept: Path, load: Callable[[], Recogniser], asked: Sequence[Utteranc
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_bytes(data[:data.rfind(b"\n") + 1])
         for i, t in recognise(load(), new, registry, **options):
-            if t.evidence and judge(t.evidence, DecodeConfig().no_speech, "")[0]:
-                t = Transcript("", evidence=Evidence(1.0))
-            else:  # what else is known of it is not kept
-                t = t._replace(evidence=None)
+            # Of the evidence nothing is kept but that there is no speech.
+            none = t.evidence and judge(t.evidence, DecodeConfig().no_speech, "")[0]
+            t = Transcript("", False, t.evidence) if none else t._replace(evidence=None)
             known[new[i].id] = t
             append_json(kept, {"id": new[i].id, **t._asdict()})
     counts["looped"] = sum(t.loop for t in known.values())
