@@ -54,7 +54,8 @@ def files(make_utterances: Callable[..., list[Utterance]]) -> list[Path]:
 
 def said(answers: list[Answer]) -> list[dict]:
     found = json.loads(json.dumps([answer.to_dict() for answer in answers]))
-    return [{k: v for k, v in answer.items() if k != "confidence"} for answer in found]
+    return [{k: v for k, v in answer.items() if k not in ("confidence", "evidence")}
+            for answer in found]
 
 
 @pytest.mark.parametrize("kind", ["speech_llm", "whisper_slu"])
@@ -148,10 +149,22 @@ def test_answers_come_one_by_one_with_a_bar_on_a_terminal(
         patch.setattr("sys.stderr", shown)
         patch.setattr("sys.stdout", io.StringIO())
         assert main(["predict", str(run), *map(str, files), "gone.wav", "--batch-size", "1"]) == 2
-    assert [text.count("words") for text in printed] == [0, 2]
+    assert [text.count("words") for text in printed] == [0, 1, 2], "each batch as it comes"
     assert "4/4" in shown.getvalue()
     assert "error: gone.wav: audio file does not exist" in shown.getvalue()
     assert "file/s" not in unislu("predict", run, *files)[1]
+
+    def stopped(_: object, inputs: list[object], *__: object, **___: object) -> list[Answer]:
+        printed.append("")
+        if len(printed) == 2:
+            raise KeyboardInterrupt
+        return [Answer("words", 1.0)]
+
+    printed.clear()
+    monkeypatch.setattr("unislu_llm.decoding.files.understand", stopped)
+    status, out, errors = unislu("predict", run, *files, "--batch-size", "1")
+    assert (status, out.count("words")) == (130, 1), "Ctrl-C keeps what was printed"
+    assert errors == ["error: interrupted; what was printed or written stays"]
 
 
 def test_predict_answers_long_files_by_windows(unislu: Run, tiny_run: Callable[..., Path],

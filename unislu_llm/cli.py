@@ -80,7 +80,8 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
                                                       help_behavior_hint="")], /,
             tasks: tuple[str, ...] = ("all",), out: Path | None = None,
             as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-            overlap: float = 0.0, language: str = "", num_beams: int = 1, n_best: int = 1,
+            overlap: float = 0.0, language: str = "", no_speech: float = 0.6,
+            num_beams: int = 1, n_best: int = 1,
             transcript: Literal["rewrite", "margin", "verbatim"] | None = None,
             grounded: bool = False, no_grammar: bool = False, confidences: bool = False,
             precision: Literal["fp32", "bf16"] = "fp32", batch_size: int = 8) -> int:
@@ -99,6 +100,7 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
         as_json: Print one JSON object a file, with all that is known.
         overlap: Seconds by which windows overlap.
         language: Whisper language code for the model's recogniser; default: the model's own.
+        no_speech: Probability of no speech above which nothing is answered; 1 answers all.
         num_beams: Beams; 1 is greedy.
         n_best: With JSON: alternatives to print, at most as many as beams.
         transcript: How a hypothesis becomes the transcript; default: the model's own way.
@@ -126,9 +128,9 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
     for name in names:
         run.registry()[name]  # an unknown task is named before the model is loaded
     options = check(DecodeConfig, {
-        "batch_size": batch_size, "num_beams": num_beams, "transcript": transcript,
-        "grounded": grounded, "force_task": True, "grammar": not no_grammar},
-        lambda place: f"--{place[0]}".replace("_", "-"))
+        "batch_size": batch_size, "num_beams": num_beams, "no_speech": no_speech,
+        "transcript": transcript, "grounded": grounded, "force_task": True,
+        "grammar": not no_grammar}, lambda place: f"--{place[0]}".replace("_", "-"))
     paths = list(files.find_files(audio))
     answers = files.answer_files(partial(load_model, run, precision), paths, names, options,
                                  n_best=n_best, overlap=overlap, language=language or None)
@@ -178,7 +180,8 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
                          name=run.name if run else "", batch_size=batch_size)
     table = []
     for r in reports:
-        parts = {n: r.counts[n] for n in ("rows", "made", "known", "looped", "copied", "filled")}
+        parts = {n: r.counts[n] for n in ("rows", "made", "known", "looped", "no_speech", "copied",
+                                          "filled")}
         texts, made = zip(*r.pairs, strict=True) if r.pairs else ((), ())
         wer = f"{corpus_wer(texts, made, 'whisper').wer:.1f}" if r.pairs else "-"
         table.append({"manifest": str(r.copy), **parts, "WER": wer})

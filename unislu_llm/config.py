@@ -271,6 +271,9 @@ class DecodeConfig(Section):
     transcript: Transcript | None = None
     """rewrite, margin or verbatim, in place of the model's own transcript."""
 
+    no_speech: Share = 0.6
+    """Whisper's probability of no speech above which nothing is answered; 1 answers all."""
+
     def bound(self, seconds: float) -> int:
         """New tokens allowed for so many seconds of audio."""
         # However short the audio, there is room for markers and labels.

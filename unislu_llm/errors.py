@@ -53,7 +53,8 @@ def status_of(error: BaseException) -> int | None:
     """Exit status after what a user or a machine is the cause of, which is printed; None: a bug."""
     if isinstance(error, (Stopped, KeyboardInterrupt)):
         if os.environ.get("RANK", "0") == "0":
-            print(f"\n{str(error) or 'stopped by Ctrl-C'}", file=sys.stderr, flush=True)
+            told = str(error) or "interrupted; what was printed or written stays"
+            print(f"\n{told}", file=sys.stderr, flush=True)
         return 75 if isinstance(error, Stopped) else 130
     if text := str(error) if isinstance(error, UserError) else cause_of(error):
         report(text)

@@ -163,6 +163,9 @@ def _evaluate_run(job: Job, out: Path, again: bool) -> dict[str, Any]:
                re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda m: re.sub(r"\n *", " ", m[0]), text) + "\n")
     print(f"  {meta['seconds']:.1f} s for {meta['audio_seconds']:.1f} s of audio "
           f"(RTF {meta['rtf']:.3f}); predictions: {file.path}; scores: {out / job.label}.json")
+    if none := result["scores"]["no_speech"]:
+        print(f"  {none} utterances hold no speech (decode.no_speech): they are scored as decoded; "
+              "unislu predict answers nothing")
     for name, c in result["calibration"].items():
         print(f"  calibration of {name}: ECE {c['ece']:.3f} (adaptive {c['ece_adaptive']:.3f}), "
               f"Brier {c['brier']:.3f}, NLL {c['nll']:.3f}; accuracy {c['accuracy']:.3f} at mean "

@@ -118,7 +118,8 @@ def decoding_of(result: Mapping[str, Any]) -> dict[str, Any]:
     """How predictions were decoded, as far as scores depend on it, from what a score file says:
     `decode`, `precision` and `model`."""
     decode, saved = dict(result["decode"]), result.get("model") or {}
-    decode.pop("batch_size", None)  # decides nothing
+    for name in ("batch_size", "no_speech"):  # decide nothing: evaluation only marks
+        decode.pop(name, None)
     whisper = saved.get("model_type") == "whisper_slu"  # reads no hypothesis, so has no way of it
     for name in ("transcript", "hypothesis_bias"):
         # Without a value of its own, decoding has the model's.

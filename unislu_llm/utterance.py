@@ -38,6 +38,8 @@ class Utterance:
     segments: Sequence[Any] | None = None  # as written: where a long recording may be cut
     # (samples,) at 16 kHz of audio in memory; `audio` is then what messages call it.
     samples: Tensor | None = field(default=None, compare=False, repr=False)
+    # decoding.no_speech.Evidence of the recogniser that made the hypothesis.
+    evidence: Any = field(default=None, compare=False, repr=False)
 
     @cached_property
     def seconds(self) -> float:

@@ -56,7 +56,12 @@ def test_every_clip_has_a_bounded_answer(kind: str, beams: int, build: Build,
 def test_a_minute_of_silence_is_windows_of_nothing(kind: str, build: Build, tmp_path: Path) -> None:
     path = tmp_path / "silence.wav"
     soundfile.write(path, np.zeros(61 * 8000), 8000)
-    answer, = understand(build(kind), [path], ["sa"], DecodeConfig(max_new_tokens=24))
+    model = build(kind)
+    answer, = understand(model, [path], ["sa"], DecodeConfig(max_new_tokens=24))
+    assert (answer.no_speech, answer.transcript, answer.outputs) == (True, "", {"sa": None})
+    assert [w["no_speech"] for w in answer.windows] == [True] * 3
+    answer, = understand(model, [path], ["sa"], DecodeConfig(max_new_tokens=24, no_speech=1.0))
+    assert not answer.no_speech
     assert [w["start"] for w in answer.windows[1:]] == [w["end"] for w in answer.windows[:-1]]
     assert answer.outputs["sa"] in SA.labels
     assert {p.partition(" in window ")[0] for p in answer.problems["sa"]} <= {"loop"}

@@ -177,5 +177,38 @@ def test_offsets_cut_the_phrase() -> None:
     assert (answer.n_tokens, answer.seconds) == ({"ner": 9}, 44.0)
     assert answer.outputs["sa"] == "Neutral", "a window without probabilities counts as sure"
     assert answer.probabilities == {}
+    quiet = replace(answers[1], transcript="", outputs={"ner": (), "sa": None}, no_speech=True,
+                    warnings=())
+    half = join(REGISTRY, parts, [replace(answers[0], warnings=("sounds like German",)), quiet])
+    assert (half.transcript, half.outputs["sa"]) == (answers[0].transcript, "Neutral")
+    assert half.warnings == ("sounds like German in window 0", "no speech in window 1")
+    assert join(REGISTRY, parts, [quiet, quiet]).outputs == {"ner": (), "sa": None}
     nothing = [replace(a, outputs={"ner": None, "sa": None}) for a in answers]
     assert join(REGISTRY, parts, nothing).outputs == {"ner": None, "sa": None}
+
+
+@pytest.mark.parametrize(("texts", "entities", "expected"), [
+    # The texts agree, and one window hears more of the name than the other.
+    (("we are in the european parliament", "the european parliament with anna"),
+     ((("ORG", "parliament"),), (("ORG", "european parliament"), ("PERSON", "anna"))),
+     [("ORG", "parliament"), ("PERSON", "anna")]),
+    # They do not agree, so that the words stand twice, the name with them.
+    (("we are with Anna in paris", "hello anna of course and"),
+     ((("PERSON", "Anna"), ("PLACE", "paris")), (("PERSON", "anna"),)),
+     [("PERSON", "Anna"), ("PLACE", "paris")]),
+    # Another label, a name that is outside of the overlap, and one that is said twice in it.
+    (("anna anna is one with all here now", "all is well and so on for anna"),
+     ((("PERSON", "anna"), ("PERSON", "anna")), (("PERSON", "anna"),)), [("PERSON", "anna")] * 3),
+    (("we are with Anna in paris", "anna and anna of course"),
+     ((("PERSON", "Anna"),), (("PERSON", "anna"), ("PERSON", "anna"))), [("PERSON", "anna")] * 2),
+    (("we are with paris here", "hello paris of course and"),
+     ((("PERSON", "paris"),), (("PLACE", "paris"),)), [("PERSON", "paris"), ("PLACE", "paris")]),
+])
+def test_what_two_windows_heard_counts_once(texts: Sequence[str], entities: Sequence[Any],
+                                            expected: list[tuple[str, str]]) -> None:
+    parts = [Utterance("a", None, "", start=s, end=s + 24.0) for s in (0.0, 20.0)]
+    answers = [Answer(text, 24.0, {"ner": some}, {"ner": ()}, n_tokens={"ner": 1})
+               for text, some in zip(texts, entities, strict=True)]
+    found = join(REGISTRY, parts, answers).outputs["ner"]
+    assert [(label, phrase.lower()) for label, phrase in found or ()] == [
+        (label, phrase.lower()) for label, phrase in expected]

@@ -88,9 +88,9 @@ def test_transcripts_are_the_same_alone_and_in_a_batch(whisper: str,
 def test_clips_are_padded_by_their_own_length(whisper: str,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[torch.Tensor] = []
-    monkeypatch.setattr(module.GenerationMixin, "generate", lambda _, encoder_outputs,
-                        decoder_input_ids, **__: (heard.append(encoder_outputs.last_hidden_state),
-                                                  decoder_input_ids)[1])
+    generate = module.GenerationMixin.generate
+    monkeypatch.setattr(module.GenerationMixin, "generate", lambda self, **how: (
+        heard.append(how["encoder_outputs"].last_hidden_state), generate(self, **how))[1])
     waves = [torch.randn(int(16_000 * seconds)) for seconds in (1.0, 2.5, 2.0, 28.0)]
     WhisperRecogniser(whisper, silence=3.0)(waves, "en")
     assert [tuple(frames.shape[:2]) for frames in heard] == [(2, 250), (1, 500), (1, 1500)]
@@ -107,12 +107,17 @@ def test_loops_are_cut(whisper: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = recogniser._tokenizer
     once = tokenizer(" we met in paris", add_special_tokens=False)["input_ids"]
     said = [9, *once * 6]
-    monkeypatch.setattr(module.GenerationMixin, "generate", lambda *_, decoder_input_ids, **__: (
-        torch.cat([decoder_input_ids, torch.tensor([said])], dim=1)))
+    generate = module.GenerationMixin.generate
+    monkeypatch.setattr(module.GenerationMixin, "generate", lambda self, **how: torch.cat(
+        [generate(self, **how)[:, :4], torch.tensor([said])], dim=1))
     wave = torch.zeros(160_000)
-    assert recogniser([wave], "en") == [Transcript(tokenizer.decode([9, *once]), True)]
+    cut, = recogniser([wave], "en")
+    assert cut[:2] == (tokenizer.decode([9, *once]), True)
+    assert cut.evidence.compression > 2.4, "of what was said before it was cut"
     said[:] = [9, *once * 2, 10]
-    assert recogniser([wave], "en") == [Transcript(tokenizer.decode(said), False)]
+    whole, = recogniser([wave], "en")
+    assert whole[:2] == (tokenizer.decode(said), False)
+    assert whole.evidence.compression < 2.4
 
 
 def test_clips_are_batched_by_length_and_tidied(make_utterances: Write) -> None:

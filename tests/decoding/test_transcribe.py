@@ -77,7 +77,8 @@ def test_a_stopped_call_goes_on_and_rows_stay(make_utterances: Write, tmp_path: 
     says = Says()
     report = run(manifest, says, out, registry=registry)
     assert len(says.asked) == 2, "one German clip and two English ones were kept"
-    assert report.counts == {"rows": 7, "made": 2, "known": 3, "looped": 0, "mute": 1}
+    assert report.counts == {"rows": 7, "made": 2, "known": 3, "looped": 0, "no_speech": 0,
+                             "mute": 1}
     written = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
     ignored = ("hypothesis", "draft", "audio")
     assert [{k: v for k, v in row.items() if k not in ignored} for row in written] \
@@ -147,7 +148,8 @@ def test_rows_without_text_get_one_and_spans_their_places(tmp_path: Path) -> Non
     report = fill(manifest, says, tmp_path / "out")
     assert manifest.read_text() == before
     assert sorted(says.asked) == [50, 60, 70, 72, 80, 81], "none with a text, none too long"
-    assert report.counts == {"rows": 9, "made": 6, "known": 0, "looped": 1, "filled": 4}
+    assert report.counts == {"rows": 9, "made": 6, "known": 0, "looped": 1, "no_speech": 0,
+                             "filled": 4}
     assert {why: len(some) for why, some in report.left_out.items()} == {
         "is empty": 1, "repeats itself": 1, "over 30 s": 1, "slots": 1}
     assert report.left_out["slots"] == [f"{manifest}:5 (r4)"]

@@ -39,6 +39,7 @@ END_SLACK = 0.1  # seconds that a crop may pass the end of its file: corpora rou
 
 _SUFFIXES = {*(f".{name.lower()}" for name in soundfile.available_formats()), ".opus", ".oga",
              ".aif"}
+_ADDRESS = re.compile(r"\b([A-Za-z][\w+.-]+):/+(.+)")  # `C:/` is a drive
 _MAX_PEAK = 100.0  # above it, samples are integers written as floats rather than loud audio
 _CANCELLED = 1e-3  # of the channels' peak, below which their mean is silent
 _MP3_PREROLL = 1 << 14  # samples decoded and dropped: an MP3 frame needs the bits of earlier ones
@@ -119,6 +120,9 @@ def files_below(folder: Path, more: Collection[str] = ()) -> list[Path]:
 def open_audio(path: Path) -> soundfile.SoundFile:
     """Open for reading; refuse what is not there, not audio, truncated or without a length."""
     if not os.path.isfile(path):  # of a name that cannot be, unlike `path.is_file()`
+        if address := _ADDRESS.search(path.as_posix()):  # `pathlib` makes two slashes one
+            url = f"{address[1]}://{address[2]}"
+            raise UserError(f"{url}: is an address, not a file; download it: curl -LO '{url}'")
         raise UserError(f"{path}: " + ("not a file; give an audio file" if os.path.exists(path) else
                         "audio file does not exist; correct the path (in a manifest: from its "
                         "folder)"))

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 
 from unislu_llm.decoding.loops import loop_start
+from unislu_llm.decoding.no_speech import Evidence
 from unislu_llm.decoding.search import Decoded
 from unislu_llm.decoding.vocabulary import vocabulary_of
 from unislu_llm.tasks import ASR, SEPARATOR, LabelTask, SpanTask, TaskRegistry
@@ -41,6 +42,10 @@ class Answer:
     confidence: dict[str, Any] = field(default_factory=dict)
     hypothesis: str | None = None  # that the model read
     ctc_hypothesis: str | None = None  # greedy text of the model's `ctc` projector
+    evidence: Evidence | None = None  # of speech and language, where there is any
+    # Nothing was said: transcript and outputs are empty (in evaluation, what was decoded).
+    no_speech: bool = False
+    warnings: tuple[str, ...] = ()  # sentences: why the answer may be worth nothing
     # With several answers asked for, the best first: of each `text`, `outputs`, `problems` and
     # `score`, the geometric mean of its token probabilities.
     alternatives: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -52,11 +57,19 @@ class Answer:
     def to_dict(self) -> dict[str, Any]:
         """Plain data: `text`, an entry a task, `problems` (each once), and what else there is."""
         problems = dict.fromkeys(p for some in self.problems.values() for p in some)
-        more = ("hypothesis", "ctc_hypothesis", "probabilities", "confidence", "alternatives",
-                "spans", "windows")
+        more = ("no_speech", "warnings", "hypothesis", "ctc_hypothesis", "probabilities",
+                "confidence", "alternatives", "spans", "windows")
         # An empty hypothesis is one: nothing was recognised.
         return _plain({"text": self.transcript, **self.outputs, "problems": list(problems)}
-                      | {n: v for n in more if (v := getattr(self, n)) or v == ""})
+                      | {n: v for n in more if (v := getattr(self, n)) or v == ""}
+                      | ({"evidence": self.evidence._asdict()} if self.evidence else {}))
+
+    def refused(self, registry: TaskRegistry) -> Answer:
+        """The answer to what holds no speech: nothing was said."""
+        return replace(
+            self, transcript="", no_speech=True, problems=dict.fromkeys(self.problems, ()),
+            outputs={n: () if getattr(registry[n], "multi", True) else None for n in self.outputs},
+            raw={}, probabilities={}, confidence={}, alternatives={})
 
 
 def fill(answer: Answer, tokenizer: UnifiedTokenizer, ranked: Mapping[str, Sequence[Decoded]],
@@ -96,6 +109,10 @@ def fill(answer: Answer, tokenizer: UnifiedTokenizer, ranked: Mapping[str, Seque
                  "score": _geometric([p for i, p in zip(decoded.ids, decoded.log_probs, strict=True)
                                       if i not in controls and not math.isnan(p)])}
                 for parsed, decoded in zip(read, answers, strict=True)]
+    # Of a decoder that reads no hypothesis, the evidence is its own, and so are the words.
+    if answer.hypothesis is None and answer.evidence and "text" in answer.confidence:
+        sure = max(answer.confidence["text"], 1e-9)
+        answer.evidence = answer.evidence.of_words(math.log(sure), answer.transcript)
     return answer
 
 
@@ -114,7 +131,7 @@ def prediction(example: Example, answer: Answer, registry: TaskRegistry) -> dict
              "hyp_text": parse(raw, registry).transcript, "hyp": answer.outputs.get(name),
              "raw": raw, "problems": answer.problems[name], "n_tokens": answer.n_tokens[name]}
     more = {"probabilities": answer.probabilities.get(name), "hypothesis": answer.hypothesis,
-            "ctc_hypothesis": answer.ctc_hypothesis}
+            "ctc_hypothesis": answer.ctc_hypothesis, "no_speech": answer.no_speech or None}
     return _plain(found | {key: value for key, value in more.items() if value is not None})
 
 

@@ -16,6 +16,7 @@ from unislu_llm.decoding.grammar import GrammarProcessor, Request, grammar_of, l
 from unislu_llm.decoding.greedy import Greedy, Make, Margin
 from unislu_llm.decoding.hypothesis_bias import HypothesisBias
 from unislu_llm.decoding.loops import loop_start
+from unislu_llm.decoding.no_speech import evidence_of
 from unislu_llm.decoding.search import (
     Decoded,
     Ends,
@@ -36,8 +37,8 @@ _MOST_LABELS = 64  # tasks with more are decoded token by token: each label cost
 Pair = tuple[int, str]
 Found = dict[Pair, list[Decoded]]  # answers, best first
 Shares = dict[Pair, Tensor]  # probabilities `(labels,)` of answers that are labels
-# What a batch says: these, and by row the ids of the `ctc` projector's text.
-Read = tuple[Found, Shares, list[list[int]] | None]
+# What a batch says: these, and of each row of the prompt's state `ctc_hypothesis` and `start`.
+Read = tuple[Found, Shares, list[list[int]] | None, Tensor | None]
 
 
 class _Plan(NamedTuple):
@@ -106,7 +107,7 @@ class Engine:
         training = self.model.training
         self.model.eval()
         try:
-            read, by_ctc = self.model.hypotheses(batch), None
+            read, by_ctc, start = self.model.hypotheses(batch), None, None
             if (read is not None and self._transcript == "verbatim" and self.options.force_task
                     and all(some == [ASR] for some in names)):  # there is nothing to ask the LLM
                 end = Decoded([tokenizer.eos_id], [math.nan])
@@ -114,15 +115,18 @@ class Engine:
                 shares: Shares = {}
             else:
                 way = self._by_task if self.options.force_task else self._free
-                found, shares, by_ctc = way(batch.to(self.model.device), names)
+                found, shares, by_ctc, start = way(batch.to(self.model.device), names)
         finally:
             self.model.train(training)
+            evidence = ([e.utterance.evidence for e in batch.examples] if start is None else
+                        evidence_of(tokenizer.base, self.model.lm, self.model.logits(start)))
         answers = []
         for i, some in enumerate(names):
             hypothesis = batch.examples[i].utterance.hypothesis if read is not None else None
             of_ctc = tokenizer.decode(by_ctc[i]) if by_ctc is not None else None
             answers.append(fill(
-                Answer("", batch.durations[i], hypothesis=hypothesis, ctc_hypothesis=of_ctc),
+                Answer("", batch.durations[i], hypothesis=hypothesis, ctc_hypothesis=of_ctc,
+                       evidence=evidence[i]),
                 tokenizer, {name: found[i, name][:n_best] for name in some},
                 {name: shares[i, name] for name in some if (i, name) in shares},
                 forced=self.options.force_task, cut_loops=self._grammar is not None,
@@ -132,6 +136,7 @@ class Engine:
     def _free(self, batch: Batch, names: Sequence[list[str]]) -> Read:
         """One answer for all tasks: whatever the model chooses to say."""
         state, seconds = self.model.prefill(batch), batch.durations
+        by_ctc, start = state.ctc_hypothesis, state.start
         # Any of the tasks stands for all: free, their grammar is the same.
         requests = [(some[0], False) for some in names]
         need = [self._grammar.need(r) if self._grammar else 0 for r in requests]
@@ -147,12 +152,12 @@ class Engine:
         ends = [[eos]] * len(names)
         ranked, _ = self._search(state, room, ends, make, None if verbatim else state)
         return {(i, name): [heads[i] + tail for tail in ranked[i]]
-                for i, some in enumerate(names) for name in some}, {}, state.ctc_hypothesis
+                for i, some in enumerate(names) for name in some}, {}, by_ctc, start
 
     def _by_task(self, batch: Batch, names: Sequence[list[str]]) -> Read:
         """Transcripts once, then each task from a copy of the cache."""
         state, seconds = self.model.prefill(batch), batch.durations
-        by_ctc = state.ctc_hypothesis
+        by_ctc, start = state.ctc_hypothesis, state.start
         requests: list[Request] = []
         room = []
         for some, length in zip(names, seconds, strict=True):
@@ -191,10 +196,10 @@ class Engine:
                   and len(ranked[pair[0]][0].ids) + 1 < budgets[pair]]
         pairs = [*(pair for pair in pairs if self._plans[pair[1]].scored), *others]
         if not pairs:
-            return found, {}, by_ctc
+            return found, {}, by_ctc, start
         # From here on copies go on by themselves, which need the memory of what they are copies of.
         state = state.take([i for i, _ in pairs])
-        return found, self._answer_tasks(state, pairs, budgets, found), by_ctc
+        return found, self._answer_tasks(state, pairs, budgets, found), by_ctc, start
 
     def _answer_tasks(self, state: State, pairs: Sequence[Pair], budgets: Mapping[Pair, int],
                       found: Found) -> Shares:

@@ -43,15 +43,14 @@ def answer_files(load: Callable[[], SLUModel], files: Sequence[str | UserError],
         files: errors are handed on.
         tasks, options, how: of :func:`~unislu_llm.decoding.predict.understand`.
     """
-    # Batches of like length need some to choose from, and people want to see that it goes on.
-    chunk, model = 2 * options.batch_size, None
+    chunk, model = options.batch_size, None
     for start in range(0, len(files), chunk):
         some = files[start:start + chunk]
         # One bad file must not end a batch of good ones.
         read = [_read(file) for file in some]
         good = [found for found in read if not isinstance(found, UserError)]
         model = model or (load() if good else None)
-        answers = iter(understand(model, good, tasks, options, **how) if model else ())
+        answers = iter(understand(model, good, tasks, options, **how) if model and good else ())
         for file, found in zip(some, read, strict=True):
             yield str(file), found if isinstance(found, UserError) else next(answers)
 
@@ -109,11 +108,14 @@ def as_json(file: str, answer: Answer, confidences: bool = False) -> str:
     values = {"file": file, **answer.to_dict()}
     for part in () if confidences else (values, *values.get("windows", ())):
         part.pop("confidence", None)
+        part.pop("evidence", None)
     return json.dumps(values, ensure_ascii=False)
 
 
 def as_text(file: str, answer: Answer) -> str:
     """An answer for people."""
+    if answer.no_speech:
+        return f"{file}\n  no speech"
     values = answer.to_dict()
     lines = [file, f"  text: {printable(answer.transcript)}"]
     for name in answer.outputs:
@@ -127,4 +129,5 @@ def as_text(file: str, answer: Answer) -> str:
         lines.append(f"  {name}: {printable(value or 'no usable answer')}")
     if values["problems"]:
         lines.append(f"  malformed: {', '.join(values['problems'])}")
+    lines += [f"  warning: {warning}" for warning in answer.warnings]
     return "\n".join(lines)

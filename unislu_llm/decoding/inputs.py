@@ -124,14 +124,15 @@ def expand(name: str) -> Iterator[str]:
     Raises:
         UserError: there are none.
     """
-    found = sorted(glob.glob(name, recursive=True)) if glob.has_magic(name) else []
+    pattern = glob.has_magic(name) and "://" not in name  # an address is refused when it is opened
+    found = sorted(glob.glob(name, recursive=True)) if pattern else []
     # A file may have such characters in its name.
-    for path in [name] if os.path.exists(name) or not glob.has_magic(name) else found:
+    for path in [name] if os.path.exists(name) or not pattern else found:
         if not os.path.isdir(path):
             yield path
         elif files := audio.files_below(Path(path), _OTHER_AUDIO):
             yield from map(str, files)
         else:
             raise UserError(f"{path}: no audio file is in this folder, or below it")
-    if glob.has_magic(name) and not found and not os.path.exists(name):
+    if pattern and not found and not os.path.exists(name):
         raise UserError(f"{name}: no file is named like this")

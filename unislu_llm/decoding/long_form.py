@@ -7,6 +7,7 @@ through is lost or halved, which an overlap can mend.
 
 from __future__ import annotations
 
+import math
 import re
 from collections import Counter
 from collections.abc import Sequence
@@ -123,7 +124,7 @@ def join(registry: TaskRegistry, parts: Sequence[Utterance], answers: Sequence[A
         else:
             mean = _mean(task, answers, times)
             joined.outputs[name] = max(task.labels, key=mean.__getitem__)
-            if all(name in a.probabilities for a in answers):
+            if all(name in a.probabilities or a.no_speech for a in answers):
                 joined.probabilities[name] = mean
         if all(value is None for value in given):
             joined.outputs[name] = None
@@ -131,11 +132,13 @@ def join(registry: TaskRegistry, parts: Sequence[Utterance], answers: Sequence[A
         joined.problems[key] = tuple(f"{p} in window {i}" for i, a in enumerate(answers)
                                      for p in a.problems[key])
         joined.n_tokens[key] = sum(a.n_tokens[key] for a in answers)
+    joined.warnings = tuple(f"{w} in window {i}" for i, a in enumerate(answers)
+                            for w in ("no speech",) * a.no_speech + a.warnings)
     joined.windows = [
         {"start": start, "end": end, "text_start": piece.at,
          "text_end": piece.at + piece.high - piece.low, **answer.to_dict()}
         for (start, end), piece, answer in zip(times, stitched.pieces, answers, strict=True)]
-    return joined
+    return joined.refused(registry) if all(a.no_speech for a in answers) else joined
 
 
 def _mean(task: LabelTask, answers: Sequence[Answer],
@@ -153,27 +156,33 @@ def _mean(task: LabelTask, answers: Sequence[Answer],
 def _spans(given: Sequence[Any], stitched: Stitched,
            times: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
-    before: set[tuple[str, int, int]] = set()  # of earlier windows
+    tails: Counter[tuple[str, str]] = Counter()  # of the window before, in an overlap
     for window, entities in enumerate(given):
         seen: Counter[str] = Counter()
-        here: set[tuple[str, int, int]] = set()
+        piece, before, said = stitched.pieces[window], list(found), tails
+        tails = Counter()
         for label, phrase in entities or ():
-            places = occurrences(phrase, stitched.pieces[window].text)
+            places = occurrences(phrase, piece.text)
             start = end = None
             if places:
                 # Entities come in the order in which they are said: the second time that a phrase
                 # is named, its second occurrence is meant.
-                where = stitched.place(window, *places[min(seen[phrase], len(places) - 1)])
+                own = places[min(seen[phrase], len(places) - 1)]
+                where, key = stitched.place(window, *own), (label, phrase.lower())
                 seen[phrase] += 1
-                if where is None or (label, *where) in before:
+                # Where the texts of an overlap could not be joined, it stands in both.
+                tails[key] += own[0] >= piece.tail
+                if where is None or (own[1] <= piece.head and said[key]):
+                    said[key] -= where is not None
                     continue
-                here.add((label, *where))
                 start, end = where
+                if any(s["label"] == label and s["start_char"] is not None and
+                       s["start_char"] < end and start < s["end_char"] for s in before):
+                    continue
                 phrase = stitched.text[start:end]  # as the next window spells it, in an overlap
             found.append({"label": label, "phrase": phrase, "start_char": start, "end_char": end,
                           "window": window, "start_seconds": times[window][0],
                           "end_seconds": times[window][1]})
-        before |= here
     return found
 
 
@@ -190,6 +199,9 @@ class Piece:
     words: list[tuple[int, int]]  # start and end of each word of `text`
     at: int = 0  # where in the joined text the piece begins
     matched: dict[int, int] = field(default_factory=dict)  # words that stand as the next window's
+    # Of an overlap that could not be joined: where it ends here, and where the next one begins.
+    head: int = 0
+    tail: float = math.inf
 
 
 class Stitched:
@@ -253,6 +265,8 @@ def _merge(left: Piece, right: Piece, tail: float, head: float) -> None:
     match = SequenceMatcher(None, ours, theirs, autojunk=False).find_longest_match()
     # One word alone, `the`, is found in any two transcripts.
     if not match.size or match.size < min(2, len(ours), len(theirs)):
+        if ours and theirs:
+            left.tail, right.head = left.words[-len(ours)][0], right.words[len(theirs) - 1][1]
         return
     start = words - len(ours) + match.a
     left.matched = {start + k: match.b + k for k in range(match.size)}

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, overload
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 from unislu_llm.config import DecodeConfig
@@ -16,6 +17,7 @@ from unislu_llm.decoding.answer import Answer, prediction
 from unislu_llm.decoding.engine import Engine
 from unislu_llm.decoding.inputs import One, utterances_of
 from unislu_llm.decoding.long_form import join, windows
+from unislu_llm.decoding.no_speech import Evidence, judge, silent
 from unislu_llm.decoding.recogniser import with_hypotheses
 from unislu_llm.errors import UserError
 from unislu_llm.models.base import SLUModel
@@ -32,7 +34,8 @@ def predict(model: SLUModel, examples: Sequence[Example], options: DecodeConfig 
     (:func:`~unislu_llm.decoding.answer.prediction`).
 
     Examples of one utterance are decoded together: it is encoded and transcribed once. Where a
-    model reads hypotheses, those that are lacking are made first.
+    model reads hypotheses, those that are lacking are made first. What :func:`understand` would
+    take for no speech is answered like all else, and marked.
 
     Args:
         model: either decoder.
@@ -117,7 +120,8 @@ def _understand(engine: Engine, whole: Sequence[Utterance], tasks: Sequence[str]
     every = with_hypotheses(engine.model, [part for some in parts for part in some])
     found: dict[int, Answer] = {}
     for indices, done in _batches(engine, every, [tasks] * len(every), n_best=n_best):
-        found |= zip(indices, done, strict=True)
+        found |= zip(indices, (a.refused(engine.model.registry) if a.no_speech else a
+                               for a in done), strict=True)
     ordered = iter(sorted(found.items()))
     answers = [[next(ordered)[1] for _ in some] for some in parts]
     return [join(engine.model.registry, some, its) if len(some) > 1 else its[0]
@@ -132,5 +136,15 @@ def _batches(engine: Engine, utterances: Sequence[Utterance], tasks: Sequence[Se
     dataset = SpeechDataset(blanks, listens=engine.model.listens)
     batches = sorted_batches(blanks, engine.options.batch_size)
     for indices in tqdm(batches, desc=progress, disable=not progress, unit="batch", leave=False):
-        batch = collator([dataset[i, 0] for i in indices])
-        yield indices, engine.answer(batch, [tasks[i] for i in indices], n_best=n_best)
+        items = [dataset[i, 0] for i in indices]
+        answers = engine.answer(collator(items), [tasks[i] for i in indices], n_best=n_best)
+        for i, item, answer in zip(indices, items, answers, strict=True):
+            # Without a recogniser, that every frame is blank to a `ctc` projector says it.
+            blank = (answer.evidence, answer.hypothesis, answer.ctc_hypothesis) == (None, None, "")
+            if blank or (isinstance(item.input, Tensor) and silent(item.input)):
+                answer.evidence = Evidence(1.0)
+            if answer.evidence is not None:
+                told = utterances[i].language or engine.model.config.language
+                answer.no_speech, answer.warnings = judge(
+                    answer.evidence, engine.options.no_speech, told)
+        yield indices, answers

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
-from transformers.generation import GenerationMixin
+from transformers.generation import GenerationMixin, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.logging import disable_progress_bar
 
@@ -29,6 +29,7 @@ from unislu_llm.data import audio
 from unislu_llm.data.frame_cache import load_clip
 from unislu_llm.decoding.engine import Engine
 from unislu_llm.decoding.loops import loop_start
+from unislu_llm.decoding.no_speech import Evidence, evidence_of, silent
 from unislu_llm.errors import UserError
 from unislu_llm.io import is_saved_model
 from unislu_llm.models.base import SLUModel
@@ -49,6 +50,7 @@ class Transcript(NamedTuple):
 
     text: str
     loop: bool = False  # whether it was cut
+    evidence: Evidence | None = None  # of speech, where the recogniser has any
 
 
 Recogniser = Callable[[Sequence[Tensor], str], list[Transcript]]
@@ -108,17 +110,34 @@ class WhisperRecogniser:
         frames, _ = self._encoder(mel.to(device, whisper.dtype), lengths)
         room = int(whisper.config.max_target_positions) - len(prompt)
         bounds = [min(room, bound) for bound in bounds]
+        first: list[Tensor] = []  # logits at the first position
+        steps: list[Tensor] = []  # log-probability of each token that is taken, `(rows,)`
+
+        def note(_: Tensor, scores: Tensor) -> Tensor:
+            steps.append(scores.float().log_softmax(-1).amax(-1))
+            return scores
+
         # Whisper's own `generate` adds windows, timestamps and language detection. The generic
-        # one honours the checkpoint's suppressed tokens and decides nothing else.
-        out = GenerationMixin.generate(
-            whisper, encoder_outputs=BaseModelOutput(last_hidden_state=frames),
-            attention_mask=torch.ones(frames.shape[:2], dtype=torch.long, device=device),
-            decoder_input_ids=torch.tensor(prompt, device=device).expand(len(frames), -1),
-            do_sample=False, max_new_tokens=max(bounds))
-        end = int(whisper.config.eos_token_id)
-        answers = [ids[:n] for ids, n in zip(out[:, len(prompt):].tolist(), bounds, strict=True)]
-        return [_cut(ids[:ids.index(end)] if end in ids else ids, self._tokenizer)
-                for ids in answers]
+        # one honours the checkpoint's suppressed tokens and decides nothing else. It gives out no
+        # logits of the prompt, which tell speech and language without another pass: hence the hook.
+        with whisper.register_forward_hook(
+                lambda _, __, out: None if first else first.append(out.logits[:, 0])):
+            out = GenerationMixin.generate(
+                whisper, encoder_outputs=BaseModelOutput(last_hidden_state=frames),
+                attention_mask=torch.ones(frames.shape[:2], dtype=torch.long, device=device),
+                decoder_input_ids=torch.tensor(prompt, device=device).expand(len(frames), -1),
+                logits_processor=LogitsProcessorList([note]),  # type: ignore[list-item]
+                do_sample=False, max_new_tokens=max(bounds))
+        end, found = int(whisper.config.eos_token_id), []
+        for ids, n, log_probs, evidence in zip(
+                out[:, len(prompt):].tolist(), bounds, torch.stack(steps, dim=1).tolist(),
+                evidence_of(self._tokenizer, whisper, first[0]), strict=True):
+            said = ids[:ids.index(end)] if end in ids[:n] else ids[:n]
+            sure = log_probs[:min(len(said) + 1, n)]  # with the token that ends it
+            text = str(self._tokenizer.decode(said, skip_special_tokens=True))
+            evidence = evidence.of_words(sum(sure) / len(sure), text)
+            found.append(_cut(said, self._tokenizer, evidence))
+        return found
 
 
 class ModelRecogniser:
@@ -139,24 +158,26 @@ class ModelRecogniser:
     @torch.inference_mode()
     def __call__(self, waves: Sequence[Tensor], language: str) -> list[Transcript]:
         model, engine = self._model, self._engine
-        read: list[str | None] = [None] * len(waves)
+        blanks = [Example(Utterance("", None, ""), None)] * len(waves)
         if engine is not None and model.reads_hypothesis:
-            read = [made.text for made in recogniser_of(model)(waves, language)]
-        blanks = [Example(Utterance("", None, "", hypothesis=text), None) for text in read]
+            blanks = [Example(replace(blanks[0].utterance, hypothesis=made.text,
+                                      evidence=made.evidence), None)
+                      for made in recogniser_of(model)(waves, language)]
         batch = model.collator().from_waves(blanks, waves)
         if engine is None:  # no decoder runs
-            said = model.ctc_transcripts(batch.to(model.device))
+            said = [(ids, None if ids else Evidence(1.0))
+                    for ids in model.ctc_transcripts(batch.to(model.device))]
         else:
-            said = [model.tokenizer.text_ids(a.transcript) if a.transcript else []
+            said = [(model.tokenizer.text_ids(a.transcript) if a.transcript else [], a.evidence)
                     for a in engine.answer(batch, [()] * len(waves))]
-        return [_cut(ids, model.tokenizer.base) for ids in said]
+        return [_cut(ids, model.tokenizer.base, evidence) for ids, evidence in said]
 
 
-def _cut(ids: Sequence[int], tokenizer: Any) -> Transcript:
+def _cut(ids: Sequence[int], tokenizer: Any, evidence: Evidence | None) -> Transcript:
     # Copied by a model that reads it, a repetition would become one of the model.
     start = loop_start(ids)
     return Transcript(str(tokenizer.decode(ids[:start], skip_special_tokens=True)),
-                      start is not None)
+                      start is not None, evidence)
 
 
 @lru_cache(maxsize=1)
@@ -224,9 +245,11 @@ def recognise(recogniser: Recogniser, utterances: Sequence[Utterance], registry:
         while order:
             some = [i for i in order[:batch_size] if codes[i] == codes[order[0]]]
             order = order[len(some):]
-            made = recogniser([load_clip(utterances[i]) for i in some], codes[some[0]])
-            for i, t in zip(some, made, strict=True):
-                yield i, Transcript(clean(t.text, registry), t.loop)
+            waves = [load_clip(utterances[i]) for i in some]
+            made = recogniser(waves, codes[some[0]])
+            for i, wave, t in zip(some, waves, made, strict=True):
+                evidence = Evidence(1.0) if silent(wave) else t.evidence
+                yield i, t._replace(text=clean(t.text, registry), evidence=evidence)
             bar.update(len(some))
 
 
@@ -263,7 +286,7 @@ def with_hypotheses(model: SLUModel, utterances: Sequence[Utterance], progress: 
     if lacking:
         made = dict(recognise(recogniser_of(model, device), list(lacking.values()), model.registry,
                               language=model.config.language, progress=progress))
-        found |= {key: replace(u, hypothesis=made[i].text)
+        found |= {key: replace(u, hypothesis=made[i].text, evidence=made[i].evidence)
                   for i, (key, u) in enumerate(lacking.items())}
         if looped := sum(t.loop for t in made.values()):
             log.warning("%d of %d hypotheses repeated themselves and were cut", looped, len(made))

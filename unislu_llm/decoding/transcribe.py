@@ -14,11 +14,12 @@ from typing import Any
 
 import torch
 
-from unislu_llm.config import Precision
+from unislu_llm.config import DecodeConfig, Precision
 from unislu_llm.data.annotations import listed_phrases
 from unislu_llm.data.audio import MAX_SECONDS
 from unislu_llm.data.manifest import Row, moved, read_rows
 from unislu_llm.data.phrases import place_phrases
+from unislu_llm.decoding.no_speech import judge
 from unislu_llm.decoding.recogniser import Recogniser, Transcript, clean, load_recogniser, recognise
 from unislu_llm.errors import UserError
 from unislu_llm.io import append_json, atomic
@@ -31,8 +32,9 @@ class Report:
     """What became of one manifest, of which `copy` was written."""
 
     copy: Path
-    # `rows`; transcripts `made` now, `known` from a call that was stopped, and `looped`; rows whose
-    # hypothesis is `copied` from their text, or that have none (`mute`); `filled` pseudo-labels.
+    # `rows`; transcripts `made` now, `known` from a call that was stopped, `looped`, empty for
+    # `no_speech`; rows whose hypothesis is `copied` from their text, or that have none (`mute`);
+    # `filled` pseudo-labels.
     counts: Counter[str]
     pairs: list[tuple[str, str]] = field(default_factory=list)  # text and recognised hypothesis
     # `file:line (id)` of rows that the copy lacks, by reason; and by span task, of filled rows
@@ -127,22 +129,26 @@ def write_copies(load: Callable[[], Recogniser], manifests: Sequence[Path], fold
 
 def _resume(kept: Path, load: Callable[[], Recogniser], asked: Sequence[Utterance],
             registry: TaskRegistry, counts: Counter[str], **options: Any) -> dict[str, Transcript]:
-    """Transcripts by id; each is kept in a file as it is made."""
+    """Transcripts by id, empty where there is no speech; each is kept in a file as it is made."""
     known: dict[str, Transcript] = {}
     data = kept.read_bytes() if kept.exists() else b""
     for line in data.splitlines():
         with contextlib.suppress(ValueError, KeyError):  # a call was killed as it wrote
             row = json.loads(line)
-            known[row["id"]] = Transcript(row["text"], row["loop"])
+            known[row["id"]] = Transcript(row["text"], row["loop"], row["evidence"])
     new = [u for u in asked if u.id not in known]
     counts["made"], counts["known"] = len(new), len(known)
     if new:
         kept.parent.mkdir(parents=True, exist_ok=True)
         kept.write_bytes(data[:data.rfind(b"\n") + 1])
         for i, t in recognise(load(), new, registry, **options):
+            # Of the evidence nothing is kept but that there is no speech.
+            none = t.evidence and judge(t.evidence, DecodeConfig().no_speech, "")[0]
+            t = Transcript("", False, t.evidence) if none else t._replace(evidence=None)
             known[new[i].id] = t
-            append_json(kept, {"id": new[i].id, "text": t.text, "loop": t.loop})
+            append_json(kept, {"id": new[i].id, **t._asdict()})
     counts["looped"] = sum(t.loop for t in known.values())
+    counts["no_speech"] = sum(t.evidence is not None for t in known.values())
     return known
 
 
@@ -156,7 +162,8 @@ def _content(row: Row, found: Mapping[str, Transcript], registry: TaskRegistry, 
         if u.text:
             return row.content
         if made is None or made.loop or not made.text:
-            why = "over 30 s" if made is None else "repeats itself" if made.loop else "is empty"
+            why = ("over 30 s" if made is None else "repeats itself" if made.loop else
+                   "holds no speech" if made.evidence else "is empty")
             report.left_out[why].append(place)
             return None
         report.counts["filled"] += 1

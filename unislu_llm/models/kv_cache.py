@@ -30,6 +30,8 @@ class State:
     frame_bias: Tensor | None = None  # (rows, 1, 1, frames) added there; None: none is padding
     hypothesis: list[list[int]] | None = None  # ids without their prompt; None: it reads none
     ctc_hypothesis: list[list[int]] | None = None  # greedy ids of a `ctc` projector
+    # (rows, dim) after Whisper's first token, of the rows that the prompt had.
+    start: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.mask)

@@ -112,7 +112,8 @@ class WhisperSLU(SLUModel):
         nothing = torch.zeros(len(batch), 0, dtype=torch.bool, device=frames.device)
         state = State(EncoderDecoderCache(DynamicCache(), DynamicCache()), nothing, frames[:, 0],
                       frames, bias)
-        state.hidden = self.step(state, prompt)[:, -1]
+        hidden = self.step(state, prompt)
+        state.hidden, state.start = hidden[:, -1], hidden[:, 0]
         return state
 
     def _read(self, state: State, valid: Tensor, **inputs: Tensor) -> Tensor:

@@ -34,6 +34,7 @@ class Prediction(BaseModel):
     probabilities: dict[str, float] | None = None  # of every label of a task with one an utterance
     hypothesis: str | None = None  # that the model was given
     ctc_hypothesis: str | None = None  # greedy text of a ctc projector
+    no_speech: bool = False  # whether use would answer nothing
 
     @property
     def utterance(self) -> tuple[str, str]:

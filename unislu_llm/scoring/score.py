@@ -30,7 +30,7 @@ def score_predictions(predictions: Sequence[Prediction | Mapping[str, Any]],
 
     Raises UserError: a prediction cannot be scored. Returns plain data::
 
-        n_predictions, n_utterances: int
+        n_predictions, n_utterances, no_speech: int (utterances that use would not answer)
         malformed: {share: percent with a problem, n, kinds: {kind: occurrences}}
         position: {span task: {n, f1, ...}}
         protocols: {protocol: {
@@ -53,6 +53,7 @@ def score_predictions(predictions: Sequence[Prediction | Mapping[str, Any]],
     return {
         "n_predictions": len(records),
         "n_utterances": len(spoken),
+        "no_speech": sum(p.no_speech for p in spoken),
         "malformed": {"share": 100.0 * bad / max(len(records), 1), "n": bad,
                       "kinds": dict(sorted(kinds.items()))},
         "position": position,
