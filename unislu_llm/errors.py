@@ -14,6 +14,8 @@ from typing import TYPE_CHECKING, Any, get_args
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
 Place = tuple[str | int, ...]
 """Way to a value in nested data: keys and list indices."""
 
@@ -23,6 +25,10 @@ class UserError(ValueError):
 
     Command-line entry points print it without a traceback and exit with status 2.
     """
+
+    def __init__(self, message: object = "") -> None:
+        # File names and texts of strangers are quoted in it, and could steer a terminal.
+        super().__init__(_STEERING.sub("\ufffd", str(message)))
 
 
 @contextlib.contextmanager

@@ -13,11 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import yaml
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from unislu_llm.errors import UserError, dotted, explain, hint
+from unislu_llm.text_files import read_yaml
 
 SEPARATOR = "[T/L]"
 """Marker between the transcript and the task part."""
@@ -207,10 +207,7 @@ class TaskRegistry:
             return cls()
         if not Path(path).is_file():
             raise UserError(f"task file {path} does not exist; give a YAML list of tasks")
-        try:
-            rows = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} is not YAML: {error}") from error
+        rows = read_yaml(path)[1]
         if not isinstance(rows, list):
             raise UserError(f"{path}: expected a YAML list of tasks, found {type(rows).__name__}")
         return cls.from_dict(rows, where=str(path))

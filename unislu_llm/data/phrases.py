@@ -7,14 +7,17 @@ normaliser makes equal count too (`12-ounce` and `twelve ounce`).
 from __future__ import annotations
 
 import unicodedata
+from bisect import bisect_left
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 
 from unislu_llm.errors import hint, shorten
 from unislu_llm.scoring.text import Token, ner_tokens, normalise_phrase
 from unislu_llm.tasks import Span
 
 _MORE_WORDS = 2  # that a phrase may have in the transcript: `a 100` is `one hundred`
+_LONG_PHRASE = 20  # words, over which a phrase is searched for as it is spelt alone
 _LONG = 500  # words from which a text is searched for equal words alone: normalising takes a while
 
 
@@ -41,8 +44,8 @@ def place_phrases(text: str, phrases: Sequence[tuple[str, str]], spans: Iterable
     # Long phrases first: they have fewer places, and a short one must not take their words.
     for words, given in sorted(alike.items(), key=lambda item: -len(item[0])):
         phrase, places = phrases[given[0]][1], list[tuple[int, int]]()
-        for start, end in said.find(phrase, words):
-            if not any(taken[start:end]) and not (places and start < places[-1][1]):
+        for start, end in said.find(phrase, words, taken):
+            if taken.find(1, start, end) < 0 and not (places and start < places[-1][1]):
                 places.append((start, end))
         labels = sorted({phrases[i][0] for i in given})
         if len(places) < len(given):
@@ -70,23 +73,46 @@ class _Transcript:
     def __init__(self, text: str) -> None:
         self._text, self._tokens = text, ner_tokens(text)
         self._words = [_word(token) for token in self._tokens]
-        self._index: dict[str, list[int]] = defaultdict(list)
-        for i, word in enumerate(self._words):
-            self._index[word].append(i)
+        # One string of all words: Python finds a part of it in linear time, however it repeats.
+        self._joined = "".join(f"\n{word}" for word in self._words) + "\n"
+        self._at = list(accumulate((len(word) + 1 for word in self._words), initial=0))
+        self._starts = [token.start for token in self._tokens]
         self._normal: dict[int, list[str]] = {}  # normalised stretches, by their number of words
 
-    def find(self, phrase: str, words: tuple[str, ...]) -> list[tuple[int, int]]:
-        n, first = len(words), words[0] if words else ""
-        places = [(i, i + n) for i in self._index.get(first, ())
-                  if tuple(self._words[i:i + n]) == words]
-        if not places and words and len(self._tokens) <= _LONG and (
-                wanted := normalise_phrase(phrase, "whisper")):
+    def find(self, phrase: str, words: tuple[str, ...],
+             taken: bytearray | None = None) -> list[tuple[int, int]]:
+        """Places of a phrase; some of those that overlap others or what is `taken` are left out."""
+        n = len(words)
+        places = [(i, i + n) for i in self._places(words, taken)]
+        short = 0 < n <= _LONG_PHRASE and len(self._tokens) <= _LONG and not self.has(words)
+        if not places and short and (wanted := normalise_phrase(phrase, "whisper")):
             equal = [(i, i + k) for k in range(1, n + _MORE_WORDS + 1)
                      for i, stretch in enumerate(self._stretches(k)) if stretch == wanted]
             # The normaliser drops `um`: the shortest of stretches inside one another is the phrase.
             places = sorted(p for p in equal if not any(
                 q != p and p[0] <= q[0] and q[1] <= p[1] for q in equal))
         return [(self._tokens[i].start, self._tokens[j - 1].end) for i, j in places]
+
+    def has(self, words: tuple[str, ...]) -> bool:
+        """Whether these words follow one another somewhere."""
+        return next(self._places(words, None), None) is not None
+
+    def _places(self, words: tuple[str, ...], taken: bytearray | None) -> Iterator[int]:
+        """Indices of the words from which these follow."""
+        wanted = "".join(f"\n{word}" for word in words) + "\n"
+        position = self._joined.find(wanted) if words else -1
+        while position >= 0:
+            i = bisect_left(self._at, position)
+            after, end = i + 1, self._tokens[i + len(words) - 1].end
+            if taken is None or (there := taken.find(1, self._tokens[i].start, end)) < 0:
+                yield i
+                # Those that overlap it count where places are listed, and not where they are given.
+                after = i + (1 if taken is None else len(words))
+            elif (free := taken.find(0, there)) < 0:
+                return
+            else:  # nothing that begins before the end of what is taken is free
+                after = max(after, bisect_left(self._starts, free))
+            position = self._joined.find(wanted, self._at[after])
 
     def _stretches(self, n: int) -> list[str]:
         if n not in self._normal:
@@ -100,11 +126,11 @@ class _Transcript:
         if there:
             return (f"'{shorten(phrase)}' is given {_times(given)} and is in the text "
                     f"{_times(there)}; spans do not overlap")
-        if self.find(phrase, words):
+        if self.has(words) or self.find(phrase, words):
             return f"'{shorten(phrase)}' is in the text only where another span is"
-        n = len(words)
-        near = {" ".join(self._words[i:i + n])
-                for i in range(min(len(self._words), _LONG) - n + 1)} if n else set[str]()
+        n, searched = len(words), min(len(self._words), _LONG)
+        near = {" ".join(self._words[i:i + n]) for i in range(searched - n + 1)
+                if 0 < n <= _LONG_PHRASE}
         return (f"'{shorten(phrase)}' is not in the text as whole words"
                 f"{hint(phrase, near) or '; correct the phrase or the text'}")
 

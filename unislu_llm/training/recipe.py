@@ -115,7 +115,7 @@ def fill_cache(source: Path, folder: Path | None, decoder: str) -> int:
     from unislu_llm.data.loading import load_examples
     from unislu_llm.models.encoder import SpeechEncoder
     from unislu_llm.training.build import build_registry
-    from unislu_llm.weights import resolve
+    from unislu_llm.weights import from_pretrained, resolve
 
     run = source / "config.yaml"  # its paths are as the run was given them
     config = config_from_file(run, resolve=False) if run.is_file() else config_from_file(source)
@@ -125,8 +125,8 @@ def fill_cache(source: Path, folder: Path | None, decoder: str) -> int:
     examples = load_examples(data.train, build_registry(config))
     clips = [example.utterance for example in examples]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    whisper: Any = WhisperModel.from_pretrained(resolve(model.encoder).path, dtype=torch.float32,
-                                                attn_implementation="sdpa")
+    whisper: Any = from_pretrained(WhisperModel, resolve(model.encoder).path, dtype=torch.float32,
+                                   attn_implementation="sdpa")
     # As the models build their encoders: frames of another dtype would not be found again.
     half = precision == "bf16" and decoder == "llm"
     encoder = SpeechEncoder(whisper.encoder.to(torch.bfloat16 if half else torch.float32),
