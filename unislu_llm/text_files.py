@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import yaml
@@ -25,39 +24,37 @@ def read_text(path: str | os.PathLike[str], most: int = _MOST_BYTES) -> str:
             data = file.read(most + 1)
         if len(data) > most:
             raise UserError(f"{path} cannot be read: it has over {most >> 10:,} KB")
-        return data.decode("utf-8").replace("\r\n", "\n")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} cannot be read: byte {error.start + 1} is not UTF-8") from error
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        return data.decode("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"{path} cannot be read: {why}") from error
 
 
-def read_yaml(path: str | Path, loader: type[yaml.SafeLoader] = yaml.SafeLoader,
+def read_yaml(path: str | os.PathLike[str], loader: type[yaml.SafeLoader] = yaml.SafeLoader,
               ) -> tuple[yaml.Node | None, Any]:
     """What a YAML file says, and the nodes that it was made from, which know their lines.
 
-    Raises UserError: it cannot be read, is no YAML (with its line), or its aliases, written out,
-    are out of bounds.
+    Raises UserError: it cannot be read, is no YAML (with its line), or means too much.
     """
-    parser = loader(read_text(path, _MOST_YAML))
+    text = read_text(path, _MOST_YAML)
     try:
+        parser = loader(text)
         node = parser.get_single_node()
         if node is not None and _size(node, {}) > _MOST_NODES:
-            raise yaml.YAMLError("its aliases (*name) stand for too much; write out what they mean")
+            raise ValueError("its aliases (*name) stand for too much; write out what they mean")
         return node, None if node is None else parser.construct_document(node)
-    except (ValueError, yaml.YAMLError, RecursionError, AttributeError, TypeError) as error:
+    except (ValueError, yaml.YAMLError, RecursionError, AttributeError, LookupError, TypeError,
+            ArithmeticError) as error:  # the last ones: of `!!timestamp` and others, on odd text
         mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
         place = f":{mark.line + 1}" if mark else ""
         raise UserError(f"{path}{place}: not valid YAML: {problem or error}") from error
-    finally:
-        parser.dispose()
 
 
-def _size(node: yaml.Node, sizes: dict[int, int]) -> int:
-    """Nodes of a tree in which a node that several aliases name counts each time."""
-    if (known := sizes.get(id(node))) is None:
-        sizes[id(node)] = _MOST_NODES  # what holds itself has no end
+def _size(node: yaml.Node, sizes: dict[yaml.Node, int]) -> int:
+    """Nodes of a tree in which what several aliases name counts each time."""
+    if node not in sizes:
+        sizes[node] = _MOST_NODES  # what holds itself has no end
         parts = node.value if isinstance(node, yaml.CollectionNode) else ()
-        known = sizes[id(node)] = 1 + sum(_size(n, sizes) for part in parts for n in (
-            part if isinstance(part, tuple) else (part,)))  # a mapping has pairs
-    return known
+        sizes[node] = 1 + sum(_size(n, sizes) for part in parts
+                              for n in (part if isinstance(part, tuple) else (part,)))
+    return sizes[node]

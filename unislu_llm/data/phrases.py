@@ -7,7 +7,6 @@ normaliser makes equal count too (`12-ounce` and `twelve ounce`).
 from __future__ import annotations
 
 import unicodedata
-from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
@@ -17,7 +16,8 @@ from unislu_llm.scoring.text import Token, ner_tokens, normalise_phrase
 from unislu_llm.tasks import Span
 
 _MORE_WORDS = 2  # that a phrase may have in the transcript: `a 100` is `one hundred`
-_LONG_PHRASE = 20  # words, over which a phrase is searched for as it is spelt alone
+_LONG_PHRASE = 20  # words, over which a phrase is looked for as it is spelt alone
+_HINTS = 10  # phrases of a row of which the nearest words are looked for, which takes a while
 _LONG = 500  # words from which a text is searched for equal words alone: normalising takes a while
 
 
@@ -49,7 +49,8 @@ def place_phrases(text: str, phrases: Sequence[tuple[str, str]], spans: Iterable
                 places.append((start, end))
         labels = sorted({phrases[i][0] for i in given})
         if len(places) < len(given):
-            why |= dict.fromkeys(given, said.lacks(phrase, words, len(places), len(given)))
+            why |= dict.fromkeys(given, said.lacks(
+                phrase, words, len(places), len(given), len(why) < _HINTS))
         elif not first and (len(places) > len(given) or len(labels) > 1):
             as_what = f" as {' and as '.join(labels)}" if len(labels) > 1 else ""
             why |= dict.fromkeys(given, f"'{shorten(phrase)}' is in the text "
@@ -73,19 +74,20 @@ class _Transcript:
     def __init__(self, text: str) -> None:
         self._text, self._tokens = text, ner_tokens(text)
         self._words = [_word(token) for token in self._tokens]
-        # One string of all words: Python finds a part of it in linear time, however it repeats.
-        self._joined = "".join(f"\n{word}" for word in self._words) + "\n"
+        self._joined = "".join(f"{word}\n" for word in self._words)
         self._at = list(accumulate((len(word) + 1 for word in self._words), initial=0))
-        self._starts = [token.start for token in self._tokens]
+        self._index: dict[str, list[int]] = defaultdict(list)
+        for i, word in enumerate(self._words):
+            self._index[word].append(i)
         self._normal: dict[int, list[str]] = {}  # normalised stretches, by their number of words
 
     def find(self, phrase: str, words: tuple[str, ...],
-             taken: bytearray | None = None) -> list[tuple[int, int]]:
-        """Places of a phrase; some of those that overlap others or what is `taken` are left out."""
-        n = len(words)
-        places = [(i, i + n) for i in self._places(words, taken)]
-        short = 0 < n <= _LONG_PHRASE and len(self._tokens) <= _LONG and not self.has(words)
-        if not places and short and (wanted := normalise_phrase(phrase, "whisper")):
+             taken: bytes | bytearray = b"") -> list[tuple[int, int]]:
+        """Places, none of which overlaps another; of words as they are spelt also none `taken`."""
+        n, places = len(words), list(self._equal(words, taken))
+        rare = 0 < n <= _LONG_PHRASE and len(self._tokens) <= _LONG and not places
+        if rare and not (taken and any(self._equal(words))) and (
+                wanted := normalise_phrase(phrase, "whisper")):
             equal = [(i, i + k) for k in range(1, n + _MORE_WORDS + 1)
                      for i, stretch in enumerate(self._stretches(k)) if stretch == wanted]
             # The normaliser drops `um`: the shortest of stretches inside one another is the phrase.
@@ -93,26 +95,15 @@ class _Transcript:
                 q != p and p[0] <= q[0] and q[1] <= p[1] for q in equal))
         return [(self._tokens[i].start, self._tokens[j - 1].end) for i, j in places]
 
-    def has(self, words: tuple[str, ...]) -> bool:
-        """Whether these words follow one another somewhere."""
-        return next(self._places(words, None), None) is not None
-
-    def _places(self, words: tuple[str, ...], taken: bytearray | None) -> Iterator[int]:
-        """Indices of the words from which these follow."""
-        wanted = "".join(f"\n{word}" for word in words) + "\n"
-        position = self._joined.find(wanted) if words else -1
-        while position >= 0:
-            i = bisect_left(self._at, position)
-            after, end = i + 1, self._tokens[i + len(words) - 1].end
-            if taken is None or (there := taken.find(1, self._tokens[i].start, end)) < 0:
-                yield i
-                # Those that overlap it count where places are listed, and not where they are given.
-                after = i + (1 if taken is None else len(words))
-            elif (free := taken.find(0, there)) < 0:
-                return
-            else:  # nothing that begins before the end of what is taken is free
-                after = max(after, bisect_left(self._starts, free))
-            position = self._joined.find(wanted, self._at[after])
+    def _equal(self, words: tuple[str, ...],
+               taken: bytes | bytearray = b"") -> Iterator[tuple[int, int]]:
+        # By their rarest word, and compared as strings: a text of one word has many places.
+        n, last, wanted = len(words), 0, "\n".join(words) + "\n"
+        k = min(range(n), key=lambda k: len(self._index.get(words[k], ())), default=0)
+        for i in (j - k for j in self._index.get(words[k], ())) if words else ():
+            if i >= last and self._joined.startswith(wanted, self._at[i]) and taken.find(
+                    1, self._tokens[i].start, self._tokens[i + n - 1].end) < 0:
+                yield i, (last := i + n)
 
     def _stretches(self, n: int) -> list[str]:
         if n not in self._normal:
@@ -121,16 +112,17 @@ class _Transcript:
                 for a, b in zip(self._tokens, self._tokens[n - 1:], strict=False)]
         return self._normal[n]
 
-    def lacks(self, phrase: str, words: tuple[str, ...], there: int, given: int) -> str:
+    def lacks(self, phrase: str, words: tuple[str, ...], there: int, given: int,
+              hints: bool = True) -> str:
         """Why a phrase that is given so many times has fewer places."""
         if there:
             return (f"'{shorten(phrase)}' is given {_times(given)} and is in the text "
                     f"{_times(there)}; spans do not overlap")
-        if self.has(words) or self.find(phrase, words):
+        if self.find(phrase, words):
             return f"'{shorten(phrase)}' is in the text only where another span is"
         n, searched = len(words), min(len(self._words), _LONG)
         near = {" ".join(self._words[i:i + n]) for i in range(searched - n + 1)
-                if 0 < n <= _LONG_PHRASE}
+                if hints and 0 < n <= _LONG_PHRASE}
         return (f"'{shorten(phrase)}' is not in the text as whole words"
                 f"{hint(phrase, near) or '; correct the phrase or the text'}")
 

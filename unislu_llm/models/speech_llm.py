@@ -100,8 +100,8 @@ class SpeechLLM(SLUModel):
         path, found["llm"] = Base.resolve("LLM", config.llm, stored.get("llm"))
         llm = from_pretrained(AutoModelForCausalLM, path, dtype=dtype, attn_implementation="sdpa",
                               **quantization(config.quantization))
-        tokenizer = from_pretrained(AutoTokenizer, path)
-        model = cls(config, registry, whisper, llm, tokenizer, ctc_tokens)
+        model = cls(config, registry, whisper, llm, from_pretrained(AutoTokenizer, path),
+                    ctc_tokens)
         model.bases = found
         return model
 

@@ -20,11 +20,9 @@ def convert_gguf(payload: Path, out: Path, dtype: str) -> None:
         UserError: the file does not fill the model exactly.
     """
     (file,) = payload.glob("*.gguf")
-    tokenizer: Any = hf.AutoTokenizer.from_pretrained(payload, gguf_file=file.name,
-                                                      trust_remote_code=False)
+    tokenizer: Any = hf.AutoTokenizer.from_pretrained(payload, gguf_file=file.name)
     loaded: Any = hf.AutoModelForCausalLM.from_pretrained(
-        payload, gguf_file=file.name, dtype=torch.float32, output_loading_info=True,
-        trust_remote_code=False)
+        payload, gguf_file=file.name, dtype=torch.float32, output_loading_info=True)
     model, report = loaded
     # transformers draws at random what it does not find, and this part of it changes by release.
     if problems := {kind: sorted(keys) for kind, keys in report.items() if keys}:
