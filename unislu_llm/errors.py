@@ -80,7 +80,8 @@ def shorten(text: str, limit: int = 40) -> str:
 
 def dotted(place: Place) -> str:
     """A place as people write it: `train.lr.lora`, `data.train[0]`."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{shorten(part, 80)}"
+                   for part in place)
     return text.removeprefix(".")
 
 

@@ -10,7 +10,7 @@ import yaml
 from unislu_llm.errors import UserError
 
 _MOST_BYTES = 1 << 28  # read as one text; results and tokenizers stay far below
-_MOST_YAML = 1 << 20  # bytes; the parser takes seconds for that
+_MOST_YAML = 1 << 18  # bytes; the parser takes seconds for that, at worst
 _MOST_NODES = 1 << 18  # of YAML with its aliases written out
 
 
