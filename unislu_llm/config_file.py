@@ -22,6 +22,7 @@ from unislu_llm.config import Common, Config, ModelConfig, Precision, Section, S
 from unislu_llm.errors import Place, UserError, dotted, explain
 from unislu_llm.flags import Extra, flag_of, parse_flags
 from unislu_llm.io import MODEL_FILE, RUN_CONFIG, find_model, is_hub_name, near_models, read_json
+from unislu_llm.text_files import read_yaml
 
 Values = dict[str, Any]
 S = TypeVar("S", bound=Section)
@@ -303,13 +304,7 @@ class YamlFile:
         """Raises UserError: no such file, no YAML (with its line), a key twice, or no mapping."""
         if not path.is_file():
             raise UserError(f"config file {path} does not exist")
-        try:
-            text = path.read_text(encoding="utf-8")
-            node, values = yaml.compose(text, Loader=_Loader), yaml.load(text, Loader=_Loader)
-        except (OSError, ValueError, yaml.YAMLError, RecursionError) as error:
-            mark, problem = (getattr(error, name, None) for name in ("problem_mark", "problem"))
-            place = f":{mark.line + 1}" if mark else ""
-            raise UserError(f"{path}{place}: not valid YAML: {problem or error}") from error
+        node, values = read_yaml(path, _Loader)
         if not isinstance(values, dict) or node is None:
             raise UserError(f"{path}:1: expected a mapping at the top, found "
                             f"{type(values).__name__}")

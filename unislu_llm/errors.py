@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any, get_args
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
+_STEERING = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
 Place = tuple[str | int, ...]
 """Way to a value in nested data: keys and list indices."""
 
@@ -25,6 +27,10 @@ class UserError(ValueError):
 
     Command-line entry points print it without a traceback and exit with status 2.
     """
+
+    def __init__(self, message: object = "") -> None:
+        # File names and texts of strangers are quoted in it, and could steer a terminal.
+        super().__init__(_STEERING.sub("\ufffd", str(message)))
 
 
 class Stopped(BaseException):
@@ -54,7 +60,7 @@ def status_of(error: BaseException) -> int | None:
     if isinstance(error, (Stopped, KeyboardInterrupt)):
         if os.environ.get("RANK", "0") == "0":
             told = str(error) or "interrupted; what was printed or written stays"
-            print(f"\n{told}", file=sys.stderr, flush=True)
+            print(told, file=sys.stderr, flush=True)
         return 75 if isinstance(error, Stopped) else 130
     if text := str(error) if isinstance(error, UserError) else cause_of(error):
         report(text)
@@ -142,7 +148,8 @@ def shorten(text: str, limit: int = 40) -> str:
 
 def dotted(place: Place) -> str:
     """A place as people write it: `train.lr.lora`, `data.train[0]`."""
-    text = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place)
+    text = "".join(f"[{part}]" if isinstance(part, int) else f".{shorten(part, 80)}"
+                   for part in place)
     return text.removeprefix(".")
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from unislu_llm.errors import UserError, hint
+from unislu_llm.text_files import read_text
 
 WEIGHTS_FILE = "model.safetensors"
 MODEL_FILE = "config.json"
@@ -87,9 +88,9 @@ def append_json(path: Path, row: Mapping[str, Any]) -> None:
 def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON object; a file that is missing or anything else is a `UserError`."""
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
+        value = json.loads(read_text(path))
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):

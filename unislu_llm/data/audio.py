@@ -27,6 +27,7 @@ from torch.nn.utils.rnn import pad_sequence
 from unislu_llm.errors import UserError
 
 SAMPLE_RATE = 16_000
+RATES = (1_000, 1_000_000)  # Hz that files and arrays may have
 N_FFT = 400  # samples: 25 ms window
 HOP = 160  # samples: 10 ms between mel frames
 MEL_RATE = SAMPLE_RATE // HOP  # 100 mel frames a second
@@ -42,10 +43,17 @@ _SUFFIXES = {*(f".{name.lower()}" for name in soundfile.available_formats()), ".
 _ADDRESS = re.compile(r"\b([A-Za-z][\w+.-]+):/+(.+)")  # `C:/` is a drive
 _MAX_PEAK = 100.0  # above it, samples are integers written as floats rather than loud audio
 _CANCELLED = 1e-3  # of the channels' peak, below which their mean is silent
+_MOST_VALUES = 1 << 31  # of all channels, read at once: 8 GB, 6 hours in stereo at 48 kHz
+_BLOCK = 1 << 24  # of them at a time, so that memory is taken for what is there
 _MP3_PREROLL = 1 << 14  # samples decoded and dropped: an MP3 frame needs the bits of earlier ones
 _STREAM_SIZE = 0x7FFF0000  # a chunk size from here on stands for "not known": written to a pipe
 _OGG_TAIL = 1 << 17  # bytes; an Ogg page has 65,307 at most
 _DECLARED = re.compile(r"(?:data|SSND|BODY|Data Size)\s*: (\d+) \(should be (\d+)\)")
+# Of sizes of 64 bits it tells what is declared alone; W64 counts the
+# 24 bytes that say so, and padding to eight.
+_DECLARED_64 = {"RF64": (re.compile(r"Data size : (\d+)"), 0),
+                "W64": (re.compile(r"^data : (\d+)", re.MULTILINE), 24)}
+_FRAME_BYTES = re.compile(r"Block Align\s*: (\d+)")
 _LOG_FLOOR = 1e-10  # mel power below which Whisper's log10 is cut
 
 
@@ -152,10 +160,19 @@ def _damage(name: str | Path, content: bytes | None, sound: soundfile.SoundFile)
     for declared, found in _DECLARED.findall(sound.extra_info):
         if int(found) < int(declared) < _STREAM_SIZE:
             cut = f"{found} of {declared} bytes of audio"
+    pattern, head = _DECLARED_64.get(sound.format, (None, 0))
+    if pattern and (said := pattern.search(sound.extra_info)) and (
+            size := _FRAME_BYTES.search(sound.extra_info)):
+        declared, found = int(said[1]) - head, sound.frames * int(size[1])
+        if found + max(8, int(size[1])) <= declared < (1 << 63) - head:
+            cut = f"{found} of {declared} bytes of audio"
     if cut:
         return f"the file is truncated ({cut}); fetch or convert it again"
     if sound.frames > 1 << 48:
         return "the header does not say how long it is (written to a pipe); convert it again"
+    if not RATES[0] <= sound.samplerate <= RATES[1]:
+        return (f"a sampling rate of {sound.samplerate} Hz is not between {RATES[0]} and "
+                f"{RATES[1]}; its header is damaged, convert it again")
     return "" if sound.frames else "holds no samples; drop it"
 
 
@@ -197,10 +214,17 @@ def read_frames(path: object, sound: soundfile.SoundFile, first: int, last: int)
     """`(frames, channels)` float32, usually in -1..1, of frames `first` to `last`; raises
     UserError: they cannot be decoded, are fewer than the header says, not finite, or integers."""
     skip = min(first, _MP3_PREROLL) if sound.format == "MP3" else 0
+    step, left = max(1, _BLOCK // sound.channels), last - first + skip
+    if left * sound.channels > _MOST_VALUES:
+        raise UserError(f"{path}: {left} frames of {sound.channels} channels, as its header says, "
+                        "are too many to be read at once; cut it with `start` and `end`")
     try:
         if first > skip:
             sound.seek(first - skip)
-        block = sound.read(last - first + skip, dtype="float32", always_2d=True)[skip:]
+        parts = [sound.read(min(step, left), dtype="float32", always_2d=True)]
+        while (left := left - step) > 0 and len(parts[-1]):
+            parts.append(sound.read(min(step, left), dtype="float32", always_2d=True))
+        block = (parts[0] if len(parts) == 1 else np.concatenate(parts))[skip:]
     except (soundfile.SoundFileError, MemoryError) as error:
         raise UserError(f"{path}: cannot be decoded ({error}); fetch or convert it again"
                         ) from error

@@ -30,6 +30,7 @@ from unislu_llm.utterance import Utterance
 Ids = dict[str, tuple[Path, int]]
 """Manifest and line where each id was seen first."""
 
+_MOST_BYTES = 1 << 26  # of a line; it is read whole, and takes ten times that
 _SPLITS = ("train", "dev", "devel", "test", "valid", "validation", "fine-tune", "all")
 
 
@@ -59,7 +60,10 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
     reader = RowReader(registry, path.parent, corpus or "default", check_audio, without_text)
     line, warned = 0, False
     with path.open("rb") as handle:
-        for number, raw in enumerate(handle, 1):
+        for number, raw in enumerate(iter(lambda: handle.readline(_MOST_BYTES), b""), 1):
+            if len(raw) == _MOST_BYTES:
+                raise UserError(f"{path}:{number}: the line has over {_MOST_BYTES >> 20} MB; a "
+                                "manifest has one JSON object a line")
             raw = raw.removeprefix(codecs.BOM_UTF8)  # some editors begin a file with it
             if not raw.strip():
                 continue

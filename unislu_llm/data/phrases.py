@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import unicodedata
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import accumulate
 
 from unislu_llm.errors import hint, shorten
 from unislu_llm.scoring.text import Token, ner_tokens, normalise_phrase
 from unislu_llm.tasks import Span
 
 _MORE_WORDS = 2  # that a phrase may have in the transcript: `a 100` is `one hundred`
+_LONG_PHRASE = 20  # words, over which a phrase is looked for as it is spelt alone
+_HINTS = 10  # phrases of a row of which the nearest words are looked for, which takes a while
 _LONG = 500  # words from which a text is searched for equal words alone: normalising takes a while
 
 
@@ -41,12 +44,13 @@ def place_phrases(text: str, phrases: Sequence[tuple[str, str]], spans: Iterable
     # Long phrases first: they have fewer places, and a short one must not take their words.
     for words, given in sorted(alike.items(), key=lambda item: -len(item[0])):
         phrase, places = phrases[given[0]][1], list[tuple[int, int]]()
-        for start, end in said.find(phrase, words):
-            if not any(taken[start:end]) and not (places and start < places[-1][1]):
+        for start, end in said.find(phrase, words, taken):
+            if taken.find(1, start, end) < 0 and not (places and start < places[-1][1]):
                 places.append((start, end))
         labels = sorted({phrases[i][0] for i in given})
         if len(places) < len(given):
-            why |= dict.fromkeys(given, said.lacks(phrase, words, len(places), len(given)))
+            why |= dict.fromkeys(given, said.lacks(
+                phrase, words, len(places), len(given), len(why) < _HINTS))
         elif not first and (len(places) > len(given) or len(labels) > 1):
             as_what = f" as {' and as '.join(labels)}" if len(labels) > 1 else ""
             why |= dict.fromkeys(given, f"'{shorten(phrase)}' is in the text "
@@ -70,16 +74,19 @@ class _Transcript:
     def __init__(self, text: str) -> None:
         self._text, self._tokens = text, ner_tokens(text)
         self._words = [_word(token) for token in self._tokens]
+        self._joined = "".join(f"{word}\n" for word in self._words)
+        self._at = list(accumulate((len(word) + 1 for word in self._words), initial=0))
         self._index: dict[str, list[int]] = defaultdict(list)
         for i, word in enumerate(self._words):
             self._index[word].append(i)
         self._normal: dict[int, list[str]] = {}  # normalised stretches, by their number of words
 
-    def find(self, phrase: str, words: tuple[str, ...]) -> list[tuple[int, int]]:
-        n, first = len(words), words[0] if words else ""
-        places = [(i, i + n) for i in self._index.get(first, ())
-                  if tuple(self._words[i:i + n]) == words]
-        if not places and words and len(self._tokens) <= _LONG and (
+    def find(self, phrase: str, words: tuple[str, ...],
+             taken: bytes | bytearray = b"") -> list[tuple[int, int]]:
+        """Places, none of which overlaps another; of words as they are spelt also none `taken`."""
+        n, places = len(words), list(self._equal(words, taken))
+        rare = 0 < n <= _LONG_PHRASE and len(self._tokens) <= _LONG and not places
+        if rare and not (taken and any(self._equal(words))) and (
                 wanted := normalise_phrase(phrase, "whisper")):
             equal = [(i, i + k) for k in range(1, n + _MORE_WORDS + 1)
                      for i, stretch in enumerate(self._stretches(k)) if stretch == wanted]
@@ -88,6 +95,16 @@ class _Transcript:
                 q != p and p[0] <= q[0] and q[1] <= p[1] for q in equal))
         return [(self._tokens[i].start, self._tokens[j - 1].end) for i, j in places]
 
+    def _equal(self, words: tuple[str, ...],
+               taken: bytes | bytearray = b"") -> Iterator[tuple[int, int]]:
+        # By their rarest word, and compared as strings: a text of one word has many places.
+        n, last, wanted = len(words), 0, "\n".join(words) + "\n"
+        k = min(range(n), key=lambda k: len(self._index.get(words[k], ())), default=0)
+        for i in (j - k for j in self._index.get(words[k], ())) if words else ():
+            if i >= last and self._joined.startswith(wanted, self._at[i]) and taken.find(
+                    1, self._tokens[i].start, self._tokens[i + n - 1].end) < 0:
+                yield i, (last := i + n)
+
     def _stretches(self, n: int) -> list[str]:
         if n not in self._normal:
             self._normal[n] = [
@@ -95,16 +112,17 @@ class _Transcript:
                 for a, b in zip(self._tokens, self._tokens[n - 1:], strict=False)]
         return self._normal[n]
 
-    def lacks(self, phrase: str, words: tuple[str, ...], there: int, given: int) -> str:
+    def lacks(self, phrase: str, words: tuple[str, ...], there: int, given: int,
+              hints: bool = True) -> str:
         """Why a phrase that is given so many times has fewer places."""
         if there:
             return (f"'{shorten(phrase)}' is given {_times(given)} and is in the text "
                     f"{_times(there)}; spans do not overlap")
         if self.find(phrase, words):
             return f"'{shorten(phrase)}' is in the text only where another span is"
-        n = len(words)
-        near = {" ".join(self._words[i:i + n])
-                for i in range(min(len(self._words), _LONG) - n + 1)} if n else set[str]()
+        n, searched = len(words), min(len(self._words), _LONG)
+        near = {" ".join(self._words[i:i + n]) for i in range(searched - n + 1)
+                if hints and 0 < n <= _LONG_PHRASE}
         return (f"'{shorten(phrase)}' is not in the text as whole words"
                 f"{hint(phrase, near) or '; correct the phrase or the text'}")
 

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_val
 from pydantic_core import PydanticCustomError as Refused
 
 from unislu_llm.data.annotations import STRICT, annotation, shown
-from unislu_llm.errors import dotted
+from unislu_llm.errors import dotted, shorten
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.unified import find_marker
 from unislu_llm.utterance import Utterance
@@ -56,7 +56,7 @@ class Problem(NamedTuple):
 
     def __str__(self) -> str:
         where = f"{self.file}:{self.line}" if self.line else str(self.file)
-        return f"{where}: {self.field}: {'warning: ' * self.warning}{self.message}"
+        return f"{where}: {shorten(self.field, 80)}: {'warning: ' * self.warning}{self.message}"
 
 
 # ---- what a row may say

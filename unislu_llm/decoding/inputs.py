@@ -25,7 +25,7 @@ or 32 bits over their whole range."""
 
 # Of a folder these are taken as well: that they cannot be read should be said, not passed over.
 _OTHER_AUDIO = frozenset({".m4a", ".mp4", ".aac", ".wma", ".webm", ".amr"})
-_RATES = (1_000, 1_000_000)  # Hz that an array may have: `16` is kHz, written by mistake
+_RATES = audio.RATES  # `16` is kHz, written by mistake
 _MAX_CHANNELS = 8  # of an array; with more, it is rather a batch of clips
 
 

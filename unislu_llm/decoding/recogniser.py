@@ -76,15 +76,15 @@ class WhisperRecogniser:
                  silence: float = 30.0) -> None:
         path = weights.resolve(checkpoint, revision=revision).path
         try:
-            whisper: Any = WhisperForConditionalGeneration.from_pretrained(
-                path, dtype=dtype, attn_implementation="sdpa")
+            whisper: Any = weights.from_pretrained(WhisperForConditionalGeneration, path,
+                                                   dtype=dtype, attn_implementation="sdpa")
         except (ValueError, KeyError, RuntimeError) as error:
             raise UserError(f"{checkpoint} cannot make hypotheses: it is no Whisper checkpoint "
                             f"({error})") from error
         whisper.generation_config.max_length = None  # new tokens are bounded; both would warn
         self._whisper, self._silence = whisper.eval().to(device), silence
         self._encoder = SpeechEncoder(whisper.model.encoder, ModelConfig()).eval()
-        self._tokenizer = AutoTokenizer.from_pretrained(path)
+        self._tokenizer = weights.from_pretrained(AutoTokenizer, path)
 
     def __call__(self, waves: Sequence[Tensor], language: str) -> list[Transcript]:
         # Its decoder has no mask: clips of a batch are padded to one length, which is rounded up so

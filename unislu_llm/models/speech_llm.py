@@ -34,6 +34,7 @@ from unislu_llm.models.projectors import NONE, build_projector
 from unislu_llm.models.saved import Base
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import UnifiedTokenizer
+from unislu_llm.weights import from_pretrained
 
 Part = tuple[Tensor, Sequence[int]]
 """Embeddings of one part of a prompt, `(batch, n, dim)` or `(1, n, dim)` where all rows have the
@@ -93,13 +94,14 @@ class SpeechLLM(SLUModel):
         whisper: Any = None
         if config.projector != NONE:
             path, found["encoder"] = Base.resolve("encoder", config.encoder, stored.get("encoder"))
-            whisper = WhisperModel.from_pretrained(path, dtype=torch.float32,
-                                                   attn_implementation="sdpa").encoder
+            whisper = from_pretrained(WhisperModel, path, dtype=torch.float32,
+                                      attn_implementation="sdpa").encoder
             whisper = whisper.to(dtype if config.encoder_mode == "frozen" else torch.float32)
         path, found["llm"] = Base.resolve("LLM", config.llm, stored.get("llm"))
-        llm = AutoModelForCausalLM.from_pretrained(path, dtype=dtype, attn_implementation="sdpa",
-                                                   **quantization(config.quantization))
-        model = cls(config, registry, whisper, llm, AutoTokenizer.from_pretrained(path), ctc_tokens)
+        llm = from_pretrained(AutoModelForCausalLM, path, dtype=dtype, attn_implementation="sdpa",
+                              **quantization(config.quantization))
+        model = cls(config, registry, whisper, llm, from_pretrained(AutoTokenizer, path),
+                    ctc_tokens)
         model.bases = found
         return model
 

@@ -25,6 +25,7 @@ from unislu_llm.models.projectors import NONE
 from unislu_llm.models.saved import Base
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import UnifiedTokenizer
+from unislu_llm.weights import from_pretrained
 
 
 class WhisperSLU(SLUModel):
@@ -65,8 +66,8 @@ class WhisperSLU(SLUModel):
               dtype: torch.dtype = torch.float32, ctc_tokens: Sequence[int] | None = None,
               bases: Mapping[str, Base] | None = None) -> Self:
         path, base = Base.resolve("Whisper", config.encoder, (bases or {}).get("encoder"))
-        whisper = Whisper.from_pretrained(path, dtype=torch.float32, attn_implementation="sdpa")
-        model = cls(config, registry, whisper, AutoTokenizer.from_pretrained(path))
+        whisper = from_pretrained(Whisper, path, dtype=torch.float32, attn_implementation="sdpa")
+        model = cls(config, registry, whisper, from_pretrained(AutoTokenizer, path))
         model.bases = {"encoder": base}
         return model
 

@@ -118,7 +118,7 @@ def fill_cache(source: Path, folder: Path | None, decoder: str) -> int:
     from unislu_llm.data.loading import load_examples
     from unislu_llm.models.encoder import SpeechEncoder
     from unislu_llm.training.build import build_registry
-    from unislu_llm.weights import resolve
+    from unislu_llm.weights import from_pretrained, resolve
 
     run = (source / RUN_CONFIG).is_file()
     config = config_of_run(source) if run else config_from_file(source)
@@ -129,8 +129,8 @@ def fill_cache(source: Path, folder: Path | None, decoder: str) -> int:
     clips = [example.utterance for example in examples]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     disable_progress_bar()  # of the checkpoint's tensors
-    whisper: Any = WhisperModel.from_pretrained(resolve(model.encoder).path, dtype=torch.float32,
-                                                attn_implementation="sdpa")
+    whisper: Any = from_pretrained(WhisperModel, resolve(model.encoder).path, dtype=torch.float32,
+                                   attn_implementation="sdpa")
     # As the models build their encoders: frames of another dtype would not be found again.
     half = precision == "bf16" and decoder == "llm"
     encoder = SpeechEncoder(whisper.encoder.to(torch.bfloat16 if half else torch.float32),

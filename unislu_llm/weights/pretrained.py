@@ -1,0 +1,94 @@
+"""Folders of base checkpoints to models and tokenizers of transformers, trusting none of them.
+
+No code of a checkpoint runs, it names no other files, and what its `config.json` asks for is
+compared with its weights before memory is taken.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
+
+from unislu_llm.errors import UserError, shorten
+from unislu_llm.io import MODEL_FILE, read_json
+from unislu_llm.weights.resolve import weight_names
+
+# What is built one by one takes memory before a weight is read. No model has 200 layers.
+_BUILT = ((re.compile(r"(layer|depth|block|stage)s?$"), 1 << 10),
+          (re.compile(r"label|expert"), 1 << 16))
+_SIDE_FILE = 1 << 28  # bytes of a file beside the weights; tokenizers have up to 40 MB
+_INDEX = "model.safetensors.index.json"
+
+
+def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
+    """`kind.from_pretrained(folder, **options)` for a class of transformers.
+
+    Raises UserError: the folder needs code of its own, or its files are damaged, do not fit each
+    other, or ask for more than is there.
+    """
+    described, safe = _checked(folder), {"trust_remote_code": False}
+    try:
+        if "Tokenizer" not in kind.__name__:
+            # Of pickled weights, in old checkpoints, torch reads the tensors and calls nothing.
+            safe["weights_only"] = True
+            if "quantization_config" not in described and not is_deepspeed_zero3_enabled():
+                _rehearse(kind, folder, options | safe)
+        return kind.from_pretrained(folder, **options, **safe)
+    except (UserError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # transformers has no class of its own for what it cannot read
+        if "trust_remote_code" in (said := " ".join(str(error).split())):
+            files = ", ".join(path.name for path in sorted(folder.glob("*.json"))
+                              if "auto_map" in path.read_text(encoding="utf-8"))
+            raise UserError(f"{folder} needs code of its own (auto_map in {files}); unislu_llm runs"
+                            " no foreign code; take a model that transformers itself has"
+                            ) from error
+        raise UserError(f"{folder} cannot be loaded as {kind.__name__}: "
+                        f"{shorten(said, 200) or type(error).__name__}") from error
+
+
+def _checked(folder: Path) -> dict[str, Any]:
+    """`config.json`, where transformers may act by it and by what lies beside it."""
+    for file in folder.iterdir():
+        if file.suffix in (".json", ".txt", ".model", ".jinja") and (
+                not file.is_file() or file.stat().st_size > _SIDE_FILE):
+            raise UserError(f"{file} is no file, or over {_SIDE_FILE >> 20} MB; fetch it again")
+    # PEFT would import modules that it names, and add weights that were not hashed.
+    if (folder / "adapter_config.json").exists():
+        raise UserError(f"{folder}/adapter_config.json: the folder holds an adapter of PEFT; merge "
+                        "it into the weights (`merge_and_unload`), or remove its files")
+    described, weights = read_json(folder / MODEL_FILE), weight_names(os.listdir(folder))
+    parts: list[Any] = [described]
+    for part in parts:
+        for key, value in part.items() if isinstance(part, dict) else enumerate(part):
+            parts += [value] if isinstance(value, (dict, list)) else []
+            limit = next((most for name, most in _BUILT if name.search(str(key))), None)
+            if limit and isinstance(value, (int, float)) and value > limit:
+                raise UserError(f"{folder / MODEL_FILE}: {shorten(str(key))} is {value:g}; no model"
+                                f" has over {limit}: the file is damaged, fetch it again")
+    # Others than those that were hashed, perhaps in another folder.
+    named = {str(described.get("transformers_weights") or (weights or [""])[0])}
+    if (folder / _INDEX).is_file() and "model.safetensors" not in weights:
+        named |= set(map(str, dict(read_json(folder / _INDEX).get("weight_map") or {}).values()))
+    if strange := sorted(named.difference(weights, [""])):
+        raise UserError(f"{folder}: its files name '{shorten(strange[0])}' for weights, which is "
+                        "none of its weight files; fetch it again")
+    return described
+
+
+def _rehearse(kind: Any, folder: Path, options: dict[str, Any]) -> None:
+    """Load without values, in a tenth of the time, to see whether the files fit each other."""
+    options = {k: v for k, v in options.items() if k != "quantization_config"}
+    _, found = kind.from_pretrained(folder, device_map="meta", output_loading_info=True,
+                                    ignore_mismatched_sizes=True, **options)
+    # transformers draws what is missing at random, and says so among warnings.
+    for keys, fault in (("missing_keys", "lack"), ("mismatched_keys", "have another shape of")):
+        if wrong := sorted(map(str, found[keys])):
+            raise UserError(f"{folder}: its weight files {fault} {len(wrong)} tensors of the model "
+                            f"that config.json describes, {shorten(wrong[0], 80)} first; fetch it "
+                            "again, or take a checkpoint of a whole model")
