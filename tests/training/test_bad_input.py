@@ -74,7 +74,6 @@ def test_a_bad_row_is_named_by_file_line_and_field(
     ({"train": {"objective": "ctc"}}, ["set model.projector ctc"]),
     ({"train": {"objective": "ctc"}, "model": CTC | {"encoder_mode": "full"}}, ["frozen encoder"]),
     ({"train": {"init": "nowhere"}}, ["train.init", "neither"]),
-    ({"train": {"groups": ["projektor"]}}, ["did you mean 'projector'"]),
     ({"train": {"trackers": ["tensorbord"]}}, ["train.trackers: 'tensorbord'"]),
 ])
 def test_a_bad_setting_is_named(sections: dict[str, Any], words: list[str],
