@@ -164,6 +164,13 @@ def test_without_a_recogniser(build: Build, monkeypatch: pytest.MonkeyPatch) -> 
     assert understand(whisper, clip, "sa", SHORT).no_speech
 
 
+def test_reading_models_know_silence_by_the_samples(build: Build,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    model = reads(build, monkeypatch, SPEECH)
+    clips = [(noise(1)[0], 16_000), (np.zeros(9_000), 16_000)]
+    assert [a.no_speech for a in understand(model, clips, "sa", SHORT)] == [False, True]
+
+
 def test_copies_have_no_words_of_noise(make_utterances: Callable[..., Any],
                                        tmp_path: Path) -> None:
     manifest = tmp_path / "a.jsonl"
