@@ -91,15 +91,14 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
     be read is one error; the others are answered, and the exit status is 2.
 
     Args:
-        model: Run folder (its best checkpoint), folder of a saved model, or name on the Hugging
-            Face hub.
+        model: Run folder (its best checkpoint), saved model, or name on the Hugging Face hub.
         audio: WAV, FLAC, Ogg, Opus, MP3; any rate, mixed down to mono. Files, folders with files in
             and below them, patterns such as 'clips/*.wav', or - for a file on the standard input.
         tasks: Tasks to answer; without names: transcripts alone.
         out: Write JSON lines into this new file, in place of printing.
         as_json: Print one JSON object a file, with all that is known.
         overlap: Seconds by which windows overlap.
-        language: Whisper language code for the model's recogniser; default: the model's own.
+        language: Whisper language code for the recogniser; default: the model's own.
         no_speech: Probability of no speech above which nothing is answered; 1 answers all.
         num_beams: Beams; 1 is greedy.
         n_best: With JSON: alternatives to print, at most as many as beams.

@@ -99,8 +99,10 @@ def report(error: object) -> None:
 def disk_fault(error: BaseException) -> str:
     """What kept a file from being read or written; empty for an error of another kind."""
     # safetensors and tokenizers write in Rust, and have the number in their message alone.
-    told = re.search(r"\(os error (\d+)\)", str(error))
-    number = int(told[1]) if told else error.errno if isinstance(error, OSError) else None
+    # So does an error of `shutil.copytree`, which has several.
+    told = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))
+    own = error.errno if isinstance(error, OSError) else None
+    number = int(told[1] or told[2]) if told else own
     return os.strerror(number).lower() if number else ""
 
 

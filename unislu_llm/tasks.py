@@ -35,8 +35,8 @@ RESERVED = frozenset((
     "all", "asr", "none", "task", "tasks", "labels", "id", "text", "audio", "start", "end",
     "duration", "speaker", "language", "corpus", "draft", "hypothesis", "text_source", "segments",
     "file", "error", "seconds", "problems", "raw", "ctc_hypothesis", "probabilities", "confidence",
-    "tokens", "alternatives", "spans", "windows", "text_start", "text_end", "warning", "no_speech",
-    "score"))
+    "tokens", "alternatives", "spans", "windows", "text_start", "text_end", "warning", "warnings",
+    "no_speech", "evidence", "score"))
 """What manifests, answers, their confidences and scores call other things than a task."""
 
 

@@ -21,7 +21,8 @@ def read_text(path: str | os.PathLike[str], most: int = _MOST_BYTES) -> str:
         if os.path.exists(path) and not os.path.isfile(path):
             raise UserError(f"{path} cannot be read: it is no file")
         with open(path, "rb") as file:
-            data = file.read(most + 1)
+            # No more than there is: `read` takes the memory of all that it is asked for.
+            data = file.read(min(most, os.fstat(file.fileno()).st_size) + 1)
         if len(data) > most:
             raise UserError(f"{path} cannot be read: it has over {most >> 10:,} KB")
         return data.decode("utf-8")

@@ -183,7 +183,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_weights_change(tiny_conf
         return found * math.nan, sums
 
     trainer.objective.loss = broken  # type: ignore[method-assign]
-    with pytest.raises(UserError, match=r"loss is nan or infinite at step 2.*can be resumed"):
+    with pytest.raises(UserError, match=r"loss is nan or infinite at step 1.*can be resumed"):
         trainer.step(micro)
     after = trainer.model.trained_state()
     assert all(torch.equal(before[n], after[n]) for n in before)

@@ -50,13 +50,11 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
     """The rows of a manifest in one pass, good ones and bad ones, as :class:`RowReader` reads them.
 
     `ids` are those of manifests read before, to find repetitions. Raises UserError: there is no
-    such file, or a task is named like a manifest field.
+    such file.
     """
     path, ids = Path(path), {} if ids is None else ids
     if not path.is_file():
         raise UserError(f"{path}: manifest does not exist or is no file; give a JSON-lines file")
-    if clash := [name for name in registry.names if name in FIELDS]:
-        raise UserError(f"task '{clash[0]}' has the name of a manifest field; rename the task")
     reader = RowReader(registry, path.parent, corpus or "default", check_audio, without_text)
     line, warned = 0, False
     with path.open("rb") as handle:

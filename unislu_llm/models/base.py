@@ -224,7 +224,7 @@ class SLUModel(nn.Module, ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = self.trained_state() if state is None else dict(state)
-        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt", "kind": self.kind})
+        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
         Description(
             model_type=self.kind, model=self.config, tasks=self.registry.to_dict(),
             bases=self.bases, ctc_tokens=list(self.ctc_tokens or ()) or None,

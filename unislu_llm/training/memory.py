@@ -12,10 +12,11 @@ from unislu_llm.errors import UserError
 
 def out_of_memory(error: BaseException) -> bool:
     """Whether an allocation failed, on a GPU or on the CPU."""
-    # The CPU's allocator has no class of error of its own.
+    # The CPU's allocator has no class of error of its own, and oneDNN says no more than that.
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or (
         isinstance(error, RuntimeError) and any(words in str(error) for words in (
-            "out of memory", "can't allocate memory", "not enough memory")))
+            "out of memory", "can't allocate memory", "not enough memory",
+            "could not create a primitive")))
 
 
 def halve(micro: list[Batch], place: int, split: bool, step: int, kept: str) -> list[Batch]:

@@ -103,10 +103,9 @@ class Trainer(Steps):
                                  (e.utterance.text for e in examples), self.device)
         examples, made = attach_hypotheses(config, self.model, examples, self.rank, self.world,
                                            self.device, self._progress("hypotheses"))
-        self.rates = fitted_rates(config)
-        self.dataset = build_dataset(config, self.model, examples, self.rates)
-        if self.dataset.injector is not None:
-            self.rates = self.dataset.injector.rates
+        rates = fitted_rates(config)
+        self.dataset = build_dataset(config, self.model, examples, rates)
+        self.rates = self.dataset.injector.rates if self.dataset.injector else rates
         self.plan = build_plan(config, self.model, self.dataset, self.world)
         self.total_steps = self.plan.steps(train.epochs)
         if train.max_steps:
