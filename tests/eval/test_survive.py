@@ -14,7 +14,8 @@ def test_torn_and_damaged_runs_end_as_whole_ones(tmp_path: Path) -> None:
     """In a process of its own: it forks, which a process with threads must not."""
     out = tmp_path / "survive.json"
     done = subprocess.run([sys.executable, str(ROOT / "eval" / "survive.py"), "--moments", "1",
-                           "--flips", "32", "--only", "kill", "damage", "twice", "--out", str(out)], capture_output=True, text=True, timeout=300)
+                           "--flips", "32", "--only", "kill", "damage", "twice", "--out", str(out)],
+                          capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = json.loads(out.read_text())["rows"]
     assert {row["part"] for row in rows} == {"SIGKILL", "damage", "two resumes"}
