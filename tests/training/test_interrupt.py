@@ -216,3 +216,30 @@ def test_processes_split_what_does_not_fit_and_stay_together(tiny_config: Make,
     assert [r["loss"] for r in logged(folders[0])] == [r["loss"] for r in logged(folders[1])]
     assert json.dumps(read_progress(folders[0] / LAST).history) == json.dumps(
         read_progress(folders[1] / LAST).history)
+
+
+def test_a_full_disk_outside_a_save_says_what_is_safe(tiny_config: Make,
+                                                      monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer("speech_llm", tiny_config(train=SMALL | {"save_every": 1}))
+    write = trainer.log.write
+
+    def full(part: str, row: dict[str, Any]) -> None:
+        if row["step"] == 2:
+            raise OSError(28, "No space left on device", "metrics.jsonl")
+        write(part, row)
+
+    monkeypatch.setattr(trainer.log, "write", full)
+    with pytest.raises(UserError, match=r"No space left.*last \(step 1\) is whole and can be resu"):
+        trainer.fit()
+
+
+def test_damaged_weights_of_earlier_versions_are_named(tiny_config: Make) -> None:
+    """They have no hashes."""
+    trainer = fitted("speech_llm", tiny_config(train={"max_steps": 1}))
+    (trainer.run / LAST / "SHA256SUMS").unlink()
+    progress = json.loads((trainer.run / LAST / "trainer.json").read_text())
+    progress.pop("sha256")
+    (trainer.run / LAST / "trainer.json").write_text(json.dumps(progress))
+    (trainer.run / LAST / "optimizer.safetensors").write_bytes(b"half")
+    with pytest.raises(UserError, match="last is damaged"):
+        Trainer("speech_llm", tiny_config(train={"max_steps": 1}, resume=True))

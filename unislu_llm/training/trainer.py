@@ -21,13 +21,14 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import gather_object, set_seed
+from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from unislu_llm.config import Config
 from unislu_llm.data.findings import run_findings
 from unislu_llm.data.frame_cache import build_frames
 from unislu_llm.data.loading import load_examples
-from unislu_llm.errors import Stopped, UserError
+from unislu_llm.errors import Stopped, UserError, cause_of
 from unislu_llm.run_folder import BEST, LAST, create_run, is_run, lock_run, write_finished
 from unislu_llm.tokenizer import Example
 from unislu_llm.training import checkpoint
@@ -144,10 +145,17 @@ class Trainer(Steps):
         return run
 
     def _resume(self, last: Path) -> None:
-        self.model.load_trained(last)
-        checkpoint.load_optimizer(last, self.optimizer, self.model)
-        self.progress = checkpoint.read_progress(last)
-        checkpoint.load_rng(last, self.rank, self.world)
+        try:
+            self.model.load_trained(last)
+            checkpoint.load_optimizer(last, self.optimizer, self.model)
+            self.progress = checkpoint.read_progress(last)
+            checkpoint.load_rng(last, self.rank, self.world)
+        except UserError:
+            raise
+        # Of a checkpoint without hashes, which earlier versions wrote.
+        except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError, OSError) as error:
+            raise UserError(f"{last} is damaged ({error}); start a new run from it with "
+                            "--train.init") from error
 
     def _warn_of_data(self, examples: Sequence[Example]) -> None:
         mixture = self.plan.mixture
@@ -179,6 +187,10 @@ class Trainer(Steps):
                 self._fit()
         except Stopped as stop:
             raise Stopped(self._how_to_go_on(str(stop))) from None
+        except OSError as error:  # of a log, or of predictions; a save has its own
+            if not (cause := cause_of(error)):
+                raise
+            raise UserError(f"{cause}; {checkpoint.what_is_safe(self.run)}") from error
         finally:
             # Stages and notebooks go on in these processes, which the trackers must leave.
             for tracker in self.accelerator.trackers:
