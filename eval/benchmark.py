@@ -70,6 +70,8 @@ ENCODERS: dict[str, dict[str, int]] = {  # sizes of Whisper's encoders; tiny is 
              "encoder_ffn_dim": 2048},
     "small": {"d_model": 768, "encoder_layers": 12, "encoder_attention_heads": 12,
               "encoder_ffn_dim": 3072},
+    "medium": {"d_model": 1024, "encoder_layers": 24, "encoder_attention_heads": 16,
+               "encoder_ffn_dim": 4096},
 }
 LLMS: dict[str, dict[str, int]] = {
     "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
@@ -80,6 +82,12 @@ LLMS: dict[str, dict[str, int]] = {
     "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
            "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
            "vocab_size": 128_256},
+    "qwen2.5-0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
+                     "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64,
+                     "vocab_size": 151_936},
+    "qwen2.5-7b": {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,
+                   "num_attention_heads": 28, "num_key_value_heads": 4, "head_dim": 128,
+                   "vocab_size": 152_064},
 }
 WORDS = ("the", "council", "met", "in", "paris", "on", "monday", "and", "we", "thank", "them",
          "for", "a", "wonderful", "report", "that", "was", "long", "not", "bad", "said", "anna")
@@ -88,8 +96,12 @@ WORDS = ("the", "council", "met", "in", "paris", "on", "monday", "and", "we", "t
 # ---- what is measured
 
 
-def random_model(encoder: str, llm: str, projector: str, precision: str, seed: int) -> SLUModel:
-    """A speech LLM of these sizes; its tokenizer spells, so texts have about four ids a word."""
+def random_model(encoder: str, llm: str, projector: str, precision: str, seed: int,
+                 device: str = "cpu", change: Callable[[Any], Any] = lambda llm: llm) -> SLUModel:
+    """A speech LLM of these sizes; its tokenizer spells, so texts have about four ids a word.
+
+    Its backbones are drawn on `device`, and the LLM goes through `change`, before it gets LoRA.
+    """
     spelling = Tokenizer(models.BPE())
     spelling.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     spelling.decoder = decoders.ByteLevel()
@@ -102,13 +114,17 @@ def random_model(encoder: str, llm: str, projector: str, precision: str, seed: i
                              "tie_word_embeddings": True, "initializer_range": 0.05}
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     kind: Any = WhisperConfig  # its fields are not typed as keyword arguments
-    network: Any = LlamaForCausalLM(LlamaConfig(**sizes))
-    whisper: Any = WhisperEncoder(kind(**ENCODERS[encoder], num_mel_bins=80))
+    torch.set_default_dtype(dtype)  # billions of weights are not drawn in fp32 first
+    try:
+        with torch.device(device):
+            network: Any = change(LlamaForCausalLM(LlamaConfig(**sizes)))
+            whisper: Any = WhisperEncoder(kind(**ENCODERS[encoder], num_mel_bins=80))
+    finally:
+        torch.set_default_dtype(torch.float32)
     config = ModelConfig(encoder=f"random-{encoder}", llm=f"random-{llm}", projector=projector,
                          prompt_suffix="\n")
     ctc = list(range(1, 257)) if projector == "ctc" else None
-    return SpeechLLM(config, TaskRegistry(), whisper.to(dtype), network.to(dtype), tokenizer,
-                     ctc).eval()
+    return SpeechLLM(config, TaskRegistry(), whisper, network, tokenizer, ctc).eval()
 
 
 def random_clips(folder: Path, count: int, seed: int) -> list[Example]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -37,3 +38,22 @@ def test_ways_of_a_hypothesis_and_recognisers(tiny_checkpoints: dict[str, str],
     found = json.loads(out.read_text())["recognise"]
     assert list(found) == ["1 s of silence"]
     assert found["1 s of silence"]["wer"] > 0
+
+
+def test_the_gpu_job_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+                                   capsys: pytest.CaptureFixture[str]) -> None:
+    """Tiny, without adapters, which need weights: a failing part would be told, and exits with 1."""
+    folder = Path(__file__).parents[1] / "eval"
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setattr("sys.argv", [
+        "gpu_job.py", "--tiny", "--device", "cpu", "--steps", "1", "--out", str(tmp_path),
+        "--only", "exact", "train", "decode"])
+    with pytest.raises(SystemExit) as stop:
+        runpy.run_path(str(folder / "gpu_job.py"), run_name="__main__")
+    assert stop.value.code == 0, capsys.readouterr().out
+    exact = json.loads((tmp_path / "exact.json").read_text())["rows"]
+    assert [row["equal"] for row in exact if "equal" in row] == [4, 4]
+    assert all(row["gradient_difference"] < (0.1 if "bf16" in row["what"] else 1e-6)
+               for row in exact if "loss" in row)
+    train = json.loads((tmp_path / "train.json").read_text())["rows"]
+    assert [row["way"] for row in train if "failed" in row] in ([], ["4-bit"])
