@@ -63,32 +63,17 @@ from unislu_llm.training.optim import build_optimizer
 from unislu_llm.utterance import Utterance
 
 RATE = 16_000
-ENCODERS: dict[str, dict[str, int]] = {  # sizes of Whisper's encoders; tiny is for tests
-    "tiny": {"d_model": 32, "encoder_layers": 2, "encoder_attention_heads": 2,
-             "encoder_ffn_dim": 64},
-    "base": {"d_model": 512, "encoder_layers": 6, "encoder_attention_heads": 8,
-             "encoder_ffn_dim": 2048},
-    "small": {"d_model": 768, "encoder_layers": 12, "encoder_attention_heads": 12,
-              "encoder_ffn_dim": 3072},
-    "medium": {"d_model": 1024, "encoder_layers": 24, "encoder_attention_heads": 16,
-               "encoder_ffn_dim": 4096},
-}
-LLMS: dict[str, dict[str, int]] = {
-    "tiny": {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-             "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "vocab_size": 400},
-    "smollm2-135m": {"hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
-                     "num_attention_heads": 9, "num_key_value_heads": 3, "head_dim": 64,
-                     "vocab_size": 49_152},
-    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
-           "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 64,
-           "vocab_size": 128_256},
-    "qwen2.5-0.5b": {"hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24,
-                     "num_attention_heads": 14, "num_key_value_heads": 2, "head_dim": 64,
-                     "vocab_size": 151_936},
-    "qwen2.5-7b": {"hidden_size": 3584, "intermediate_size": 18_944, "num_hidden_layers": 28,
-                   "num_attention_heads": 28, "num_key_value_heads": 4, "head_dim": 128,
-                   "vocab_size": 152_064},
-}
+# Sizes: of Whisper's encoders (width, layers, heads), and of LLMs (width, inner width, layers, heads,
+# of keys, width of a head, vocabulary); tiny is for tests.
+ENCODERS = {"tiny": (32, 2, 2), "base": (512, 6, 8), "small": (768, 12, 12),
+            "medium": (1024, 24, 16)}
+LLMS = {"tiny": (32, 64, 2, 4, 2, 8, 400),
+        "smollm2-135m": (576, 1536, 30, 9, 3, 64, 49_152),
+        "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 64, 151_936),
+        "1b": (2048, 8192, 16, 32, 8, 64, 128_256),
+        "qwen2.5-7b": (3584, 18_944, 28, 28, 4, 128, 152_064)}
+_LLM_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+               "num_key_value_heads", "head_dim", "vocab_size")
 WORDS = ("the", "council", "met", "in", "paris", "on", "monday", "and", "we", "thank", "them",
          "for", "a", "wonderful", "report", "that", "was", "long", "not", "bad", "said", "anna")
 
@@ -110,7 +95,9 @@ def random_model(encoder: str, llm: str, projector: str, precision: str, seed: i
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=spelling, eos_token="</s>")
     torch.manual_seed(seed)
-    sizes: dict[str, Any] = {**LLMS[llm], "max_position_embeddings": 8192,
+    width, layers, heads = ENCODERS[encoder]
+    sizes: dict[str, Any] = {**dict(zip(_LLM_FIELDS, LLMS[llm], strict=True)),
+                             "max_position_embeddings": 8192,
                              "tie_word_embeddings": True, "initializer_range": 0.05}
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     kind: Any = WhisperConfig  # its fields are not typed as keyword arguments
@@ -118,7 +105,9 @@ def random_model(encoder: str, llm: str, projector: str, precision: str, seed: i
     try:
         with torch.device(device):
             network: Any = change(LlamaForCausalLM(LlamaConfig(**sizes)))
-            whisper: Any = WhisperEncoder(kind(**ENCODERS[encoder], num_mel_bins=80))
+            whisper: Any = WhisperEncoder(kind(
+                d_model=width, encoder_layers=layers, encoder_attention_heads=heads,
+                encoder_ffn_dim=4 * width if width > 32 else 64, num_mel_bins=80))
     finally:
         torch.set_default_dtype(torch.float32)
     config = ModelConfig(encoder=f"random-{encoder}", llm=f"random-{llm}", projector=projector,

@@ -42,7 +42,7 @@ def test_ways_of_a_hypothesis_and_recognisers(tiny_checkpoints: dict[str, str],
 
 def test_the_gpu_job_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
                                    capsys: pytest.CaptureFixture[str]) -> None:
-    """Tiny, without adapters, which need weights: a failing part would be told, and exits with 1."""
+    """Tiny, without the adapters, which need weights; a part that fails exits with 1."""
     folder = Path(__file__).parents[1] / "eval"
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr("sys.argv", [
