@@ -63,7 +63,7 @@ from unislu_llm.training.optim import build_optimizer
 from unislu_llm.utterance import Utterance
 
 RATE = 16_000
-# Sizes: of Whisper's encoders (width, layers, heads), and of LLMs (width, inner width, layers, heads,
+# Sizes: of Whisper's encoders (width, layers, heads), of LLMs (width, inner width, layers, heads,
 # of keys, width of a head, vocabulary); tiny is for tests.
 ENCODERS = {"tiny": (32, 2, 2), "base": (512, 6, 8), "small": (768, 12, 12),
             "medium": (1024, 24, 16)}
