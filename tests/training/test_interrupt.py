@@ -55,7 +55,7 @@ def test_a_signal_loses_no_step(place: str, times: int, number: int, saved: int,
     part = Trainer("speech_llm", tiny_config("part", train=SMALL))
     interrupted(part, place, times, number)
     before = signal.getsignal(number)
-    with pytest.raises(Stopped, match=f"{signal.Signals(number).name}.*go on with: --resume"):
+    with pytest.raises(Stopped, match=f"{signal.Signals(number).name}.*go on with: unislu train --resume --output "):
         part.fit()
     assert signal.getsignal(number) is before
     assert read_progress(part.run / LAST).step == saved
@@ -63,6 +63,30 @@ def test_a_signal_loses_no_step(place: str, times: int, number: int, saved: int,
     for name in ("best", "last"):
         same(whole.run / name, resumed.run / name)
     assert [r["step"] for r in logged(resumed.run)] == [r["step"] for r in logged(whole.run)]
+
+
+def test_a_signal_where_an_epoch_ends_loses_no_step(tiny_config: Make) -> None:
+    trainer = Trainer("speech_llm", tiny_config(train={"batch_size": 4}))  # saves at the end alone
+    interrupted(trainer, "batches", 2, signal.SIGTERM)
+    with pytest.raises(Stopped, match="after step 4 of 6, saved"):
+        trainer.fit()
+    assert read_progress(trainer.run / LAST).step == 4
+
+
+@pytest.mark.parametrize(("place", "told"), [
+    ("build_model", r"^stopped \(SIGTERM\) before anything was written; start it again$"),
+    ("build_frames", r"first step of .*/run; go on with: unislu train --resume --output .*/run$")])
+def test_a_signal_while_a_run_is_prepared_says_what_to_do(
+        place: str, told: str, tiny_config: Make, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"unislu_llm.training.trainer.{place}",
+                        lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    config = tiny_config(data={"frame_cache": str(tmp_path / "cache")})
+    with pytest.raises(Stopped, match=told):
+        Trainer("speech_llm", config)
+    monkeypatch.undo()
+    config.resume = Path(config.output).is_dir()
+    assert fitted("speech_llm", config).progress.step == 4
 
 
 def test_a_signal_before_the_first_step_says_so(tiny_config: Make) -> None:
