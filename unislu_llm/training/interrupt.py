@@ -1,8 +1,8 @@
 """How a run ends before its end and loses nothing: signals and the time limit.
 
 While steps are taken a signal waits until one is done and saved; anywhere else in a run what it
-may lose is on disk already, and it ends the run at once. All processes end after the same step: the wish of
-each is part of the sums that they exchange in every step.
+may lose is on disk already, and it ends the run at once. All processes end after the same step: the
+wish of each is part of the sums that they exchange in every step.
 """
 
 from __future__ import annotations

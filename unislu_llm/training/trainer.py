@@ -7,13 +7,11 @@ the random generators that the checkpoint keeps.
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import logging
-import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -29,7 +27,7 @@ from unislu_llm.config import Config
 from unislu_llm.data.findings import run_findings
 from unislu_llm.data.frame_cache import build_frames
 from unislu_llm.data.loading import load_examples
-from unislu_llm.errors import Stopped, UserError, launched
+from unislu_llm.errors import Stopped, UserError
 from unislu_llm.run_folder import BEST, LAST, create_run, is_run, lock_run, write_finished
 from unislu_llm.tokenizer import Example
 from unislu_llm.training import checkpoint
@@ -76,7 +74,7 @@ class Trainer(Steps):
         self.clock = Clock(train.save_minutes, train.time_limit, started or time.monotonic())
         self.interrupts, self.progress = Interrupts(), Progress()
         self.run, self.home = Path(config.output), home
-        with self._interruptible():
+        with self.interruptible():
             self._prepare(kind, name, set() if said is None else said)
 
     def _prepare(self, kind: str, name: str, said: set[str]) -> None:
@@ -183,7 +181,7 @@ class Trainer(Steps):
         Raises as :meth:`step`, for bad audio, and Stopped: a signal, or the time limit.
         """
         try:
-            with self._interruptible():
+            with self.interruptible():
                 self._fit()
         finally:
             # Stages and notebooks go on in these processes, which the trackers must leave.
@@ -196,25 +194,6 @@ class Trainer(Steps):
             gc.collect()
         self.notices.close()
         return self.run
-
-    @contextlib.contextmanager
-    def _interruptible(self) -> Iterator[None]:
-        """A signal ends the block, and what is raised says how to go on."""
-        try:
-            with self.interrupts:
-                yield
-        except Stopped as stop:
-            raise Stopped(f"stopped ({stop}) {self._how_to_go_on()}") from None
-
-    def _how_to_go_on(self) -> str:
-        run, p = self.home or self.run, self.progress
-        # Of several processes the user alone knows how they are launched.
-        flags = f"{'' if launched() else 'unislu train '}--resume --output {shlex.quote(str(run))}"
-        if not run.name or not is_run(run):
-            return "before anything was written; start it again"
-        done = (f"after step {p.step} of {self.total_steps}, saved in {self.run / LAST}" if p.step
-                else f"before the first step of {self.run}")
-        return f"{done}; go on with: {flags}"
 
     def _fit(self) -> None:
         p = self.progress
