@@ -142,13 +142,13 @@ class Steps:
         ids = gather_object([e.utterance.where for batch in micro for e in batch.examples
                              if batch.counted])
         self.log.write("nonfinite", {"step": p.step + 1, "samples": sorted(set(ids))})
-        p.nonfinite, mode = p.nonfinite + 1, self.config.train.on_nonfinite
-        if mode == "stop" or p.nonfinite >= _NONFINITE_STEPS:
+        p.nonfinite, stops = p.nonfinite + 1, self.config.train.on_nonfinite == "stop"
+        if stops or p.nonfinite >= _NONFINITE_STEPS:
             raise UserError(f"loss is nan or infinite at step {p.step + 1}"
-                            f"{'' if mode == 'stop' else f', and in {p.nonfinite} steps in a row'}; its "
+                            f"{'' if stops else f', and in {p.nonfinite} steps in a row'}; its "
                             f"samples are in {self.run / METRICS}; lower train.lr or "
-                            f"train.max_grad_norm{', or set train.on_nonfinite skip' * (mode == 'stop')}"
-                            f"{self._kept()}")
+                            "train.max_grad_norm"
+                            f"{', or set train.on_nonfinite skip' * stops}{self._kept()}")
         if self.main:
             log.warning("step %d was left out: its loss is nan or infinite; its samples are in "
                         "%s", p.step + 1, METRICS)
