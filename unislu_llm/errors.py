@@ -61,6 +61,7 @@ def status_of(error: BaseException) -> int | None:
         if os.environ.get("RANK", "0") == "0":
             told = str(error) or "interrupted; what was printed or written stays"
             print(told, file=sys.stderr, flush=True)
+            _excuse_launcher()
         return 75 if isinstance(error, Stopped) else 130
     if text := str(error) if isinstance(error, UserError) else cause_of(error):
         report(text)
@@ -89,6 +90,10 @@ def report(error: object) -> None:
     if already_told(str(error)):
         return
     print(f"error: {error}", file=sys.stderr, flush=True)
+    _excuse_launcher()
+
+
+def _excuse_launcher() -> None:
     # A launcher answers every exit status but 0 with a traceback, which no child can prevent.
     if launched():
         quiet = "" if "LOCAL_RANK" in os.environ else " (`accelerate launch --quiet` prints none)"

@@ -48,6 +48,16 @@ def git_revision() -> str:
 
 
 @contextlib.contextmanager
+def named(path: str | Path) -> Iterator[None]:
+    """Give errors of the disk the name of the file that is written, which an open one lacks."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextlib.contextmanager
 def atomic(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that appears under its name when the block ends well, and not at all otherwise.
 
@@ -59,7 +69,7 @@ def atomic(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     partial = path.with_name(f".{path.name}.{os.getpid()}.{secrets.token_hex(4)}.partial")
     text: dict[str, Any] = {} if "b" in mode else {"encoding": "utf-8", "newline": "\n"}
     try:
-        with open(partial, mode, **text) as handle:
+        with named(path), open(partial, mode, **text) as handle:
             yield handle
             handle.flush()
             os.fsync(handle.fileno())  # a rename may reach the disk before the contents do
@@ -81,8 +91,13 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
 
 def append_json(path: Path, row: Mapping[str, Any]) -> None:
     """Append one JSON line."""
-    with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    append_text(path, json.dumps(row, ensure_ascii=False) + "\n")
+
+
+def append_text(path: Path, text: str) -> None:
+    """Append to a text file, which is made where it is missing."""
+    with named(path), path.open("a", encoding="utf-8") as file:
+        file.write(text)
 
 
 def read_json(path: str | Path) -> dict[str, Any]:

@@ -219,7 +219,8 @@ def lock_run(folder: Path) -> FileLock:
         write_json(holder, {"process": os.getpid(), "host": platform.node(),
                             "since": time.strftime("%Y-%m-%d %H:%M:%S")})
     except Timeout:
-        who = "process {process} on {host} since {since}".format_map(read_json(holder))
+        who = ("process {process} on {host} since {since}".format_map(read_json(holder))
+               if holder.is_file() else "a process that has just begun")
         raise UserError(f"{folder} is being trained by {who}; wait for it, end it, or give another "
                         "--output") from None
     except OSError as error:

@@ -250,6 +250,11 @@ def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
                                                        daemon=True)
     other.start()
     number = here.recv()
+    holder = run / ".lock.json"
+    holder.rename(run / "aside")  # the other has the lock, and has not written yet who it is
+    with pytest.raises(UserError, match="is being trained by a process that has just begun"):
+        lock_run(run)
+    (run / "aside").rename(holder)
     with pytest.raises(UserError, match=rf"is being trained by process {number} on \S+ since 2"):
         lock_run(run)
     other.kill()  # which cleans nothing up

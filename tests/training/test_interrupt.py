@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import pytest
 import torch
 
 from tests.training.conftest import CTC, fitted, logged, weights
+from unislu_llm import io
 from unislu_llm.config import Config
 from unislu_llm.errors import Stopped, UserError, reported
 from unislu_llm.run_folder import LAST
@@ -55,7 +57,8 @@ def test_a_signal_loses_no_step(place: str, times: int, number: int, saved: int,
     part = Trainer("speech_llm", tiny_config("part", train=SMALL))
     interrupted(part, place, times, number)
     before = signal.getsignal(number)
-    with pytest.raises(Stopped, match=f"{signal.Signals(number).name}.*go on with: --resume"):
+    told = f"{signal.Signals(number).name}.*go on with: unislu train --resume --output "
+    with pytest.raises(Stopped, match=told):
         part.fit()
     assert signal.getsignal(number) is before
     assert read_progress(part.run / LAST).step == saved
@@ -63,6 +66,46 @@ def test_a_signal_loses_no_step(place: str, times: int, number: int, saved: int,
     for name in ("best", "last"):
         same(whole.run / name, resumed.run / name)
     assert [r["step"] for r in logged(resumed.run)] == [r["step"] for r in logged(whole.run)]
+
+
+def test_a_signal_where_an_epoch_ends_loses_no_step(tiny_config: Make) -> None:
+    trainer = Trainer("speech_llm", tiny_config(train={"batch_size": 4}))  # saves at the end alone
+    interrupted(trainer, "batches", 2, signal.SIGTERM)
+    with pytest.raises(Stopped, match="after step 4 of 6, saved"):
+        trainer.fit()
+    assert read_progress(trainer.run / LAST).step == 4
+
+
+@pytest.mark.parametrize(("place", "told"), [
+    ("build_model", r"^stopped \(SIGTERM\) before anything was written; start it again$"),
+    ("build_frames", r"first step of .*/run; go on with: unislu train --resume --output .*/run$")])
+def test_a_signal_while_a_run_is_prepared_says_what_to_do(
+        place: str, told: str, tiny_config: Make, tmp_path: Path,
+        monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(f"unislu_llm.training.trainer.{place}",
+                        lambda *_, **__: os.kill(os.getpid(), signal.SIGTERM))
+    config = tiny_config(data={"frame_cache": str(tmp_path / "cache")})
+    with pytest.raises(Stopped, match=told):
+        Trainer("speech_llm", config)
+    monkeypatch.undo()
+    config.resume = Path(config.output).is_dir()
+    assert fitted("speech_llm", config).progress.step == 4
+
+
+def test_a_full_disk_names_the_file_and_what_is_safe(tiny_config: Make,
+                                                     monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = Trainer("speech_llm", tiny_config(train=SMALL))
+    append, log = io.append_text, trainer.log.file
+
+    def full(path: Path, text: str) -> None:
+        with io.named(path):
+            if '"step": 5' in text:
+                raise OSError(errno.ENOSPC, "full")  # as `write` of an open file raises it
+        append(path, text)
+
+    monkeypatch.setattr(io, "append_text", full)
+    with pytest.raises(UserError, match=rf"^{log}: No space left.*last \(step 3\) is whole"):
+        trainer.fit()
 
 
 def test_a_signal_before_the_first_step_says_so(tiny_config: Make) -> None:
@@ -159,8 +202,9 @@ def test_a_loss_that_stays_bad_ends_the_run(tiny_config: Make) -> None:
     skip = {"batch_size": 2, "on_nonfinite": "skip"}
     trainer = Trainer("speech_llm", tiny_config(train=skip))
     broken(trainer, set(range(2, 99)))
-    with pytest.raises(UserError, match=r"step 7, and in 5 steps in a row; its samples are in"):
+    with pytest.raises(UserError, match=r"step 7, and in 5 steps in a row; its samples") as found:
         trainer.fit()
+    assert "set train.on_nonfinite" not in str(found.value)  # it is set
 
 
 @pytest.mark.parametrize(("kind", "sections"), [

@@ -1,8 +1,8 @@
 """How a run ends before its end and loses nothing: signals and the time limit.
 
-A signal in a step waits until the step is done and saved; anywhere else in a run what it may lose
-is on disk already, and it ends the run at once. All processes end after the same step: the wish of
-each is part of the sums that they exchange in every step.
+While steps are taken a signal waits until one is done and saved; anywhere else in a run what it
+may lose is on disk already, and it ends the run at once. All processes end after the same step: the
+wish of each is part of the sums that they exchange in every step.
 """
 
 from __future__ import annotations
@@ -55,10 +55,16 @@ class Interrupts:
         finally:
             self.depth -= 1
 
-    def check(self) -> None:
-        """Raises Stopped if a signal has come meanwhile."""
-        if self.reason:
-            raise Stopped(self.reason)
+    @contextlib.contextmanager
+    def released(self) -> Iterator[None]:
+        """Where all is saved, inside :meth:`held`; raises Stopped if a signal came before."""
+        depth, self.depth = self.depth, 0
+        try:
+            if self.reason:
+                raise Stopped(self.reason)
+            yield
+        finally:
+            self.depth = depth
 
     def _handle(self, number: int, _: object) -> None:
         name, now = signal.Signals(number).name, time.monotonic()

@@ -22,7 +22,7 @@ from unislu_llm.config import Config
 from unislu_llm.data.batch import Batch
 from unislu_llm.data.sampler import BatchPlan
 from unislu_llm.errors import UserError
-from unislu_llm.io import append_json, write_json, write_text
+from unislu_llm.io import append_json, append_text, write_json, write_text
 from unislu_llm.models.base import SLUModel
 from unislu_llm.run_folder import METRICS, read_metrics
 from unislu_llm.tasks import ASR
@@ -48,8 +48,7 @@ def check_trackers(names: Sequence[str]) -> None:
 def say(run: Path, text: str) -> None:
     """Print, beside any bar, and write to the log of a run."""
     tqdm.write(text)
-    with (run / LOG_FILE).open("a", encoding="utf-8") as file:
-        file.write(text + "\n")
+    append_text(run / LOG_FILE, text + "\n")
 
 
 def bar(**options: Any) -> Any:
@@ -88,8 +87,7 @@ class Notices(logging.Handler):
     def flush(self) -> None:
         """Write what has been held to the log of the run, where there is one."""
         if self.run.name and self.lines:
-            with (self.run / LOG_FILE).open("a", encoding="utf-8") as file:
-                file.write("\n".join(self.lines) + "\n")
+            append_text(self.run / LOG_FILE, "\n".join(self.lines) + "\n")
             self.lines.clear()
 
 

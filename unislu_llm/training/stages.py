@@ -99,7 +99,7 @@ def _train_stages(kind: str, config: Config, name: str, started: float) -> Path:
         own.resume = from_main(partial(_resumable, folder))
         if main:
             say(run, f"stage {stage}")
-        Trainer(kind, own, stage, started, said).fit()
+        Trainer(kind, own, stage, started, said, run).fit()
         if main:
             # After each stage: a run that stops in a later one has a model.
             source = find_model(folder)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import shlex
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -23,10 +24,10 @@ from unislu_llm.config import Config
 from unislu_llm.data.batch import Batch
 from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.data.sampler import BatchPlan
-from unislu_llm.errors import UserError
+from unislu_llm.errors import Stopped, UserError, cause_of, launched
 from unislu_llm.models.base import SLUModel
-from unislu_llm.run_folder import LAST, METRICS
-from unislu_llm.training.checkpoint import Progress
+from unislu_llm.run_folder import LAST, METRICS, is_run
+from unislu_llm.training.checkpoint import Progress, what_is_safe
 from unislu_llm.training.interrupt import Clock, Interrupts, ignore_signals
 from unislu_llm.training.log import Log, Window, batch_counts
 from unislu_llm.training.memory import halve, out_of_memory
@@ -44,6 +45,7 @@ class Steps:
 
     config: Config
     run: Path
+    home: Path | None  # of a stage: the folder of the whole run
     accelerator: Accelerator
     rank: int
     world: int
@@ -81,6 +83,29 @@ class Steps:
             prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals))
         for step in steps:
             yield [next(loader) for _ in step]
+
+    @contextlib.contextmanager
+    def interruptible(self) -> Iterator[None]:
+        """What ends the block, a signal or the disk, is raised with how the run can go on."""
+        try:
+            with self.interrupts:
+                yield
+        except Stopped as stop:
+            raise Stopped(f"stopped ({stop}) {self._how_to_go_on()}") from None
+        except OSError as error:  # of the log, or of predictions
+            if (why := cause_of(error)) and self.main and is_run(self.run):
+                raise UserError(f"{why}; {what_is_safe(self.run)}") from error
+            raise
+
+    def _how_to_go_on(self) -> str:
+        run, p = self.home or self.run, self.progress
+        # Of several processes the user alone knows how they are launched.
+        flags = f"{'' if launched() else 'unislu train '}--resume --output {shlex.quote(str(run))}"
+        if not run.name or not is_run(run):
+            return "before anything was written; start it again"
+        done = (f"after step {p.step} of {self.total_steps}, saved in {self.run / LAST}" if p.step
+                else f"before the first step of {self.run}")
+        return f"{done}; go on with: {flags}"
 
     def step(self, micro: Sequence[Batch]) -> None:
         """One optimizer step over this process's micro-batches of a global batch.
@@ -122,7 +147,8 @@ class Steps:
             raise UserError(f"loss is nan or infinite at step {p.step + 1}"
                             f"{'' if stops else f', and in {p.nonfinite} steps in a row'}; its "
                             f"samples are in {self.run / METRICS}; lower train.lr or "
-                            f"train.max_grad_norm, or set train.on_nonfinite skip{self._kept()}")
+                            "train.max_grad_norm"
+                            f"{', or set train.on_nonfinite skip' * stops}{self._kept()}")
         if self.main:
             log.warning("step %d was left out: its loss is nan or infinite; its samples are in "
                         "%s", p.step + 1, METRICS)

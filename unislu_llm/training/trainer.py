@@ -28,7 +28,7 @@ from unislu_llm.config import Config
 from unislu_llm.data.findings import run_findings
 from unislu_llm.data.frame_cache import build_frames
 from unislu_llm.data.loading import load_examples
-from unislu_llm.errors import Stopped, UserError, cause_of
+from unislu_llm.errors import Stopped, UserError
 from unislu_llm.run_folder import BEST, LAST, create_run, is_run, lock_run, write_finished
 from unislu_llm.tokenizer import Example
 from unislu_llm.training import checkpoint
@@ -65,15 +65,21 @@ class Trainer(Steps):
     """One run: data, model, optimizer and where it stands; see :func:`.stages.train`.
 
     `started` is when the run began, by `time.monotonic()`; of a stage, `said` has the warnings of
-    those before. Raises UserError: bad configuration or data; nothing is written then.
+    those before, and `home` is the folder of the whole run. Raises UserError: bad configuration or
+    data; nothing is written then. Stopped: a signal.
     """
 
-    def __init__(self, kind: str, config: Config, name: str = "run",
-                 started: float | None = None, said: set[str] | None = None) -> None:
+    def __init__(self, kind: str, config: Config, name: str = "run", started: float | None = None,
+                 said: set[str] | None = None, home: Path | None = None) -> None:
         self.config, train = config, config.train
         self.clock = Clock(train.save_minutes, train.time_limit, started or time.monotonic())
-        self.interrupts = Interrupts()
+        self.interrupts, self.progress = Interrupts(), Progress()
+        self.run, self.home = Path(config.output), home
+        with self.interruptible():
+            self._prepare(kind, name, set() if said is None else said)
 
+    def _prepare(self, kind: str, name: str, said: set[str]) -> None:
+        config, train = self.config, self.config.train
         # 1. Processes, before anything is put on a device.
         use_threads(train.threads)
         check_trackers(train.trackers)
@@ -85,7 +91,7 @@ class Trainer(Steps):
         self.rank, self.world = process.process_index, process.num_processes
         self.main, self.device = process.is_main_process, self.accelerator.device
         self.host_sum = HostSum(timedelta(minutes=train.timeout))
-        self.notices = Notices(self.main, set() if said is None else said)
+        self.notices = Notices(self.main, said)
         from_main(self._claim)
         disable_progress_bar()  # of the base checkpoints' tensors
 
@@ -124,7 +130,7 @@ class Trainer(Steps):
         self._fill_cache()
 
         # 5. Where it stands.
-        self.window, self.progress = Window(self.objective, self.device), Progress()
+        self.window = Window(self.objective, self.device)
         if config.resume and (self.run / LAST).is_dir():
             self._resume(self.run / LAST)
         self.log = Log(self.run, self.accelerator, train.trackers, self.progress)
@@ -183,31 +189,19 @@ class Trainer(Steps):
         Raises as :meth:`step`, for bad audio, and Stopped: a signal, or the time limit.
         """
         try:
-            with self.interrupts:
+            with self.interruptible():
                 self._fit()
-        except Stopped as stop:
-            raise Stopped(self._how_to_go_on(str(stop))) from None
-        except OSError as error:  # of a log, or of predictions; a save has its own
-            if not (cause := cause_of(error)):
-                raise
-            raise UserError(f"{cause}; {checkpoint.what_is_safe(self.run)}") from error
         finally:
             # Stages and notebooks go on in these processes, which the trackers must leave.
             for tracker in self.accelerator.trackers:
                 tracker.finish()
+            # DDP's reducer goes first: freed after the process group, it can hold the GIL while
+            # gloo's thread waits for it.
+            self.wrapped = self.model
+            self.accelerator.free_memory()
+            gc.collect()
         self.notices.close()
-        # DDP's reducer goes first: freed after the process group, it can hold the GIL while
-        # gloo's thread waits for it.
-        self.wrapped = self.model
-        self.accelerator.free_memory()
-        gc.collect()
         return self.run
-
-    def _how_to_go_on(self, reason: str) -> str:
-        if not (self.run / LAST).is_dir():
-            return f"stopped ({reason}) before the first step of {self.run}; train anew"
-        return (f"stopped ({reason}) after step {self.progress.step} of {self.total_steps}, saved "
-                f"in {self.run / LAST}; go on with: --resume --output {self.run}")
 
     def _fit(self) -> None:
         p = self.progress
@@ -219,7 +213,7 @@ class Trainer(Steps):
         if p.validated < 0 or (p.validated < p.step and self._validates()):
             self.validate()
         with bar(total=self.total_steps, initial=p.step, desc="train", unit="step",
-                 disable=not self.main) as steps:
+                 disable=not self.main) as steps, self.interrupts.held():
             while p.step < self.total_steps:
                 self._epoch(steps)
         self._finish()
@@ -230,18 +224,17 @@ class Trainer(Steps):
         while p.step < self.total_steps:
             started = time.perf_counter()
             self.clock.step()
-            with self.interrupts.held():
-                micro = next(steps, None)
-                if micro is None:
-                    p.epoch, p.step_in_epoch = p.epoch + 1, 0
-                    return
-                self.window.waited += time.perf_counter() - started
-                self.step(micro)
-                p.step, p.step_in_epoch = p.step + 1, p.step_in_epoch + 1
-                self._log_step(shown)
-                due = self.ends or self.saves or (every and p.step % every == 0)
-                if due or self._validates():
-                    self.save()  # first: a validation that fails must not lose the steps before it
+            micro = next(steps, None)
+            if micro is None:
+                p.epoch, p.step_in_epoch = p.epoch + 1, 0
+                return
+            self.window.waited += time.perf_counter() - started
+            self.step(micro)
+            p.step, p.step_in_epoch = p.step + 1, p.step_in_epoch + 1
+            self._log_step(shown)
+            due = self.ends or self.saves or (every and p.step % every == 0)
+            if due or self._validates():
+                self.save()  # first: a validation that fails must not lose the steps before it
             if self.ends and p.step < self.total_steps:
                 raise Stopped(self.interrupts.reason or self._why_it_ends())
             if self._validates():
@@ -291,10 +284,9 @@ class Trainer(Steps):
         if not self.dev:
             p.validated = p.step
             return
-        self.interrupts.check()
         if from_main(partial(self.clock.time_is_up, validation=True)):
             raise Stopped(self._why_it_ends())
-        with self.clock.measure("validation"):
+        with self.interrupts.released(), self.clock.measure("validation"):
             self._validate()
 
     def _validate(self) -> None:
