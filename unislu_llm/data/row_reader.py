@@ -19,7 +19,7 @@ import pydantic
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError as Refused
 
-from unislu_llm.data.annotations import STRICT, annotation, shown
+from unislu_llm.data.annotations import STRICT, Said, annotation, composed, shown
 from unislu_llm.errors import dotted, shorten
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.unified import find_marker
@@ -38,7 +38,7 @@ _DURATION_SLACK = 0.2  # seconds between `duration` and `end - start`, which cor
 _CLOSE = 0.75  # similarity from which a key counts as misspelt
 # Kinds of problems with which a row can be used all the same.
 _WARNINGS = frozenset(("clipping", "silence", "rate", "channels", "long", "same_row", "leak",
-                       "characters", "pace", "rare_label", "unread"))
+                       "characters", "pace", "rare_label", "unread", "inside_word"))
 
 
 class Problem(NamedTuple):
@@ -165,7 +165,8 @@ class RowReader:
         found: Any = None
         problems: list[Problem] = []
         try:
-            found = self._models[unheard].model_validate(values, context=values.get("text"))
+            said = Said(values.get("text"), values.get("language"))
+            found = self._models[unheard].model_validate(values, context=said)
         except pydantic.ValidationError as error:
             problems += _explain(error, row, renamed)
         for name in ("text", "hypothesis"):
@@ -185,10 +186,11 @@ class RowReader:
             return None, problems
         labels = {task.name: value for task in self.registry
                   if (value := getattr(found, f"task_{task.name}")) is not None}
+        text, labels = composed("" if unheard else found.text, labels)
         return Utterance(
-            found.id, path, "" if unheard else found.text, labels, found.start, found.end,
+            found.id, path, text, labels, found.start, found.end,
             found.speaker, found.language, found.corpus or self.corpus, found.duration, source,
-            None if found.hypothesis is None else " ".join(found.hypothesis.split()),
+            None if found.hypothesis is None else composed(" ".join(found.hypothesis.split()))[0],
             found.text_source, found.segments if isinstance(found.segments, list) else None), []
 
     def _find_lookalike(self, key: str) -> str | None:

@@ -19,9 +19,9 @@ Two rules of placing:
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -30,7 +30,7 @@ from jiwer import AlignmentChunk
 from numpy.typing import NDArray
 
 from unislu_llm.scoring.predictions import Entity, Prediction
-from unislu_llm.scoring.text import Protocol, ner_text, normalise_phrase
+from unislu_llm.scoring.text import Protocol, normalise_phrase, places_of
 from unislu_llm.scoring.wer import align
 
 Sides = Sequence[tuple[Counter[Entity], Counter[Entity]]]
@@ -155,13 +155,15 @@ def place(predictions: Sequence[Prediction], protocol: Protocol | None = None) -
 
     Words are those of the protocol's phrases; without one lower-case words of the NER text.
     """
-    def normalise(text: str) -> str:
-        return normalise_phrase(text, protocol) if protocol else ner_text(text).lower()
+    def normaliser(p: Prediction) -> Callable[[str], str]:
+        return (partial(normalise_phrase, protocol=protocol, language=p.language) if protocol else
+                lambda text: normalise_phrase(text, "slue").lower())
 
-    refs = [normalise(p.ref_text) for p in predictions]
-    hyps = [normalise(p.hyp_text) for p in predictions]
+    refs = [normaliser(p)(p.ref_text) for p in predictions]
+    hyps = [normaliser(p)(p.hyp_text) for p in predictions]
     found = []
     for p, ref, hyp, chunks in zip(predictions, refs, hyps, align(refs, hyps), strict=True):
+        normalise = normaliser(p)
         gold = _place_reference(p, ref, normalise)
         # An entity of whose phrase nothing is left by normalisation is none, as in the toolkit.
         named = [(label, normalise(phrase)) for label, phrase in p.hyp_entities]
@@ -171,9 +173,9 @@ def place(predictions: Sequence[Prediction], protocol: Protocol | None = None) -
 
 def occurrences(phrase: str, text: str) -> list[WordSpan]:
     """Every stretch of words that holds `phrase`; parts of hyphenated words count."""
-    # A regular expression finds overlapping places too; blanks before a place count its words.
-    starts = (m.start() for m in re.finditer(rf"(?<!\w)(?={re.escape(phrase)}(?!\w))", text))
-    return [(text.count(" ", 0, at), text.count(" ", 0, at + len(phrase)) + 1) for at in starts]
+    # Blanks before a place count its words.
+    return [(text.count(" ", 0, at), text.count(" ", 0, end) + 1)
+            for at, end in places_of(phrase, text)]
 
 
 def _place_reference(p: Prediction, ref: str, normalise: Callable[[str], str]) -> list[Placed]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
@@ -97,9 +98,16 @@ def use_threads(threads: int) -> None:
 
 def peak_memory() -> float:
     """Peak memory of this process in GiB: of the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 2**30
-    import resource  # not on Windows
+    cuda = torch.cuda.is_available()
+    return torch.cuda.max_memory_allocated() / 2**30 if cuda else peak_resident()
 
+
+def peak_resident() -> float:
+    """Peak resident memory of this process in GiB."""
+    try:
+        import resource
+    except ImportError:  # on Windows, where the peak is of the working set
+        memory = psutil.Process().memory_info()
+        return float(getattr(memory, "peak_wset", memory.rss)) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
