@@ -59,8 +59,8 @@ from unislu_llm.run_folder import find_run, load_model, versions
 from unislu_llm.scoring.wer import corpus_wer
 from unislu_llm.tasks import Span, TaskRegistry
 from unislu_llm.tokenizer import Example, make_examples
+from unislu_llm.training import process
 from unislu_llm.training.optim import build_optimizer
-from unislu_llm.training.process import peak_resident
 from unislu_llm.utterance import Utterance
 
 RATE = 16_000
@@ -287,7 +287,7 @@ def peak_memory(args: argparse.Namespace, name: str) -> float:
         bench.work()[name]()
     if bench.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    return peak_resident()
+    return process.peak_memory(gpu=False)
 
 
 def wait(device: torch.device) -> None:

@@ -6,11 +6,10 @@ Pydantic checks it; its types of errors are the kinds of a row's problems.
 from __future__ import annotations
 
 import json
-import unicodedata
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from functools import partial
 from itertools import pairwise
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 import pydantic
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -22,13 +21,6 @@ from unislu_llm.errors import Place, hint, shorten
 from unislu_llm.tasks import LabelTask, Span, SpanTask, Task
 
 STRICT = ConfigDict(strict=True)  # "1.5" is no number, nor is 1 a name
-
-
-class Said(NamedTuple):
-    """Text and language of a row as written: what its annotations are checked against."""
-
-    text: Any = None
-    language: Any = None
 
 
 class _Labelled(BaseModel):
@@ -57,7 +49,8 @@ class _PhraseRow(_Labelled):
 
 
 class _SpanRow(_Labelled):
-    """Where the phrase stands in the row's text: :class:`Said`, the context of the validation."""
+    """Where the phrase stands in the row's text, which is the context of the validation, together
+    with the row's language."""
 
     start: int
     end: int
@@ -65,8 +58,7 @@ class _SpanRow(_Labelled):
     @field_validator("start", "end")
     @classmethod
     def _inside(cls, offset: int, info: ValidationInfo) -> int:
-        said: Any = info.context
-        text, name, before = said.text, info.field_name, info.data
+        text, name, before = info.context[0], info.field_name, info.data  # type: ignore[index]
         start = before.get("start") if name == "end" else offset
         edge = offset - (name == "end")  # the phrase's first or last character
         # Without a text, or where what comes before is wrong, there is nothing to compare with.
@@ -110,7 +102,7 @@ class SpanReader:
         self._mapping = pydantic.TypeAdapter[Any](by_label, config=STRICT)
 
     def __call__(self, value: Any, info: ValidationInfo) -> tuple[Span, ...] | None:
-        said: Any = info.context
+        text, language = said = info.context  # type: ignore[misc]
         found = list(self._entries(value, said))
         if self._alone:
             return None if found else ()
@@ -119,10 +111,10 @@ class SpanReader:
         phrases = [(place, item) for place, item in found if isinstance(item, _PhraseRow)]
         flat = _flat([span for _, span in spans])
         # Without a text, which is a problem of its own, there are no places.
-        if not phrases or not isinstance(said.text, str):
+        if not phrases or not isinstance(text, str):
             return flat
-        placed, why = place_phrases(said.text, [(p.label, p.phrase) for _, p in phrases], flat,
-                                    language=str(said.language or ""))
+        placed, why = place_phrases(text, [(p.label, p.phrase) for _, p in phrases], flat,
+                                    language=str(language or ""))
         if why:
             raise pydantic.ValidationError.from_exception_data(self._task.name, [
                 InitErrorDetails(type=Refused("phrase", reason), loc=phrases[i][0],
@@ -188,20 +180,6 @@ def listed_phrases(value: Any) -> list[tuple[str, str]]:
         return [(label, phrase) for label, said in value.items()
                 for phrase in ([said] if isinstance(said, str) else said)]
     return [(v[0], v[1]) if isinstance(v, list) else (v["label"], v["phrase"]) for v in value]
-
-
-def composed(text: str, labels: Mapping[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-    """A text in Unicode NFC, and its labels with their spans moved along."""
-    if text.isascii() or unicodedata.is_normalized("NFC", text):
-        return text, dict(labels or {})
-
-    def move(offset: int) -> int:
-        return len(unicodedata.normalize("NFC", text[:offset]))
-
-    return unicodedata.normalize("NFC", text), {
-        name: tuple(Span(v.label, move(v.start), move(v.end)) if isinstance(v, Span) else v
-                    for v in value) if isinstance(value, tuple) else value
-        for name, value in (labels or {}).items()}
 
 
 def shown(value: Any) -> str:

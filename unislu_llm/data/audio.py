@@ -36,8 +36,6 @@ MIN_SAMPLES = SAMPLE_RATE // 2  # of a shorter clip Whisper makes nothing (trans
 MAX_SECONDS = 30.0  # what Whisper's positions reach
 MAX_SAMPLES = int(MAX_SECONDS * SAMPLE_RATE)
 MAX_MEL_FRAMES = MAX_SAMPLES // HOP
-CANCELLED = ("its channels cancel each other out: their mean is silent, they are not; the louder "
-             "one is taken")
 END_SLACK = 0.1  # seconds that a crop may pass the end of its file: corpora round their time stamps
 
 _SUFFIXES = {*(f".{name.lower()}" for name in soundfile.available_formats()), ".opus", ".oga",
@@ -98,12 +96,12 @@ def from_bytes(content: bytes, name: str) -> Tensor:
 
 def to_mono(name: object, block: np.ndarray, rate: float) -> Tensor:
     """Samples `(frames, channels)` of any rate: their mean `(samples,)` at 16 kHz, or the loudest
-    channel where the channels cancel each other out, which is warned of."""
+    channel where they cancel each other out, with a warning."""
     mono = block.mean(axis=1)
     energies = np.einsum("fc,fc->c", block, block)
-    if cancelled(float(mono @ mono), energies):
+    if why := cancelled(float(mono @ mono), energies):
         mono = block[:, energies.argmax()]
-        warnings.warn(f"{name}: {CANCELLED}", stacklevel=2)
+        warnings.warn(f"{name}: {why}", stacklevel=2)
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
     if mono.size == 0:
@@ -112,9 +110,10 @@ def to_mono(name: object, block: np.ndarray, rate: float) -> Tensor:
     return torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))
 
 
-def cancelled(mixed: float, energies: np.ndarray) -> bool:
-    """Whether next to nothing of the channels' energies `(channels,)` is left in their mean's."""
-    return len(energies) > 1 and mixed < _CANCELLED * float(energies.max())
+def cancelled(mixed: float, energies: np.ndarray) -> str:
+    """What to say where next to nothing of the energies `(channels,)` is left in their mean."""
+    silent = len(energies) > 1 and mixed < _CANCELLED * energies.max()
+    return "its channels cancel each other out; the louder one is taken" if silent else ""
 
 
 def count_samples(path: str | Path, start: float = 0.0, end: float | None = None) -> int:

@@ -46,7 +46,7 @@ class Row:
 
 def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = None,
               check_audio: bool = False, ids: Ids | None = None, without_text: bool = False,
-              mend: Callable[[dict[str, Any]], dict[str, Any]] = lambda row: row) -> Iterator[Row]:
+              mend: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> Iterator[Row]:
     """The rows of a manifest in one pass, good ones and bad ones, as :class:`RowReader` reads them.
 
     `ids` are those of manifests read before, to find repetitions; `mend` changes rows before they

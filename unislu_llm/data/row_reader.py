@@ -19,7 +19,8 @@ import pydantic
 from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError as Refused
 
-from unislu_llm.data.annotations import STRICT, Said, annotation, composed, shown
+from unislu_llm.data.annotations import STRICT, annotation, shown
+from unislu_llm.data.mending import composed, rewrite
 from unislu_llm.errors import dotted, shorten
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.unified import find_marker
@@ -155,6 +156,7 @@ class RowReader:
     def read(self, row: Mapping[str, Any], source: str) -> tuple[Utterance | None, list[Problem]]:
         """The utterance of a row, None where there are problems, and these; `source` names it."""
         row = row if row.get("draft") is None else {"hypothesis": row["draft"], **row}  # old name
+        row = rewrite(dict(row), ("text", "hypothesis", *self.registry.names), composed)
         alike = [(key, like) for key in row if key not in self._known
                  and (like := self._lookalike(key)) is not None]
         renamed = next((f"; rename '{key}'" for key, like in alike if like == "text"), "")
@@ -165,7 +167,7 @@ class RowReader:
         found: Any = None
         problems: list[Problem] = []
         try:
-            said = Said(values.get("text"), values.get("language"))
+            said = values.get("text"), values.get("language")
             found = self._models[unheard].model_validate(values, context=said)
         except pydantic.ValidationError as error:
             problems += _explain(error, row, renamed)
@@ -186,11 +188,10 @@ class RowReader:
             return None, problems
         labels = {task.name: value for task in self.registry
                   if (value := getattr(found, f"task_{task.name}")) is not None}
-        text, labels = composed("" if unheard else found.text, labels)
         return Utterance(
-            found.id, path, text, labels, found.start, found.end,
+            found.id, path, "" if unheard else found.text, labels, found.start, found.end,
             found.speaker, found.language, found.corpus or self.corpus, found.duration, source,
-            None if found.hypothesis is None else composed(" ".join(found.hypothesis.split()))[0],
+            None if found.hypothesis is None else " ".join(found.hypothesis.split()),
             found.text_source, found.segments if isinstance(found.segments, list) else None), []
 
     def _find_lookalike(self, key: str) -> str | None:

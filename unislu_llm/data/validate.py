@@ -19,15 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from unislu_llm.data.audio import (
-    CANCELLED,
-    MAX_SECONDS,
-    SAMPLE_RATE,
-    cancelled,
-    crop,
-    open_audio,
-    read_frames,
-)
+from unislu_llm.data.audio import MAX_SECONDS, SAMPLE_RATE, cancelled, crop, open_audio, read_frames
 from unislu_llm.data.findings import unread_fields
 from unislu_llm.data.loading import read_segments
 from unislu_llm.data.manifest import Ids, Row, iter_rows, moved
@@ -97,9 +89,8 @@ def validate(manifests: Sequence[Path], *, tasks_file: Path | None = None,
         manifests: JSON-lines files.
         tasks_file: YAML list of tasks; default: named entities and sentiment.
         audio: none believes the manifest; header opens each file; full decodes the samples.
-        fix: file (for several manifests: folder) for copies without the rows that have errors,
-            with spans and characters mended (:mod:`unislu_llm.data.mending`) before rows are
-            checked. A copy appears whole or not at all.
+        fix: file (for several manifests: folder) for copies, whole or not at all, of which spans
+            and characters are mended before rows are checked, without those that have errors.
 
     Raises:
         UserError: no manifest, one missing or named twice, tasks that cannot be read, or a copy
@@ -150,8 +141,7 @@ class Checker:
         """Every row of a manifest, its duration measured; line 0 is for the file as a whole."""
         good: list[Utterance] = []
         rows: list[Row] = []
-        how: dict[str, Any] = {"mend": mender} if mend else {}
-        for row in iter_rows(path, self._registry, ids=self._ids, **how):
+        for row in iter_rows(path, self._registry, ids=self._ids, mend=mender if mend else dict):
             rows.append(row)
             checked = self._check(row, row.utterance, path) if row.utterance else row
             good += [checked.utterance] if checked.utterance else []
@@ -160,8 +150,8 @@ class Checker:
                           "will not be read; describe it in a tasks file (--tasks-file FILE)",
                           line=field.line)
                   for field in unread_fields(str(path), rows, self._registry) if field.spans)
-        guess = [Problem("spans", "inside_word", f"all are whole words, if {mender.guess}; --fix "
-                         "FILE writes them so")] if mender.guess and not mend else []
+        guess = [Problem("spans", "inside_word", f"all fit, if {mender.guess}; --fix FILE writes "
+                         "them so")] if mender.guess and not mend else []
         yield Row(0, problems=tuple(p._replace(file=path)
                                     for p in (*guess, *unread, *self._rare(good))))
 
@@ -171,9 +161,8 @@ class Checker:
             # Audio that was not opened is believed to be long enough.
             end = math.inf if seconds is None else u.start + seconds
             pieces, found = read_segments(u, self._reader, end)
-            problems += found
-            for i, piece in enumerate(pieces):
-                problems += _misplaced(piece, f"segments[{i}].")
+            problems += [*found, *(p for i, piece in enumerate(pieces)
+                                   for p in _misplaced(piece, f"segments[{i}]."))]
         if seconds is not None and seconds > MAX_SECONDS:
             kind, what = ("long", "it is cut at its segments") if u.segments else (
                 "too_long", "give it `start` and `end`, or `segments` to cut it at")
@@ -303,8 +292,8 @@ def _decode(path: Path, first: int, last: int, doubts: dict[str, str]) -> str:
             clipped += float((full[:-2] & full[1:-1] & full[2:]).sum())
             count += block.size
     # What models hear is checked, the mean of the channels, as :func:`to_mono` makes it.
-    if cancelled(mixed, energies):
-        mixed, doubts["channels"] = float(energies.max()), CANCELLED
+    if why := cancelled(mixed, energies):
+        mixed, doubts["channels"] = float(energies.max()), why
     level = math.sqrt(mixed * len(energies) / count)
     if clipped > _CLIPPED * count:
         doubts["clipping"] = f"{100 * clipped / count:.1f} % of the samples are clipped; listen"

@@ -1,15 +1,8 @@
 """Entities: F1 by phrase and by position, and what became of those that are not right.
 
-* **F1** and **label-F1** are slue-toolkit's: in each utterance reference and prediction are
-  multisets of (label, phrase), or of labels; what both have is right. Counts are pooled over the
-  corpus (micro); the macro average is over the labels that occur in either. 0/0 is 0.
-* **F1 by position** asks whether the right stretch of speech was labelled. The transcripts are
-  aligned word by word, and an entity's place is the reference words that its own words are aligned
-  with; it is right when label and place agree. That is the strict F1 of seqeval on BIO tags over
-  the reference words, and also takes what BIO cannot write: nested entities, and those elsewhere.
-* **Kinds of errors**: every entity of either side has exactly one, pairs being one to one.
-
-Two rules of placing:
+docs/scoring.md says what the scores are. F1 and label-F1 are slue-toolkit's; 0/0 is 0. F1 by
+position is the strict F1 of seqeval on BIO tags over the reference words, and also takes what BIO
+cannot write: nested entities, and those elsewhere. Two rules of placing:
 
 1. Predicted phrases have no offsets. They are located in their transcript from left to right, each
    behind the one before it; one that occurs several times gets the place that is right, if one is.

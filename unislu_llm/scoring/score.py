@@ -34,8 +34,7 @@ def score_predictions(predictions: Sequence[Prediction | Mapping[str, Any]],
         malformed: {share: percent with a problem, n, kinds: {kind: occurrences}}
         position: {span task: {n, f1, ...}}
         protocols: {protocol: {
-            wer: {overall: {wer, errors, ..., cer, rate: what the first is: wer, or cer where no
-                            language has blanks}, by_corpus: {corpus: {...}}},
+            wer: {overall: {wer, errors, ..., cer, rate: what `wer` is}, by_corpus: ...},
             hypothesis_wer, ctc_wer: where all are known; ..._by_corpus: likewise,
             tasks: {span task: {n, entity: {f1, ...}, label: {f1, ...},
                                 errors: {reference: {kind: n}, predicted: {kind: n}}},
@@ -69,7 +68,7 @@ def flat_scores(results: Mapping[str, Any], protocol: Protocol = "whisper") -> d
     mean of word accuracy and the F1 of the tasks at hand. All in percent.
     """
     block = results["protocols"][protocol]
-    # Files that were written before there were other languages than English lack names and CER.
+    # Older files lack names and CER.
     overall, named = block["wer"]["overall"], block["wer"]["overall"].get("rate", "wer")
     flat = {f"{wer.get('rate', 'wer')}_{corpus}": wer["wer"]
             for corpus, wer in block["wer"]["by_corpus"].items()}
@@ -124,9 +123,8 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def utterance_counts(records: Sequence[Prediction], registry: TaskRegistry,
                      protocol: Protocol) -> dict[str, Counts]:
-    """Counts by utterance, for a bootstrap, of `wer`, `cer`, `wer/<corpus>` (`cer/<corpus>` where
-    no language has blanks), `<span task>/f1`, `/label_f1`, `/position_f1`,
-    `<label task>/macro_f1`, and with NER and SA `slue_score`."""
+    """Counts by utterance, for a bootstrap, of `wer`, `cer`, `wer/<corpus>` (or `cer/`), `<span
+    task>/f1`, `/label_f1`, `/position_f1`, `<label task>/macro_f1`; NER and SA: `slue_score`."""
     spoken = spoken_once(records, registry)
     counts: dict[str, Counts] = {}
 

@@ -40,8 +40,7 @@ class WER(NamedTuple):
 
 def corpus_wer(refs: Sequence[str], hyps: Sequence[str], protocol: Protocol,
                languages: Sequence[str] = ()) -> WER:
-    """All errors over all reference words of some transcripts, which are normalised here; without
-    a language each, of English ones."""
+    """All errors over all reference words of transcripts (English by default), normalised here."""
     return WER.of(edit_counts(refs, hyps, protocol, languages))
 
 
@@ -50,25 +49,25 @@ def rate_of(languages: Sequence[str]) -> str:
     return "cer" if languages and all(map(written_in_characters, languages)) else "wer"
 
 
-def edits(predictions: Sequence[Prediction], protocol: Protocol, field: str = "hyp_text",
+def edits(some: Sequence[Prediction], protocol: Protocol, field: str = "hyp_text",
           characters: bool = False) -> NDArray[np.int64]:
     """:func:`edit_counts` of predictions, with the transcripts of a field."""
-    return edit_counts([p.ref_text for p in predictions], [getattr(p, field) for p in predictions],
-                       protocol, [p.language for p in predictions], characters)
+    return edit_counts([p.ref_text for p in some], [getattr(p, field) for p in some],
+                       protocol, [p.language for p in some], characters)
 
 
 def edit_counts(refs: Sequence[str], hyps: Sequence[str], protocol: Protocol,
                 languages: Sequence[str] = (), characters: bool = False) -> NDArray[np.int64]:
-    """`(utterances, 4)`: substitutions, deletions, insertions and hits; as :func:`corpus_wer`.
-
-    With `characters` they are those of characters, a blank between words being one.
-    """
+    """`(utterances, 4)`: substitutions, deletions, insertions and hits of words, or of `characters`
+    (a blank between words is one); as :func:`corpus_wer`."""
     codes = languages or [""] * len(refs)
-    sides = [[normalise_transcript(text, protocol, code) for text, code in
-              zip(side, codes, strict=True)] for side in (refs, hyps)]
-    if characters:  # other languages are spelt with one word a character already
-        sides = [[text if written_in_characters(code) else " ".join(text.replace(" ", "_"))
-                  for text, code in zip(side, codes, strict=True)] for side in sides]
+
+    def words(text: str, code: str) -> str:
+        normal = normalise_transcript(text, protocol, code)
+        spelt = characters and not written_in_characters(code)  # else they are characters already
+        return " ".join(normal.replace(" ", "_")) if spelt else normal
+
+    sides = [list(map(words, side, codes)) for side in (refs, hyps)]
     # By utterance, since a bootstrap needs them; the corpus is their sum.
     counts = np.zeros((len(refs), 4), dtype=np.int64)
     for row, chunks in zip(counts, align(*sides), strict=True):

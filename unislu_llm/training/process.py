@@ -96,14 +96,10 @@ def use_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def peak_memory() -> float:
+def peak_memory(gpu: bool = True) -> float:
     """Peak memory of this process in GiB: of the GPU where there is one, else resident."""
-    cuda = torch.cuda.is_available()
-    return torch.cuda.max_memory_allocated() / 2**30 if cuda else peak_resident()
-
-
-def peak_resident() -> float:
-    """Peak resident memory of this process in GiB."""
+    if gpu and torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
     try:
         import resource
     except ImportError:  # on Windows, where the peak is of the working set
