@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 from unislu_llm.errors import hint, shorten
-from unislu_llm.scoring.text import Token, ner_tokens, normalise_phrase
+from unislu_llm.scoring.text import Token, ner_tokens, normalise_phrase, without_blanks
 from unislu_llm.tasks import Span
 
 _MORE_WORDS = 2  # that a phrase may have in the transcript: `a 100` is `one hundred`
@@ -75,7 +75,9 @@ class _Transcript:
     """A text in which many phrases are looked for, each in the time of its few places."""
 
     def __init__(self, text: str, language: str = "") -> None:
-        self._text, self._tokens, self._language = text, ner_tokens(text), language
+        self._text, self._tokens = text, ner_tokens(text)
+        # English loses its marks, which are vowels of Thai.
+        self._language = language or ("zh" if any(map(without_blanks, text)) else "")
         self._words = [_word(token) for token in self._tokens]
         self._joined = "".join(f"{word}\n" for word in self._words)
         self._at = list(accumulate((len(word) + 1 for word in self._words), initial=0))
