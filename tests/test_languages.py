@@ -15,7 +15,6 @@ from tests.scoring.rows import REGISTRY, ner
 from tests.test_compare import rewrite, row_of
 from tests.test_evaluate import options
 from unislu_llm.compare import compare
-from unislu_llm.config import Config
 from unislu_llm.data.manifest import read_manifest
 from unislu_llm.data.phrases import find_phrase, place_phrases
 from unislu_llm.decoding.long_form import Stitched, occurrences
@@ -25,7 +24,6 @@ from unislu_llm.scoring.score import flat_scores, score_predictions
 from unislu_llm.scoring.text import PROTOCOLS, normalise_phrase, normalise_transcript
 from unislu_llm.scoring.wer import corpus_wer, rate_of
 from unislu_llm.tasks import Span
-from unislu_llm.training.trainer import Trainer
 
 ZH, DE = "我在北京工作。", "um zwölf Uhr wohnt Änne in Zürich"
 ROWS = [("zh", "zh-CN", ZH, [["PLACE", 2, 4]]), ("zh", "zh", "你好世界", []),
@@ -36,7 +34,8 @@ def test_a_language_has_its_normaliser() -> None:
     for language, text, words in (
             ("", "Um, it's colour 21", "it is color 21"), ("en-GB", "colour", "color"),
             ("de", "Um zwölf, ÄNNE (hm)!", "um zwölf änne"), ("zh-CN", ZH, "我 在 北 京 工 作"),
-            ("ja", "GDPが 増えた", "g d p が 増 え た"), ("th", "ที่นี่", "ที่ นี่"), ("hi", "हिन्दी, है", "हिन्दी है")):
+            ("ja", "GDPが 増えた", "g d p が 増 え た"), ("th", "ที่นี่", "ที่ นี่"),
+            ("hi", "हिन्दी, है", "हिन्दी है")):
         assert normalise_transcript(text, "whisper", language) == words
     assert normalise_transcript(ZH, "slue", "zh") == normalise_transcript(ZH, "whisper", "zh")
     assert normalise_transcript("Ja. Gut, Änne!", "slue", "de") == "Ja Gut, Änne"
@@ -98,33 +97,20 @@ def test_windows_of_characters_are_joined() -> None:
     assert occurrences("北京", "北京。我爱北京人") == [(0, 2), (5, 7)]
 
 
-@pytest.fixture
-def run(tmp_path: Path, tiny_checkpoints: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Two steps of training on two languages, in the current folder."""
+def test_two_languages_from_manifest_to_scores(
+        tmp_path: Path, tiny_checkpoints: dict[str, str], monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.chdir(tmp_path)
-    clips = tiny.write_utterances(tmp_path / "audio")
-    Path("corpus").mkdir()
-    Path("corpus/dev.jsonl").write_text("".join(json.dumps({
-        "id": f"u{i}", "audio": str(clip.audio), "corpus": corpus, "language": language,
-        "text": text, "ner": spans}) + "\n"
+    clips = [str(u.audio) for u in tiny.write_utterances(tmp_path / "corpus" / "audio")]
+    Path("rows.jsonl").write_text("".join(json.dumps({
+        "id": f"u{i}", "audio": clip, "corpus": corpus, "language": language, "text": text,
+        "ner": spans}) + "\n"
         for i, (clip, (corpus, language, text, spans)) in enumerate(zip(clips, ROWS, strict=True))))
-    Trainer("speech_llm", Config.model_validate({
-        "output": "runs/tiny",
-        "model": {"encoder": tiny_checkpoints["whisper"], "llm": tiny_checkpoints["llm"],
-                  "projector_options": {"stack": 5, "hidden": 32},
-                  "lora": {"rank": 4, "target_modules": ["q_proj"]}},
-        "data": {"train": ["corpus/dev.jsonl"], "dev": ["corpus/dev.jsonl"]},
-        "train": {"max_steps": 2, "batch_size": 4, "trackers": [], "threads": 1},
-        "decode": {"max_new_tokens": 12, "batch_size": 3}})).fit()
-    return Path("runs/tiny")
-
-
-def test_two_languages_from_manifest_to_scores(run: Path,
-                                               capsys: pytest.CaptureFixture[str]) -> None:
-    assert evaluate(options(run)) == 0
+    tiny.train_tiny_run("speech_llm", tmp_path, tiny_checkpoints, Path("rows.jsonl"))
+    assert evaluate(options(Path("runs/tiny"))) == 0
     table = capsys.readouterr().out
     assert all(name in table for name in (" cer_zh ", " wer_de ", " wer ", " cer "))
-    file = run / "predictions/best-dev.jsonl"
+    file = next(Path("runs/tiny/predictions").glob("best-dev.jsonl"))
     rows = read_json_lines(file)
     assert [row["language"] for row in rows] == ["zh-CN", "zh", "de", "de"]
     assert rows[2]["ref"] == [["PERSON", "Änne", 19, 23], ["PLACE", "Zürich", 27, 33]]
