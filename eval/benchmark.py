@@ -59,6 +59,7 @@ from unislu_llm.run_folder import find_run, load_model, versions
 from unislu_llm.scoring.wer import corpus_wer
 from unislu_llm.tasks import Span, TaskRegistry
 from unislu_llm.tokenizer import Example, make_examples
+from unislu_llm.training import process
 from unislu_llm.training.optim import build_optimizer
 from unislu_llm.utterance import Utterance
 
@@ -291,10 +292,7 @@ def peak_memory(args: argparse.Namespace, name: str) -> float:
         bench.work()[name]()
     if bench.device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource  # not on Windows
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
+    return process.peak_memory(gpu=False)
 
 
 def wait(device: torch.device) -> None:

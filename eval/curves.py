@@ -194,7 +194,8 @@ def with_log(history: History, folder: Path) -> History:
 def best(curve: Curve, score: str) -> tuple[Point, float]:
     """The first of the best values."""
     # Some scores count errors.
-    sign = -1.0 if "wer" in score or score == "malformed" else 1.0
+    errors = {"wer", "cer", "malformed"} & {score, *score.split("_")}
+    sign = -1.0 if errors else 1.0
     return max(curve, key=lambda a: sign * a[1])
 
 

@@ -15,7 +15,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import tyro
-from numpy.typing import NDArray
 from tabulate import tabulate
 
 from unislu_llm.compare import difference, read_predictions, same_data
@@ -29,7 +28,7 @@ from unislu_llm.scoring.labels import label_scores
 from unislu_llm.scoring.predictions import Prediction, annotated, spoken_once
 from unislu_llm.scoring.score import by_corpus, utterance_counts
 from unislu_llm.scoring.text import Protocol
-from unislu_llm.scoring.wer import WER, edit_counts
+from unislu_llm.scoring.wer import WER, edits
 from unislu_llm.tasks import LabelTask, TaskRegistry
 
 ALL = "(all)"
@@ -176,10 +175,6 @@ def label_errors(known: Sequence[Prediction], task: LabelTask,
     return {"scores": shown, "confusion": {
         label: dict(zip(columns, row, strict=True))
         for label, row in zip(task.labels, scores["confusion"] or (), strict=False)}}
-
-
-def edits(some: Sequence[Prediction], protocol: Protocol) -> NDArray[np.int64]:
-    return edit_counts([p.ref_text for p in some], [p.hyp_text for p in some], protocol)
 
 
 # ---- two systems

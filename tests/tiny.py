@@ -180,19 +180,22 @@ def write_utterances(folder: Path, *, seconds: Sequence[float] = (0.9, 1.6, 0.6,
     return utterances
 
 
-def train_tiny_run(kind: str, folder: Path, checkpoints: dict[str, str]) -> None:
-    """Two steps of training in `folder`: `corpus/dev.jsonl` (8 utterances) and `runs/tiny`."""
+def train_tiny_run(kind: str, folder: Path, checkpoints: dict[str, str],
+                   rows: Path | None = None) -> None:
+    """Two steps of training in `folder`: `corpus/dev.jsonl` (8 utterances, or `rows`) and
+    `runs/tiny`."""
     from unislu_llm.data.manifest import write_manifest
     from unislu_llm.training.trainer import Trainer
 
     seconds = (0.9, 1.6, 0.6, 1.2, 0.7, 0.8, 1.0, 0.5)
-    write_manifest(folder / "corpus" / "dev.jsonl",
-                   write_utterances(folder / "corpus" / "audio", seconds=seconds))
+    manifest = rows or folder / "corpus" / "dev.jsonl"
+    if rows is None:
+        write_manifest(manifest, write_utterances(folder / "corpus" / "audio", seconds=seconds))
     Trainer(kind, Config.model_validate({
         "output": "runs/tiny",
         "model": {"encoder": checkpoints["whisper"], "llm": checkpoints["llm"],
                   "projector_options": {"stack": 5, "hidden": 32},
                   "lora": {"rank": 4, "target_modules": ["q_proj"]}},
-        "data": {"train": ["corpus/dev.jsonl"], "dev": ["corpus/dev.jsonl"]},
+        "data": dict.fromkeys(("train", "dev"), [str(rows or "corpus/dev.jsonl")]),
         "train": {"max_steps": 2, "batch_size": 8, "trackers": [], "threads": 1},
         "decode": {"max_new_tokens": 12, "batch_size": 3}})).fit()

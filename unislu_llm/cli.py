@@ -171,7 +171,7 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
 
     from unislu_llm.decoding.transcribe import transcribe
     from unislu_llm.run_folder import find_run, is_run
-    from unislu_llm.scoring.wer import corpus_wer
+    from unislu_llm.scoring.wer import corpus_wer, rate_of
     from unislu_llm.tasks import TaskRegistry
 
     run = find_run(model) if is_run(Path(model)) else None
@@ -183,9 +183,10 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
     for r in reports:
         parts = {n: r.counts[n] for n in ("rows", "made", "known", "looped", "no_speech", "copied",
                                           "filled")}
-        texts, made = zip(*r.pairs, strict=True) if r.pairs else ((), ())
-        wer = f"{corpus_wer(texts, made, 'whisper').wer:.1f}" if r.pairs else "-"
-        table.append({"manifest": str(r.copy), **parts, "WER": wer})
+        texts, made, codes = zip(*r.pairs, strict=True) if r.pairs else ((), (), ())
+        codes = tuple(code or language for code in codes)
+        wer = f"{corpus_wer(texts, made, 'whisper', codes).wer:.1f}" if r.pairs else "-"
+        table.append({"manifest": str(r.copy), **parts, rate_of(codes).upper(): wer})
         if n := r.counts["mute"]:
             print(f"{r.copy}: {n} of {r.counts['rows']} rows have no audio and got no hypothesis; "
                   "--copy-text gives such rows their own transcript")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -247,7 +248,8 @@ def test_many_rows_and_many_keys_are_read_fast(tmp_path: Path) -> None:
 def utterances(draw: st.DrawFn) -> Utterance:
     """Any utterance that the format can hold."""
     letters = st.characters(exclude_categories=("C", "Z"), exclude_characters="[")
-    words = draw(st.lists(st.text(letters, min_size=1), min_size=1, max_size=8))
+    word_ = st.text(letters, min_size=1).map(lambda word: unicodedata.normalize("NFC", word))
+    words = draw(st.lists(word_, min_size=1, max_size=8))
     labels: dict[str, Any] = {}
     if draw(st.booleans()):
         labels["ner"] = tuple(_draw_spans(draw, words))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +17,7 @@ from tests.decoding.common import REGISTRY, Build
 from unislu_llm import understand
 from unislu_llm.config import DecodeConfig
 from unislu_llm.data import audio
+from unislu_llm.data.validate import validate
 from unislu_llm.decoding.inputs import expand, utterances_of
 from unislu_llm.errors import UserError
 from unislu_llm.models.speech_llm import SpeechLLM
@@ -112,17 +112,26 @@ def test_what_is_refused_is_named(given: Any, message: str, clip: Path) -> None:
         assert str(error.value).startswith("the input")
 
 
-def test_channels_that_cancel_each_other_are_told_of(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("right", "cancels"), [(-1.0, True), (-0.99, True), (-0.5, False),
+                                                (0.0, False), (1.0, False)])
+def test_the_louder_channel_is_taken_where_channels_cancel_each_other(
+        right: float, cancels: bool, tmp_path: Path, recwarn: pytest.WarningsRecorder) -> None:
     wave = tone()
-    soundfile.write(tmp_path / "anti.flac", np.stack([wave, -wave], 1), RATE)
-    for given, name in ((tmp_path / "anti.flac", "anti.flac"), ((np.stack([wave, -wave]), RATE),
-                                                                "the input")):
-        with pytest.warns(UserWarning, match=f"{name}: its channels cancel each other out"):
-            assert float(samples_of(given).abs().max()) < 1e-3
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        for quiet in (0 * wave, 1e-6 * wave):
-            samples_of((np.stack([quiet, quiet], 1), RATE))
+    soundfile.write(tmp_path / "anti.flac", np.stack([wave, right * wave], 1), RATE)
+    mixed = wave if cancels else (1 + right) / 2 * wave
+    for given, name in ((tmp_path / "anti.flac", "anti.flac"),
+                        ((np.stack([wave, right * wave]), RATE), "the input")):
+        assert samples_of(given).numpy() == pytest.approx(mixed, abs=1e-4)
+        told = f"{name}: its channels cancel each other out; the louder one is taken"
+        assert [told in str(w.message) for w in recwarn if "cancel" in str(w.message)][-1:] == [
+            True] * cancels
+    (tmp_path / "m.jsonl").write_text('{"id": "a", "audio": "anti.flac", "text": "the council"}')
+    page = validate([tmp_path / "m.jsonl"], audio="full").page()
+    assert ("cancel each other out" in page, "silent" in page) == (cancels, False)
+    for quiet in (0 * wave, 1e-6 * wave):
+        recwarn.clear()
+        samples_of((np.stack([quiet, quiet], 1), RATE))
+        assert not recwarn
 
 
 def test_bytes_are_checked_as_files_are(clip: Path, tmp_path: Path) -> None:

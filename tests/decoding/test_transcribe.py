@@ -87,7 +87,8 @@ def test_a_stopped_call_goes_on_and_rows_stay(make_utterances: Write, tmp_path: 
     assert [u.audio.resolve() for u in again if u.audio] == [u.audio for u in utterances]
     said = [f"heard {n}" for n in ("90 en", "160 en", "40 de", "120 en", "70 en")]
     assert [u.hypothesis for u in again] == [*said, None, "kept"]
-    assert report.pairs == [(u.text, text) for u, text in zip(utterances, said, strict=True)]
+    assert report.pairs == [(u.text, text, u.language or "")
+                            for u, text in zip(utterances, said, strict=True)]
     assert list(out.iterdir()) == [out / "train.jsonl"]
     with pytest.raises(UserError, match="exists; remove it"):
         run(manifest, Says(), out, registry=registry)

@@ -55,6 +55,7 @@ def test_every_block_by_hand() -> None:
     slue_by_hand = slue_score([200 / 7, 10.0], 200 / 3, 50.0)
     assert flat_scores(got, "slue") == pytest.approx({
         "wer_people": 100 * 2 / 7, "wer_moods": 100 * 1 / 10, "wer": 100 * 3 / 17,
+        "cer": 100 * (9 + 1) / 62,  # "thank you" of nine characters, a blank among them
         "ner_f1": 200 / 3, "ner_label_f1": 200 / 3, "ner_position_f1": 200 / 3, "sa_f1": 100 / 2,
         "malformed": 100 / 3, "slue": slue_by_hand, "score": slue_by_hand})
     assert json.loads(json.dumps(got)) == got
@@ -95,6 +96,7 @@ def test_utterance_counts_give_the_same_scores(protocol: Protocol) -> None:
     flat = flat_scores(score_predictions(ROWS, REGISTRY), protocol)
     assert {name: c.value for name, c in counts.items()} == pytest.approx({
         "wer": flat["wer"], "wer/people": flat["wer_people"], "wer/moods": flat["wer_moods"],
+        "cer": flat["cer"],
         "ner/f1": flat["ner_f1"], "ner/label_f1": flat["ner_label_f1"],
         "ner/position_f1": flat["ner_position_f1"], "sa/macro_f1": flat["sa_f1"],
         "slue_score": flat["slue"]})
@@ -122,9 +124,10 @@ def test_table_has_a_row_for_each_run_and_a_part_for_each_protocol() -> None:
     one, other = score_predictions(ROWS, REGISTRY), score_predictions([ROWS[2]], REGISTRY)
     for part in scoring.format_table({"llm": one, "1e5": other}).split("Protocol: whisper"):
         rows = [line.split() for line in part.splitlines() if line.startswith("|")]
-        assert rows[0][1::2] == ["run", "wer_moods", "wer_people", "wer", "ner_f1", "ner_label_f1",
-                                 "ner_position_f1", "sa_f1", "malformed", "slue", "score"]
-        assert rows[2][1::2][:5] == ["llm", "10.00", "28.57", "17.65", "66.67"]
+        assert rows[0][1::2] == ["run", "wer_moods", "wer_people", "wer", "cer", "ner_f1",
+                                 "ner_label_f1", "ner_position_f1", "sa_f1", "malformed", "slue",
+                                 "score"]
+        assert rows[2][1::2][:4] == ["llm", "10.00", "28.57", "17.65"]
         assert (rows[3][1], rows[3].count("-")) == ("1e5", 6)  # what it lacks
 
 

@@ -49,7 +49,8 @@ class _PhraseRow(_Labelled):
 
 
 class _SpanRow(_Labelled):
-    """Where the phrase stands in the row's text, which is the context of the validation."""
+    """Where the phrase stands in the row's text, which is the context of the validation, together
+    with the row's language."""
 
     start: int
     end: int
@@ -57,7 +58,7 @@ class _SpanRow(_Labelled):
     @field_validator("start", "end")
     @classmethod
     def _inside(cls, offset: int, info: ValidationInfo) -> int:
-        text, name, before = info.context, info.field_name, info.data
+        text, name, before = info.context[0], info.field_name, info.data  # type: ignore[index]
         start = before.get("start") if name == "end" else offset
         edge = offset - (name == "end")  # the phrase's first or last character
         # Without a text, or where what comes before is wrong, there is nothing to compare with.
@@ -101,7 +102,8 @@ class SpanReader:
         self._mapping = pydantic.TypeAdapter[Any](by_label, config=STRICT)
 
     def __call__(self, value: Any, info: ValidationInfo) -> tuple[Span, ...] | None:
-        found = list(self._entries(value, info.context))
+        text, language = said = info.context  # type: ignore[misc]
+        found = list(self._entries(value, said))
         if self._alone:
             return None if found else ()
         spans = [(place, Span(item.label, item.start, item.end)) for place, item in found
@@ -109,9 +111,10 @@ class SpanReader:
         phrases = [(place, item) for place, item in found if isinstance(item, _PhraseRow)]
         flat = _flat([span for _, span in spans])
         # Without a text, which is a problem of its own, there are no places.
-        if not phrases or not isinstance(info.context, str):
+        if not phrases or not isinstance(text, str):
             return flat
-        placed, why = place_phrases(info.context, [(p.label, p.phrase) for _, p in phrases], flat)
+        placed, why = place_phrases(text, [(p.label, p.phrase) for _, p in phrases], flat,
+                                    language=str(language or ""))
         if why:
             raise pydantic.ValidationError.from_exception_data(self._task.name, [
                 InitErrorDetails(type=Refused("phrase", reason), loc=phrases[i][0],

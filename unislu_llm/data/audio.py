@@ -42,7 +42,7 @@ _SUFFIXES = {*(f".{name.lower()}" for name in soundfile.available_formats()), ".
              ".aif"}
 _ADDRESS = re.compile(r"\b([A-Za-z][\w+.-]+):/+(.+)")  # `C:/` is a drive
 _MAX_PEAK = 100.0  # above it, samples are integers written as floats rather than loud audio
-_CANCELLED = 1e-3  # of the channels' peak, below which their mean is silent
+_CANCELLED = 1e-3  # of the loudest channel's energy, below which the mean has lost it: -30 dB
 _MOST_VALUES = 1 << 31  # of all channels, read at once: 8 GB, 6 hours in stereo at 48 kHz
 _BLOCK = 1 << 24  # of them at a time, so that memory is taken for what is there
 _MP3_PREROLL = 1 << 14  # samples decoded and dropped: an MP3 frame needs the bits of earlier ones
@@ -95,17 +95,25 @@ def from_bytes(content: bytes, name: str) -> Tensor:
 
 
 def to_mono(name: object, block: np.ndarray, rate: float) -> Tensor:
-    """Samples `(frames, channels)` of any rate: their mean `(samples,)` at 16 kHz."""
+    """Samples `(frames, channels)` of any rate: their mean `(samples,)` at 16 kHz, or the loudest
+    channel where they cancel each other out, with a warning."""
     mono = block.mean(axis=1)
-    if float(np.abs(mono).max()) < _CANCELLED * float(np.abs(block).max()):
-        warnings.warn(f"{name}: its channels cancel each other out, and their mean is silent; keep "
-                      "one of them", stacklevel=2)
+    energies = np.einsum("fc,fc->c", block, block)
+    if why := cancelled(float(mono @ mono), energies):
+        mono = block[:, energies.argmax()]
+        warnings.warn(f"{name}: {why}", stacklevel=2)
     if rate != SAMPLE_RATE:
         mono = soxr.resample(mono, rate, SAMPLE_RATE, quality="HQ")
     if mono.size == 0:
         raise UserError(f"{name}: holds {len(block)} samples at {rate:g} Hz, none at "
                         f"{SAMPLE_RATE} Hz; drop it")
     return torch.from_numpy(np.ascontiguousarray(mono, dtype=np.float32))
+
+
+def cancelled(mixed: float, energies: np.ndarray) -> str:
+    """What to say where next to nothing of the energies `(channels,)` is left in their mean."""
+    silent = len(energies) > 1 and mixed < _CANCELLED * energies.max()
+    return "its channels cancel each other out; the louder one is taken" if silent else ""
 
 
 def count_samples(path: str | Path, start: float = 0.0, end: float | None = None) -> int:
@@ -334,4 +342,5 @@ def _constants(n_mels: int, device: torch.device) -> tuple[Tensor, Tensor]:
     filters: Any = mel_filter_bank(1 + N_FFT // 2, n_mels, 0.0, SAMPLE_RATE / 2, SAMPLE_RATE,
                                    norm="slaney", mel_scale="slaney")
     window = torch.hann_window(N_FFT, device=device)
-    return window, torch.from_numpy(filters).to(device, torch.float32).T.contiguous()
+    # In float32 before it moves: Apple GPUs have no float64.
+    return window, torch.from_numpy(filters).float().to(device).T.contiguous()

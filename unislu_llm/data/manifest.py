@@ -16,7 +16,7 @@ import contextlib
 import json
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,12 @@ class Row:
 
 
 def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = None,
-              check_audio: bool = False, ids: Ids | None = None,
-              without_text: bool = False) -> Iterator[Row]:
+              check_audio: bool = False, ids: Ids | None = None, without_text: bool = False,
+              mend: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> Iterator[Row]:
     """The rows of a manifest in one pass, good ones and bad ones, as :class:`RowReader` reads them.
 
-    `ids` are those of manifests read before, to find repetitions. Raises UserError: there is no
-    such file.
+    `ids` are those of manifests read before, to find repetitions; `mend` changes rows before they
+    are read. Raises UserError: there is no such file.
     """
     path, ids = Path(path), {} if ids is None else ids
     if not path.is_file():
@@ -68,6 +68,7 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
             line, utterance = number, None
             content, problems = _parse(raw)
             if not problems:
+                content = mend(content)
                 utterance, problems = reader.read(content, f"{path}:{line}")
                 # Also of a bad row: it will be corrected, and its id is taken all the same.
                 problems += _repeated_id(content.get("id"), path, line, ids)

@@ -1,7 +1,8 @@
 """Labelled phrases without offsets: where in a transcript they are said.
 
-Words are those of SLUE's NER text, case aside; where they differ, stretches of words that Whisper's
-normaliser makes equal count too (`12-ounce` and `twelve ounce`).
+Words are those of SLUE's NER text, case aside, and characters in scripts without blanks; where they
+differ, stretches of words that Whisper's normaliser of the language makes equal count too
+(`12-ounce` and `twelve ounce`).
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
 
 from unislu_llm.errors import hint, shorten
-from unislu_llm.scoring.text import Token, ner_tokens, normalise_phrase
+from unislu_llm.scoring.text import Token, ner_tokens, normalise_phrase, without_blanks
 from unislu_llm.tasks import Span
 
 _MORE_WORDS = 2  # that a phrase may have in the transcript: `a 100` is `one hundred`
@@ -22,7 +23,8 @@ _LONG = 500  # words from which a text is searched for equal words alone: normal
 
 
 def place_phrases(text: str, phrases: Sequence[tuple[str, str]], spans: Iterable[Span] = (), *,
-                  first: bool = False) -> tuple[list[Span], dict[int, str]]:
+                  first: bool = False, language: str = "",
+                  ) -> tuple[list[Span], dict[int, str]]:
     """Spans of `(label, phrase)`, in order of their places and without overlap.
 
     Also why a phrase has none, by its index: it is not said, or not as often as it is given, or it
@@ -33,8 +35,9 @@ def place_phrases(text: str, phrases: Sequence[tuple[str, str]], spans: Iterable
         phrases: label and phrase of each.
         spans: places that are taken.
         first: take the first places of a phrase that is said more often.
+        language: code; default: English.
     """
-    said, placed, why = _Transcript(text), list(spans), dict[int, str]()
+    said, placed, why = _Transcript(text, language), list(spans), dict[int, str]()
     taken = bytearray(len(text))
     for span in placed:
         taken[span.start:span.end] = b"\1" * (span.end - span.start)
@@ -71,8 +74,10 @@ def find_phrase(text: str, phrase: str) -> list[tuple[int, int]]:
 class _Transcript:
     """A text in which many phrases are looked for, each in the time of its few places."""
 
-    def __init__(self, text: str) -> None:
+    def __init__(self, text: str, language: str = "") -> None:
         self._text, self._tokens = text, ner_tokens(text)
+        # English loses its marks, which are vowels of Thai.
+        self._language = language or ("zh" if any(map(without_blanks, text)) else "")
         self._words = [_word(token) for token in self._tokens]
         self._joined = "".join(f"{word}\n" for word in self._words)
         self._at = list(accumulate((len(word) + 1 for word in self._words), initial=0))
@@ -87,7 +92,7 @@ class _Transcript:
         n, places = len(words), list(self._equal(words, taken))
         rare = 0 < n <= _LONG_PHRASE and len(self._tokens) <= _LONG and not places
         if rare and not (taken and any(self._equal(words))) and (
-                wanted := normalise_phrase(phrase, "whisper")):
+                wanted := normalise_phrase(phrase, "whisper", self._language)):
             equal = [(i, i + k) for k in range(1, n + _MORE_WORDS + 1)
                      for i, stretch in enumerate(self._stretches(k)) if stretch == wanted]
             # The normaliser drops `um`: the shortest of stretches inside one another is the phrase.
@@ -108,7 +113,7 @@ class _Transcript:
     def _stretches(self, n: int) -> list[str]:
         if n not in self._normal:
             self._normal[n] = [
-                normalise_phrase(self._text[a.start:b.end], "whisper")
+                normalise_phrase(self._text[a.start:b.end], "whisper", self._language)
                 for a, b in zip(self._tokens, self._tokens[n - 1:], strict=False)]
         return self._normal[n]
 

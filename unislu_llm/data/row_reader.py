@@ -20,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, Field, ValidationInfo, field_val
 from pydantic_core import PydanticCustomError as Refused
 
 from unislu_llm.data.annotations import STRICT, annotation, shown
+from unislu_llm.data.mending import composed, rewrite
 from unislu_llm.errors import dotted, shorten
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.unified import find_marker
@@ -38,7 +39,7 @@ _DURATION_SLACK = 0.2  # seconds between `duration` and `end - start`, which cor
 _CLOSE = 0.75  # similarity from which a key counts as misspelt
 # Kinds of problems with which a row can be used all the same.
 _WARNINGS = frozenset(("clipping", "silence", "rate", "channels", "long", "same_row", "leak",
-                       "characters", "pace", "rare_label", "unread"))
+                       "characters", "pace", "rare_label", "unread", "inside_word"))
 
 
 class Problem(NamedTuple):
@@ -155,6 +156,7 @@ class RowReader:
     def read(self, row: Mapping[str, Any], source: str) -> tuple[Utterance | None, list[Problem]]:
         """The utterance of a row, None where there are problems, and these; `source` names it."""
         row = row if row.get("draft") is None else {"hypothesis": row["draft"], **row}  # old name
+        row = rewrite(dict(row), ("text", "hypothesis", *self.registry.names), composed)
         alike = [(key, like) for key in row if key not in self._known
                  and (like := self._lookalike(key)) is not None]
         renamed = next((f"; rename '{key}'" for key, like in alike if like == "text"), "")
@@ -165,7 +167,8 @@ class RowReader:
         found: Any = None
         problems: list[Problem] = []
         try:
-            found = self._models[unheard].model_validate(values, context=values.get("text"))
+            said = values.get("text"), values.get("language")
+            found = self._models[unheard].model_validate(values, context=said)
         except pydantic.ValidationError as error:
             problems += _explain(error, row, renamed)
         for name in ("text", "hypothesis"):

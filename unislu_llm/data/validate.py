@@ -10,23 +10,24 @@ import hashlib
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
-from unislu_llm.data.audio import MAX_SECONDS, SAMPLE_RATE, crop, open_audio, read_frames
+from unislu_llm.data.audio import MAX_SECONDS, SAMPLE_RATE, cancelled, crop, open_audio, read_frames
 from unislu_llm.data.findings import unread_fields
 from unislu_llm.data.loading import read_segments
 from unislu_llm.data.manifest import Ids, Row, iter_rows, moved
+from unislu_llm.data.mending import CURLY, HIDDEN, Mender, misplaced
 from unislu_llm.data.row_reader import Problem, RowReader
 from unislu_llm.errors import UserError
 from unislu_llm.io import atomic
-from unislu_llm.tasks import SpanTask, Task, TaskRegistry
+from unislu_llm.tasks import Span, SpanTask, Task, TaskRegistry
 from unislu_llm.utterance import Utterance
 
 AudioCheck = Literal["none", "header", "full"]
@@ -43,7 +44,7 @@ _SLOW_FROM = 5.0  # seconds: shorter clips may hold one word and a pause
 _RARE, _RARE_FROM = 0.01, 200  # share of the most frequent label; annotations that it takes
 _ODD = {"Cn": "is not assigned to any character", "Co": "is for private use",
         "\ufffd": "stands for a character that was lost when the text was decoded",
-        **dict.fromkeys("\u00ad\u200b\u2060\ufeff", "is invisible")}
+        **dict.fromkeys(map(chr, CURLY), "is a curly apostrophe (--fix makes it straight)")}
 """What speaks against a character or a Unicode category in a transcript."""
 
 
@@ -56,6 +57,7 @@ class Report:
     utterances: list[Utterance] = field(default_factory=list)  # of the rows without errors
     bad_rows: int = 0
     problems: list[Problem] = field(default_factory=list)  # errors and warnings, in order
+    mended: list[str] = field(default_factory=list)  # what was mended in copies, a line each
 
     def status(self, strict: bool = False) -> int:
         """1 for errors (`strict`: or warnings), else 0."""
@@ -74,7 +76,8 @@ class Report:
         warnings = shown.total()
         number = " and ".join(f"{n or 'no'} {name}{'s' * (n != 1)}" for n, name in (
             (len(self.problems) - warnings, "error"), (warnings, "warning")))
-        return "\n".join([*lines, f"{number} in {', '.join(map(str, self.manifests))}", "",
+        return "\n".join([*lines, f"{number} in {', '.join(map(str, self.manifests))}",
+                          *self.mended, "",
                           summary(self.utterances, self.registry, self.bad_rows)])
 
 
@@ -86,8 +89,8 @@ def validate(manifests: Sequence[Path], *, tasks_file: Path | None = None,
         manifests: JSON-lines files.
         tasks_file: YAML list of tasks; default: named entities and sentiment.
         audio: none believes the manifest; header opens each file; full decodes the samples.
-        fix: file (for several manifests: folder) for copies without the rows that have errors.
-            A copy appears whole or not at all.
+        fix: file (for several manifests: folder) for copies, whole or not at all, of which spans
+            and characters are mended before rows are checked, without those that have errors.
 
     Raises:
         UserError: no manifest, one missing or named twice, tasks that cannot be read, or a copy
@@ -110,12 +113,15 @@ def validate(manifests: Sequence[Path], *, tasks_file: Path | None = None,
         try:
             # Copied as it is checked, so that a large corpus is read once.
             with atomic(copy, "wb") if copies else nullcontext() as handle:
-                for row in checker.check(path):
+                mender = Mender(path, registry)
+                for row in checker.check(path, mender, bool(copies)):
                     report.problems += row.problems
                     report.bad_rows += row.line > 0 and row.utterance is None
                     report.utterances += [row.utterance] if row.utterance else []
                     if handle is not None and row.utterance is not None:
                         handle.write(moved(row.content, path.parent, copy.parent))
+            report.mended += [f"{copy}: mended in {n} rows: {what}"
+                              for what, n in mender.mended.items() if n]
         except OSError as error:
             raise UserError(f"{path} cannot be read, or --fix {fix} not be written ({error})"
                             ) from error
@@ -131,11 +137,11 @@ class Checker:
         self._ids: Ids = {}
         self._seen: dict[tuple[str, str], tuple[Path, int]] = {}  # each audio and text, where first
 
-    def check(self, path: Path) -> Iterator[Row]:
+    def check(self, path: Path, mender: Mender, mend: bool = False) -> Iterator[Row]:
         """Every row of a manifest, its duration measured; line 0 is for the file as a whole."""
         good: list[Utterance] = []
         rows: list[Row] = []
-        for row in iter_rows(path, self._registry, ids=self._ids):
+        for row in iter_rows(path, self._registry, ids=self._ids, mend=mender if mend else dict):
             rows.append(row)
             checked = self._check(row, row.utterance, path) if row.utterance else row
             good += [checked.utterance] if checked.utterance else []
@@ -144,14 +150,19 @@ class Checker:
                           "will not be read; describe it in a tasks file (--tasks-file FILE)",
                           line=field.line)
                   for field in unread_fields(str(path), rows, self._registry) if field.spans)
-        yield Row(0, problems=tuple(p._replace(file=path) for p in (*unread, *self._rare(good))))
+        guess = [Problem("spans", "inside_word", f"all fit, if {mender.guess}; --fix FILE writes "
+                         "them so")] if mender.guess and not mend else []
+        yield Row(0, problems=tuple(p._replace(file=path)
+                                    for p in (*guess, *unread, *self._rare(good))))
 
     def _check(self, row: Row, u: Utterance, path: Path) -> Row:
         problems, seconds, key = _check_audio(u, self._audio)
         if row.content.get("segments") is not None and all(p.warning for p in problems):
             # Audio that was not opened is believed to be long enough.
             end = math.inf if seconds is None else u.start + seconds
-            problems += read_segments(u, self._reader, end)[1]
+            pieces, found = read_segments(u, self._reader, end)
+            problems += [*found, *(p for i, piece in enumerate(pieces)
+                                   for p in _misplaced(piece, f"segments[{i}]."))]
         if seconds is not None and seconds > MAX_SECONDS:
             kind, what = ("long", "it is cut at its segments") if u.segments else (
                 "too_long", "give it `start` and `end`, or `segments` to cut it at")
@@ -159,7 +170,8 @@ class Checker:
                                     f"{MAX_SECONDS:g} s; {what}"))
         good = all(p.warning for p in problems)
         if good:  # a row that is left out can neither leak nor repeat another
-            problems += [*_characters(u), *_pace(u, seconds), *self._shared(u, key, path, row.line)]
+            problems += [*_characters(row.content), *_misplaced(u), *_pace(u, seconds),
+                         *self._shared(u, key, path, row.line)]
         return replace(row, utterance=replace(u, duration=seconds) if good else None,
                        problems=tuple(p._replace(file=path, line=row.line) for p in problems))
 
@@ -193,15 +205,26 @@ def label_counts(utterances: Sequence[Utterance], task: str) -> Counter[str]:
                    for label in ([value] if isinstance(value, str) else value))
 
 
-def _characters(u: Utterance) -> Iterator[Problem]:
-    texts = {"text": u.text}
-    texts |= {f"segments[{i}].text": s["text"] for i, s in enumerate(u.segments or ())}
+def _characters(row: Mapping[str, Any]) -> Iterator[Problem]:
+    texts = {"text": row["text"], "hypothesis": row.get("hypothesis")}
+    texts |= {f"segments[{i}].text": s["text"] for i, s in enumerate(row.get("segments") or ())}
     for key, text in texts.items():
-        odd = {} if text.isascii() else {
-            c: why for c in text if (why := _ODD.get(c) or _ODD.get(unicodedata.category(c)))}
-        if odd:
-            named = "; ".join(f"'{c}' (U+{ord(c):04X}) {why}" for c, why in odd.items())
-            yield Problem(key, "characters", f"{named}; look at the source")
+        if not text or text.isascii():
+            continue
+        odd = {c: why for c in text if (why := _ODD.get(c) or _ODD.get(unicodedata.category(c)))}
+        odd |= dict.fromkeys(HIDDEN.findall(text), "is invisible (--fix takes it out)")
+        named = [f"'{c}' (U+{ord(c):04X}) {why}" for c, why in odd.items()]
+        if not unicodedata.is_normalized("NFC", text):
+            named.append("letters and their marks are apart (Unicode NFD; --fix composes them)")
+        if named:
+            yield Problem(key, "characters", f"{'; '.join(named)}; look at the source")
+
+
+def _misplaced(u: Utterance, place: str = "") -> Iterator[Problem]:
+    for name, value in u.labels.items():
+        for span in value:
+            if isinstance(span, Span) and (why := misplaced(u.text, span.start, span.end)):
+                yield Problem(place + name, "inside_word", why)
 
 
 def _pace(u: Utterance, seconds: float | None) -> Iterator[Problem]:
@@ -242,7 +265,8 @@ def _check_audio(u: Utterance, how: AudioCheck) -> tuple[list[Problem], float | 
     if rate < SAMPLE_RATE:
         doubts["rate"] = f"{rate} Hz, nothing above {rate // 2} Hz; is there a source of 16 kHz?"
     if channels > 1:
-        doubts["channels"] = f"{channels} channels, which are averaged; has each its own speaker?"
+        doubts.setdefault("channels", f"{channels} channels, which are averaged; has each its own "
+                                      "speaker?")
     return [Problem("audio", kind, text) for kind, text in doubts.items()], seconds, key
 
 
@@ -255,18 +279,22 @@ def _header(path: Path) -> tuple[int, int, int]:
 def _decode(path: Path, first: int, last: int, doubts: dict[str, str]) -> str:
     """Digest of the frames `first` to `last`; what is to be doubted about them is added."""
     digest = hashlib.blake2b(digest_size=16)
-    energy = clipped = count = 0.0
+    energies, mixed, clipped, count = np.zeros(1), 0.0, 0.0, 0
     with open_audio(path) as sound:
         step = _BLOCK * sound.samplerate
         for at in range(first, last, step):
             block = read_frames(path, sound, at, min(at + step, last))
             digest.update(np.ascontiguousarray(block).tobytes())
-            energy += float(np.square(block, dtype=np.float64).sum())
+            energies = energies + np.square(block, dtype=np.float64).sum(axis=0)
+            mixed += float(np.square(block.mean(axis=1), dtype=np.float64).sum())
             # A sample is clipped where its neighbours stand at full scale too: peaks do not.
             full = np.abs(block) >= _FULL_SCALE
             clipped += float((full[:-2] & full[1:-1] & full[2:]).sum())
             count += block.size
-    level = math.sqrt(energy / count)
+    # What models hear is checked, the mean of the channels, as :func:`to_mono` makes it.
+    if why := cancelled(mixed, energies):
+        mixed, doubts["channels"] = float(energies.max()), why
+    level = math.sqrt(mixed * len(energies) / count)
     if clipped > _CLIPPED * count:
         doubts["clipping"] = f"{100 * clipped / count:.1f} % of the samples are clipped; listen"
     if level < _SILENT:

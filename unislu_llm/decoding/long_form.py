@@ -22,6 +22,7 @@ from torch import Tensor
 from unislu_llm.data import audio
 from unislu_llm.decoding.answer import Answer
 from unislu_llm.errors import UserError
+from unislu_llm.scoring.text import places_of, without_blanks, word_spans
 from unislu_llm.tasks import LabelTask, SpanTask, TaskRegistry
 from unislu_llm.utterance import Utterance
 
@@ -205,11 +206,12 @@ class Piece:
 
 
 class Stitched:
-    """Transcripts of windows in order, joined with a blank between them.
+    """Transcripts of windows in order, joined with a blank between them where their script has it.
 
     Where windows overlap, the longest run of words that ends one transcript's overlap and starts
-    the next one's is looked for (case aside, two words at least; one where the overlap has no
-    more). Up to its start the joined text is the first window's, from there the second's: what
+    the next one's is looked for (case aside, two words at least, four characters where those are
+    the words; fewer where the overlap has no more). Up to its start the joined text is the first
+    window's, from there the second's: what
     either says nearest to its own edge, where words are cut, goes. Without a match both stay
     whole, so that words may stand twice but none is lost.
 
@@ -218,15 +220,15 @@ class Stitched:
     """
 
     def __init__(self, texts: Sequence[str], shares: Sequence[tuple[float, float]] = ()) -> None:
-        self.pieces = [Piece(t, 0, len(t), [m.span() for m in re.finditer(r"\S+", t)])
-                       for t in texts]
+        self.pieces = [Piece(t, 0, len(t), list(word_spans(t))) for t in texts]
         for i, (tail, head) in enumerate(shares, 1):
             if tail > 0 and head > 0:
                 _merge(self.pieces[i - 1], self.pieces[i], tail, head)
         self.text = ""
         for piece in self.pieces:
             kept = piece.text[piece.low:piece.high]
-            blank = " " if self.text and kept else ""
+            both = self.text[-1:], kept[:1]
+            blank = " " * (all(both) and not all(map(without_blanks, both)))
             piece.at = len(self.text) + len(blank)
             self.text += blank + kept
 
@@ -250,9 +252,8 @@ class Stitched:
 
 def occurrences(phrase: str, text: str) -> list[tuple[int, int]]:
     """Where a phrase stands in a text: as whole words; where it never does, anywhere."""
-    exact = re.escape(phrase) if phrase else r"(?!)"  # what never matches
-    whole = list(re.finditer(rf"(?<!\w){exact}(?!\w)", text))
-    return [match.span() for match in whole or re.finditer(exact, text)]
+    anywhere = re.finditer(re.escape(phrase) if phrase else r"(?!)", text)
+    return list(places_of(phrase, text)) or [match.span() for match in anywhere]
 
 
 def _merge(left: Piece, right: Piece, tail: float, head: float) -> None:
@@ -263,8 +264,9 @@ def _merge(left: Piece, right: Piece, tail: float, head: float) -> None:
     ours = _words(left)[max(first, words - _expected(words, tail)):]
     theirs = _words(right)[:_expected(len(right.words), head)]
     match = SequenceMatcher(None, ours, theirs, autojunk=False).find_longest_match()
-    # One word alone, `the`, is found in any two transcripts.
-    if not match.size or match.size < min(2, len(ours), len(theirs)):
+    # One word alone, `the`, is found in any two transcripts, as are two Chinese characters.
+    least = 4 if match.size and without_blanks(ours[match.a][0]) else 2
+    if not match.size or match.size < min(least, len(ours), len(theirs)):
         if ours and theirs:
             left.tail, right.head = left.words[-len(ours)][0], right.words[len(theirs) - 1][1]
         return

@@ -59,7 +59,9 @@ def predict(model: SLUModel, examples: Sequence[Example], options: DecodeConfig 
     for indices, answers in _batches(Engine(model, options), utterances, tasks, progress=progress):
         done = [(i, answer) for g, answer in zip(indices, answers, strict=True) for i in members[g]]
         for i, answer in done:
-            predictions[i] = prediction(examples[i], answer, model.registry)
+            language = examples[i].utterance.language or model.config.language
+            predictions[i] = prediction(examples[i], answer, model.registry) | {
+                "language": language}  # which scoring goes by
         on_predictions([predictions[i] for i, _ in done])
     return predictions
 

@@ -36,7 +36,8 @@ class Report:
     # `no_speech`; rows whose hypothesis is `copied` from their text, or that have none (`mute`);
     # `filled` pseudo-labels.
     counts: Counter[str]
-    pairs: list[tuple[str, str]] = field(default_factory=list)  # text and recognised hypothesis
+    # Text, recognised hypothesis, and the row's language.
+    pairs: list[tuple[str, str, str]] = field(default_factory=list)
     # `file:line (id)` of rows that the copy lacks, by reason; and by span task, of filled rows
     # that lost it because a phrase was not recognised.
     left_out: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -172,7 +173,7 @@ def _content(row: Row, found: Mapping[str, Transcript], registry: TaskRegistry, 
             report.left_out[task].append(place)
         return content
     if made is not None:
-        report.pairs.append((u.text, made.text))
+        report.pairs.append((u.text, made.text, u.language or ""))
     elif copy_text and u.audio is None and u.hypothesis is None:
         report.counts["copied"] += 1
         made = Transcript(clean(u.text, registry))
@@ -191,7 +192,8 @@ def place_spans(row: dict[str, Any], registry: TaskRegistry) -> list[str]:
         if not isinstance(task, SpanTask) or row.get(task.name) is None:
             continue
         # The wording is a recogniser's: the first place of a phrase is as good as another.
-        spans, why = place_phrases(row["text"], listed_phrases(row[task.name]), first=True)
+        spans, why = place_phrases(row["text"], listed_phrases(row[task.name]), first=True,
+                                   language=row.get("language") or "")
         if why:
             del row[task.name]
             lost.append(task.name)

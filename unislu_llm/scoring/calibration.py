@@ -1,13 +1,8 @@
 """Calibration of label tasks: does a label that is given 70 % hold in 70 % of cases?
 
-Scores are fractions, not percent:
-
-* ECE, expected calibration error of the likeliest label (Guo et al., arXiv 1706.04599): mean over
-  utterances of |accuracy - mean confidence| of the bin that an utterance is in. `ece` has 15 bins
-  of equal width; `ece_adaptive` 15 bins of equal mass (Nixon et al., arXiv 1904.01685), which no
-  empty bin and no choice of borders distorts. With few utterances both are biased upwards.
-* Brier score (Brier 1950), the sum over labels of squared error: 0 (right and sure) to 2.
-* Negative log-likelihood of the reference, nats; a probability of zero counts as 1e-12.
+Scores are fractions, see docs/scoring.md: ECE of the likeliest label (Guo et al., arXiv
+1706.04599), in bins of equal mass as well (Nixon et al., arXiv 1904.01685), the Brier score (1950),
+and negative log-likelihood, nats, in which a probability of zero counts as 1e-12.
 """
 
 from __future__ import annotations

@@ -1,15 +1,8 @@
 """Entities: F1 by phrase and by position, and what became of those that are not right.
 
-* **F1** and **label-F1** are slue-toolkit's: in each utterance reference and prediction are
-  multisets of (label, phrase), or of labels; what both have is right. Counts are pooled over the
-  corpus (micro); the macro average is over the labels that occur in either. 0/0 is 0.
-* **F1 by position** asks whether the right stretch of speech was labelled. The transcripts are
-  aligned word by word, and an entity's place is the reference words that its own words are aligned
-  with; it is right when label and place agree. That is the strict F1 of seqeval on BIO tags over
-  the reference words, and also takes what BIO cannot write: nested entities, and those elsewhere.
-* **Kinds of errors**: every entity of either side has exactly one, pairs being one to one.
-
-Two rules of placing:
+docs/scoring.md says what the scores are. F1 and label-F1 are slue-toolkit's; 0/0 is 0. F1 by
+position is the strict F1 of seqeval on BIO tags over the reference words, and also takes what BIO
+cannot write: nested entities, and those elsewhere. Two rules of placing:
 
 1. Predicted phrases have no offsets. They are located in their transcript from left to right, each
    behind the one before it; one that occurs several times gets the place that is right, if one is.
@@ -19,9 +12,9 @@ Two rules of placing:
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -30,7 +23,7 @@ from jiwer import AlignmentChunk
 from numpy.typing import NDArray
 
 from unislu_llm.scoring.predictions import Entity, Prediction
-from unislu_llm.scoring.text import Protocol, ner_text, normalise_phrase
+from unislu_llm.scoring.text import Protocol, normalise_phrase, places_of
 from unislu_llm.scoring.wer import align
 
 Sides = Sequence[tuple[Counter[Entity], Counter[Entity]]]
@@ -155,13 +148,15 @@ def place(predictions: Sequence[Prediction], protocol: Protocol | None = None) -
 
     Words are those of the protocol's phrases; without one lower-case words of the NER text.
     """
-    def normalise(text: str) -> str:
-        return normalise_phrase(text, protocol) if protocol else ner_text(text).lower()
+    def normaliser(p: Prediction) -> Callable[[str], str]:
+        return (partial(normalise_phrase, protocol=protocol, language=p.language) if protocol else
+                lambda text: normalise_phrase(text, "slue").lower())
 
-    refs = [normalise(p.ref_text) for p in predictions]
-    hyps = [normalise(p.hyp_text) for p in predictions]
+    refs = [normaliser(p)(p.ref_text) for p in predictions]
+    hyps = [normaliser(p)(p.hyp_text) for p in predictions]
     found = []
     for p, ref, hyp, chunks in zip(predictions, refs, hyps, align(refs, hyps), strict=True):
+        normalise = normaliser(p)
         gold = _place_reference(p, ref, normalise)
         # An entity of whose phrase nothing is left by normalisation is none, as in the toolkit.
         named = [(label, normalise(phrase)) for label, phrase in p.hyp_entities]
@@ -171,9 +166,9 @@ def place(predictions: Sequence[Prediction], protocol: Protocol | None = None) -
 
 def occurrences(phrase: str, text: str) -> list[WordSpan]:
     """Every stretch of words that holds `phrase`; parts of hyphenated words count."""
-    # A regular expression finds overlapping places too; blanks before a place count its words.
-    starts = (m.start() for m in re.finditer(rf"(?<!\w)(?={re.escape(phrase)}(?!\w))", text))
-    return [(text.count(" ", 0, at), text.count(" ", 0, at + len(phrase)) + 1) for at in starts]
+    # Blanks before a place count its words.
+    return [(text.count(" ", 0, at), text.count(" ", 0, end) + 1)
+            for at, end in places_of(phrase, text)]
 
 
 def _place_reference(p: Prediction, ref: str, normalise: Callable[[str], str]) -> list[Placed]:

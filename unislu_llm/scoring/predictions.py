@@ -35,6 +35,7 @@ class Prediction(BaseModel):
     hypothesis: str | None = None  # that the model was given
     ctc_hypothesis: str | None = None  # greedy text of a ctc projector
     no_speech: bool = False  # whether use would answer nothing
+    language: str = ""  # code; English where there is none
 
     @property
     def utterance(self) -> tuple[str, str]:

@@ -15,7 +15,7 @@ from unislu_llm.scoring.bootstrap import Counts
 from unislu_llm.scoring.labels import indicators, label_scores
 from unislu_llm.scoring.predictions import Prediction, annotated, check_predictions, spoken_once
 from unislu_llm.scoring.text import PROTOCOLS, Protocol
-from unislu_llm.scoring.wer import corpus_wer, edit_counts
+from unislu_llm.scoring.wer import WER, edits, rate_of
 from unislu_llm.tasks import NER, SA, LabelTask, SpanTask, Task, TaskRegistry
 
 
@@ -34,7 +34,7 @@ def score_predictions(predictions: Sequence[Prediction | Mapping[str, Any]],
         malformed: {share: percent with a problem, n, kinds: {kind: occurrences}}
         position: {span task: {n, f1, ...}}
         protocols: {protocol: {
-            wer: {overall: {wer, errors, ...}, by_corpus: {corpus: {...}}},
+            wer: {overall: {wer, errors, ..., cer, rate: what `wer` is}, by_corpus: ...},
             hypothesis_wer, ctc_wer: where all are known; ..._by_corpus: likewise,
             tasks: {span task: {n, entity: {f1, ...}, label: {f1, ...},
                                 errors: {reference: {kind: n}, predicted: {kind: n}}},
@@ -68,9 +68,13 @@ def flat_scores(results: Mapping[str, Any], protocol: Protocol = "whisper") -> d
     mean of word accuracy and the F1 of the tasks at hand. All in percent.
     """
     block = results["protocols"][protocol]
-    flat = {f"wer_{corpus}": wer["wer"] for corpus, wer in block["wer"]["by_corpus"].items()}
-    flat |= {"wer": block["wer"]["overall"]["wer"]}
-    flat |= {name: block[name] for name in ("hypothesis_wer", "ctc_wer") if name in block}
+    # Older files lack names and CER.
+    overall, named = block["wer"]["overall"], block["wer"]["overall"].get("rate", "wer")
+    flat = {f"{wer.get('rate', 'wer')}_{corpus}": wer["wer"]
+            for corpus, wer in block["wer"]["by_corpus"].items()}
+    flat |= {key: overall[key] for key in (named, "cer") if key in overall}
+    flat |= {name.replace("wer", named): block[name] for name in ("hypothesis_wer", "ctc_wer")
+             if name in block}
     for name, task in block["tasks"].items():
         if "macro_f1" in task:
             flat[f"{name}_f1"] = task["macro_f1"]
@@ -82,7 +86,7 @@ def flat_scores(results: Mapping[str, Any], protocol: Protocol = "whisper") -> d
         return flat | {"slue": block["slue_score"], "score": block["slue_score"]}
     # Without both tasks there is no SLUE score; words then weigh as much as each task.
     f1s = [flat[f"{name}_f1"] for name in block["tasks"]]
-    return flat | {"score": (100.0 - flat["wer"] + sum(f1s)) / (1 + len(f1s))}
+    return flat | {"score": (100.0 - overall["wer"] + sum(f1s)) / (1 + len(f1s))}
 
 
 def interval_of(key: str, known: Container[str]) -> str | None:
@@ -119,8 +123,8 @@ def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def utterance_counts(records: Sequence[Prediction], registry: TaskRegistry,
                      protocol: Protocol) -> dict[str, Counts]:
-    """Counts by utterance, for a bootstrap, of `wer`, `wer/<corpus>`, `<span task>/f1`,
-    `/label_f1`, `/position_f1`, `<label task>/macro_f1`, and with NER and SA `slue_score`."""
+    """Counts by utterance, for a bootstrap, of `wer`, `cer`, `wer/<corpus>` (or `cer/`), `<span
+    task>/f1`, `/label_f1`, `/position_f1`, `<label task>/macro_f1`; NER and SA: `slue_score`."""
     spoken = spoken_once(records, registry)
     counts: dict[str, Counts] = {}
 
@@ -128,11 +132,13 @@ def utterance_counts(records: Sequence[Prediction], registry: TaskRegistry,
         counts[name] = Counts(tuple(p.utterance for p in some), matrix, statistic)
 
     # Words are counted once an utterance, annotations once a task: these have rows of their own.
-    corpora = {f"wer/{corpus}": some for corpus, some in by_corpus(spoken).items()}
-    for name, some in {"wer": spoken, **corpora}.items():
-        subs, dels, ins, hits = edit_counts([p.ref_text for p in some],
-                                            [p.hyp_text for p in some], protocol).T
-        add(name, some, np.stack([subs + dels + ins, subs + dels + hits], axis=1), boot.error_rate)
+    corpora = {f"/{corpus}": some for corpus, some in by_corpus(spoken).items()}
+    for name, some in {"": spoken, **corpora}.items():
+        named = rate_of([p.language for p in some])
+        for rate in (named,) if name or named == "cer" else ("wer", "cer"):
+            subs, dels, ins, hits = edits(some, protocol, characters=rate == "cer").T
+            add(rate + name, some, np.stack([subs + dels + ins, subs + dels + hits], axis=1),
+                boot.error_rate)
     for task, known in _annotated_tasks(records, registry):
         if isinstance(task, LabelTask):
             gold, pred, _ = indicators(known, task, protocol)
@@ -171,9 +177,9 @@ def _protocol_block(records: Sequence[Prediction], spoken: Sequence[Prediction],
     corpora = by_corpus(spoken)
 
     def wer(some: Sequence[Prediction], field: str = "hyp_text") -> dict[str, Any]:
-        texts = [getattr(p, field) for p in some]
-        return {"n": len(some),
-                **corpus_wer([p.ref_text for p in some], texts, protocol)._asdict()}
+        return {"n": len(some), **WER.of(edits(some, protocol, field))._asdict(),
+                "cer": WER.of(edits(some, protocol, field, characters=True)).wer,
+                "rate": rate_of([p.language for p in some])}
 
     wers = {name: wer(some) for name, some in corpora.items()}
     block: dict[str, Any] = {"wer": {"overall": wer(spoken), "by_corpus": wers}}
@@ -210,7 +216,8 @@ def _slue_counts(counts: Mapping[str, Counts]) -> dict[str, Counts]:
         return {}
     # An utterance's transcript and annotations are drawn together; each corpus' words have columns
     # of their own, because the score averages error rates of corpora.
-    words = [counts[f"wer/{c}"] for c in sorted({c for c, _ in ner.utterances + sa.utterances})]
+    words = [next(counts[name] for name in (f"wer/{c}", f"cer/{c}") if name in counts)
+             for c in sorted({c for c, _ in ner.utterances + sa.utterances})]
     utterances = tuple(utterance for part in words for utterance in part.utterances)
     where = {utterance: i for i, utterance in enumerate(utterances)}
     blocks = []

@@ -1,24 +1,41 @@
 """Text protocols: what is done to reference and hypothesis before they are compared.
 
-* `whisper`, of UniSLU's authors (arXiv 2507.12951): Whisper's English normaliser on both sides, for
-  transcripts and for entity phrases.
+* `whisper`, of UniSLU's authors (arXiv 2507.12951): Whisper's normaliser on both sides, for
+  transcripts and for entity phrases; the English one for English, the basic one for all else.
 * `slue`, slue-toolkit's: transcripts lose `. ; ? !` (the comma stays) and repeated blanks; entity
   phrases go through :func:`ner_tokens`. Case counts. The toolkit strips the references of VoxPopuli
   alone, as its own models write no marks; here both sides of every corpus lose them, which changes
   nothing for the toolkit's outputs and forgives other systems a full stop.
+
+In both, text is composed first (Unicode NFC), and what counts as a word in a language that is
+written without blanks is a character: a letter with its marks.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+import unicodedata
+from collections.abc import Iterator
 from functools import cache, lru_cache
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
+import regex  # type: ignore[import-untyped]
+from whisper_normalizer.basic import BasicTextNormalizer  # type: ignore[import-untyped]
 from whisper_normalizer.english import EnglishTextNormalizer  # type: ignore[import-untyped]
 
 Protocol = Literal["slue", "whisper"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+
+_UNSPACED = frozenset(("zh", "cmn", "zho", "yue", "wuu", "nan", "hak", "lzh", "ja", "jpn", "th",
+                       "tha", "lo", "lao", "my", "mya", "km", "khm", "bo", "bod", "dz", "dzo"))
+# Thai to Myanmar, Khmer, and what is written with Han characters and kana.
+_SCRIPTS = ("\u0e00-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u3400-\u9fff"
+            "\uaa60-\uaa7f\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff")
+_PIECES = regex.compile(rf"(?=[{_SCRIPTS}])\X|[^{_SCRIPTS}]+")
+_WITHOUT_BLANKS = re.compile(f"[{_SCRIPTS}\u3000-\u303f\uff00-\uff65]")  # and their punctuation
+# The toolkit's marks, and the same ones as other scripts write them.
+_ENDS = ".;?!" "\u3002\uff0e\uff61\uff1b\uff1f\uff01\u061f\u061b\u0964\u0965\u00bf\u00a1"
+_MARKS = frozenset(_ENDS + ",\uff0c\u3001\uff64\u060c")
 
 
 class Token(NamedTuple):
@@ -29,14 +46,56 @@ class Token(NamedTuple):
     end: int
 
 
-def normalise_transcript(text: str, protocol: Protocol) -> str:
-    """Transcript as its words are counted, which single blanks separate."""
-    return _NORMALISERS[protocol][0](text)
+def written_in_characters(language: str) -> bool:
+    """Whether a language (a code such as `ja` or `zh-CN`) is written without blanks."""
+    return _code(language) in _UNSPACED
 
 
-def normalise_phrase(text: str, protocol: Protocol) -> str:
+def without_blanks(char: str) -> bool:
+    """Whether a character is of a script without blanks between words."""
+    return bool(_WITHOUT_BLANKS.match(char))
+
+
+def is_letter(char: str) -> bool:
+    """Whether a character beside another such one is in the same word."""
+    # Vowels of many scripts are marks, which `isalnum` does not know.
+    return not without_blanks(char) and (char.isalnum() or char == "_" or
+                                         unicodedata.category(char)[0] == "M")
+
+
+def normalise_transcript(text: str, protocol: Protocol, language: str = "") -> str:
+    """Transcript as its words are counted, which single blanks separate; English by default."""
+    text = unicodedata.normalize("NFC", text)
+    if protocol == "whisper":
+        return _whisper(text, _code(language))
+    words = re.sub(f"[{_ENDS}]", "", text).split()
+    return " ".join(regex.findall(r"\X", "".join(words)) if written_in_characters(language)
+                    else words)
+
+
+def normalise_phrase(text: str, protocol: Protocol, language: str = "") -> str:
     """Entity phrase as it is compared; empty when nothing but punctuation was there."""
-    return _NORMALISERS[protocol][1](text)
+    text = unicodedata.normalize("NFC", text)
+    return ner_text(text) if protocol == "slue" else _whisper(text, _code(language))
+
+
+def word_spans(text: str) -> Iterator[tuple[int, int]]:
+    """Start and end of each word; in scripts without blanks of each character with its marks."""
+    for match in re.finditer(r"\S+", text):
+        if match.group().isascii():
+            yield match.span()
+        else:
+            yield from (piece.span() for piece in _PIECES.finditer(text, *match.span()))
+
+
+def places_of(phrase: str, text: str) -> Iterator[tuple[int, int]]:
+    """Start and end of every place where a phrase stands between words' borders."""
+    at = text.find(phrase) if phrase else -1
+    while at >= 0:
+        end = at + len(phrase)
+        if not (at and is_letter(text[at - 1])) and not is_letter(text[end:end + 1] or " "):
+            yield at, end
+        at = text.find(phrase, at + 1)
 
 
 def ner_tokens(text: str) -> list[Token]:
@@ -47,8 +106,8 @@ def ner_tokens(text: str) -> list[Token]:
     (`o'neil's` gives `o`, `neil`, `'s`). Applying it to its own result changes nothing.
     """
     tokens = []
-    for match in re.finditer(r"\S+", text):
-        kept = [(c, i) for i, c in enumerate(match.group(), match.start()) if c not in ".,!?;"]
+    for first, last in word_spans(text):
+        kept = [(c, i) for i, c in enumerate(text[first:last], first) if c not in _MARKS]
         # Behind the marks, so that `countries'.` and `countries.'` are the same.
         while kept and kept[-1][0] == "'":
             kept.pop()
@@ -66,19 +125,21 @@ def ner_text(text: str) -> str:
     return " ".join(token.text for token in ner_tokens(text))
 
 
-def _unmarked(text: str) -> str:
-    return " ".join(re.sub("[.;?!]", "", text).split())
+def _code(language: str) -> str:
+    """The first part of a code: `zh` of `zh-CN`, `cmn` of `cmn_hans_cn`; English where none is."""
+    code = re.split("[-_]", language.lower())[0]
+    return "en" if code in ("", "eng", "english") else code
 
 
 # A transcript is normalised once for each task and report that reads it, and the normaliser takes
 # about a millisecond; it is made at the first call, as its table of spellings is slow to read.
 @lru_cache(maxsize=65_536)
-def _whisper(text: str) -> str:
-    return " ".join(_normaliser()(text).split())
+def _whisper(text: str, code: str) -> str:
+    return " ".join(_normaliser(code == "en", code in _UNSPACED)(text).split())
 
 
-_normaliser = cache(EnglishTextNormalizer)
-
-# Of transcripts and of phrases.
-_NORMALISERS: dict[Protocol, tuple[Callable[[str], str], Callable[[str], str]]] = {
-    "slue": (_unmarked, ner_text), "whisper": (_whisper, _whisper)}
+@cache
+def _normaliser(english: bool, characters: bool) -> Any:
+    # Whisper itself takes marks for blanks, and with them vowels of Thai and Hindi.
+    return EnglishTextNormalizer() if english else BasicTextNormalizer(
+        split_letters=characters, preserve_marks=True)

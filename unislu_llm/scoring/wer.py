@@ -1,4 +1,4 @@
-"""Word error rate of a corpus and of its utterances, with jiwer."""
+"""Word and character error rates of a corpus and of its utterances, with jiwer."""
 
 from __future__ import annotations
 
@@ -9,7 +9,8 @@ import jiwer
 import numpy as np
 from numpy.typing import NDArray
 
-from unislu_llm.scoring.text import Protocol, normalise_transcript
+from unislu_llm.scoring.predictions import Prediction
+from unislu_llm.scoring.text import Protocol, normalise_transcript, written_in_characters
 
 _COLUMNS = {"substitute": 0, "delete": 1, "insert": 2, "equal": 3}
 
@@ -18,6 +19,7 @@ class WER(NamedTuple):
     """Word errors pooled over utterances; all but `wer` are numbers of words.
 
     Where the reference is empty, or the normaliser drops all of it, every word is an insertion.
+    Words of a language without blanks are its characters: its WER is a CER.
     """
 
     wer: float  # percent of the reference words (without any, of one); insertions may lead over 100
@@ -36,14 +38,36 @@ class WER(NamedTuple):
         return cls(100.0 * errors / max(words, 1), errors, subs, dels, ins, hits, words)
 
 
-def corpus_wer(refs: Sequence[str], hyps: Sequence[str], protocol: Protocol) -> WER:
-    """All errors over all reference words of some transcripts, which are normalised here."""
-    return WER.of(edit_counts(refs, hyps, protocol))
+def corpus_wer(refs: Sequence[str], hyps: Sequence[str], protocol: Protocol,
+               languages: Sequence[str] = ()) -> WER:
+    """All errors over all reference words of transcripts (English by default), normalised here."""
+    return WER.of(edit_counts(refs, hyps, protocol, languages))
 
 
-def edit_counts(refs: Sequence[str], hyps: Sequence[str], protocol: Protocol) -> NDArray[np.int64]:
-    """`(utterances, 4)`: substitutions, deletions, insertions and hits; as :func:`corpus_wer`."""
-    sides = [[normalise_transcript(text, protocol) for text in side] for side in (refs, hyps)]
+def rate_of(languages: Sequence[str]) -> str:
+    """What the error rate is called: `cer` where no language has blanks between words."""
+    return "cer" if languages and all(map(written_in_characters, languages)) else "wer"
+
+
+def edits(some: Sequence[Prediction], protocol: Protocol, field: str = "hyp_text",
+          characters: bool = False) -> NDArray[np.int64]:
+    """:func:`edit_counts` of predictions, with the transcripts of a field."""
+    return edit_counts([p.ref_text for p in some], [getattr(p, field) for p in some],
+                       protocol, [p.language for p in some], characters)
+
+
+def edit_counts(refs: Sequence[str], hyps: Sequence[str], protocol: Protocol,
+                languages: Sequence[str] = (), characters: bool = False) -> NDArray[np.int64]:
+    """`(utterances, 4)`: substitutions, deletions, insertions and hits of words, or of `characters`
+    (a blank between words is one); as :func:`corpus_wer`."""
+    codes = languages or [""] * len(refs)
+
+    def words(text: str, code: str) -> str:
+        normal = normalise_transcript(text, protocol, code)
+        spelt = characters and not written_in_characters(code)  # else they are characters already
+        return " ".join(normal.replace(" ", "_")) if spelt else normal
+
+    sides = [list(map(words, side, codes)) for side in (refs, hyps)]
     # By utterance, since a bootstrap needs them; the corpus is their sum.
     counts = np.zeros((len(refs), 4), dtype=np.int64)
     for row, chunks in zip(counts, align(*sides), strict=True):

@@ -42,6 +42,8 @@ from unislu_llm.io import (
 
 OPTIMIZER_FILE, RNG_FILE = "optimizer.safetensors", "rng.json"
 
+_WINDOWS = os.name == "nt"  # flushes what is open for writing alone, and no folders
+
 
 class Progress(BaseModel):
     """Where a run stands."""
@@ -191,7 +193,9 @@ def _saving(final: Path) -> Iterator[None]:
 
 
 def _to_disk(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
+    if _WINDOWS and path.is_dir():
+        return
+    handle = os.open(path, os.O_RDWR if _WINDOWS else os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:

@@ -33,7 +33,7 @@ def validation_warnings(history: Sequence[Scores], predictions: Predictions,
     for task in registry:
         mine = [p for p in asked if p["task"] == task.name and p["hyp"] is not None]
         found += _one_class(task, mine) + _stalled(task, history)
-    wer = history[-1].get("wer", 0.0)
+    wer = history[-1].get("wer", history[-1].get("cer", 0.0))
     if trained and wer > _DEAF:
         found.append(f"hardly a word is right (WER {wer:.1f}): see docs/troubleshooting.md")
     endless = sum("no_end" in p["problems"] for p in predictions)
@@ -57,7 +57,7 @@ def _one_class(task: Task, mine: Predictions) -> list[str]:
 def _stalled(task: Task, history: Sequence[Scores]) -> list[str]:
     if not isinstance(task, SpanTask) or len(history) < STALL:
         return []
-    wer = [scores.get("wer", 100.0) for scores in history[-STALL:]]
+    wer = [scores.get("wer", scores.get("cer", 100.0)) for scores in history[-STALL:]]
     f1 = [scores.get(f"{task.name}_f1", 0.0) for scores in history[-STALL:]]
     # While the transcript is no better either, training as a whole stands still: no news of a task.
     if wer[-1] >= wer[0] - 1.0 or f1[-1] > f1[0]:

@@ -10,8 +10,8 @@ from typing import Any
 from unislu_llm.io import printable
 from unislu_llm.scoring.entities import by_phrase, place
 from unislu_llm.scoring.predictions import Prediction, check_predictions
-from unislu_llm.scoring.text import normalise_transcript
-from unislu_llm.scoring.wer import edit_counts
+from unislu_llm.scoring.text import normalise_transcript, word_spans
+from unislu_llm.scoring.wer import edits
 from unislu_llm.tasks import ASR, SpanTask, TaskRegistry
 
 _WIDTH, _LENGTH = 100, 500  # of a line and a text, in characters: nobody reads more of a loop
@@ -25,7 +25,7 @@ def choose(predictions: Sequence[Mapping[str, Any]], registry: TaskRegistry) -> 
     A run chooses at its first validation and keeps them, so that one sees what training changes.
     """
     records = check_predictions(predictions, registry)
-    counts = edit_counts([p.ref_text for p in records], [p.hyp_text for p in records], "whisper")
+    counts = edits(records, "whisper")
     said = {p.key: not row[:3].any() for p, row in zip(records, counts, strict=True)}
     done = {p.key: _outputs(p, registry)[1] for p in records}
     # An utterance in which there are phrases to be found shows more than one without.
@@ -53,7 +53,7 @@ def _show(p: Prediction, registry: TaskRegistry) -> str:
     names = {p.ref_text: ["reference"]}  # what is the same is printed once
     for name, text in (read, ("model", p.hyp_text)):
         if text is not None:
-            names.setdefault(_marked(p.ref_text, text), []).append(name)
+            names.setdefault(_marked(p.ref_text, text, p.language), []).append(name)
     lines = [f"{', '.join(some)}: {_short(text)}" for text, some in names.items()]
     if p.task != ASR:
         lines.append(f"{p.task}: {_short(_outputs(p, registry)[0])}")
@@ -78,12 +78,13 @@ def _outputs(p: Prediction, registry: TaskRegistry) -> tuple[str, bool]:
                      ), right
 
 
-def _marked(reference: str, text: str) -> str:
+def _marked(reference: str, text: str, language: str) -> str:
     """A transcript in which what differs from the reference is marked, as :data:`LEGEND` says."""
     # What is no error of the protocol whose scores are shown is none here.
-    if normalise_transcript(reference, "whisper") == normalise_transcript(text, "whisper"):
+    same = {normalise_transcript(side, "whisper", language) for side in (reference, text)}
+    if len(same) == 1:
         return reference
-    sides = [side.split() for side in (reference, text)]
+    sides = [[side[a:b] for a, b in word_spans(side)] for side in (reference, text)]
     ref, hyp = ([word.lower().strip(".,;:?!\"'") for word in words] for words in sides)
     marked: list[str] = []
     for kind, a, b, c, d in SequenceMatcher(None, ref, hyp, autojunk=False).get_opcodes():

@@ -128,8 +128,8 @@ class Log:
         self.write("dev", {"step": step, **result.scores, "seconds": seconds})
         # The headlines, in one line of a screen; the files have the rest.
         rows = {"first": first} if step else {}
-        table = [{"": name, **{key: value for key, value in scores.items()
-                               if _headline(key) and not key.startswith("wer_")}}
+        table = [{"": name, **{key: scores[key] for key in _headlines(scores)
+                               if not key.startswith(("wer_", "cer_"))}}
                  for name, scores in {**rows, f"step {step}": result.scores}.items()]
         told = [f"  {key}\n{text}" if self.shown.get(key) != text else f"  {key}: as before"
                 for key, text in examples.items()]
@@ -141,8 +141,10 @@ class Log:
             f"examples ({LEGEND})", *told, *(f"warning: {text}" for text in result.warnings)]))
 
 
-def _headline(name: str) -> bool:
-    return not name.endswith(("_label_f1", "_position_f1")) and name != "slue"  # which is `score`
+def _headlines(scores: Sums) -> list[str]:
+    beside = {"slue"} | {"cer"} & ({"cer"} if "wer" in scores else set())  # `slue` is `score`
+    return [name for name in scores
+            if not name.endswith(("_label_f1", "_position_f1")) and name not in beside]
 
 
 def before_and_after(history: Sequence[Sums], best_step: int, best_score: float | None,
@@ -154,7 +156,7 @@ def before_and_after(history: Sequence[Sums], best_step: int, best_score: float 
     first, last = history[0], history[-1]
     best = next(scores for scores in reversed(history) if scores["score"] == best_score)
     rows = [(key, first.get(key), best[key], best[key] - first.get(key, best[key]))
-            for key in filter(_headline, best)]
+            for key in _headlines(best)]
     lines = ["", tabulate(rows, headers=("dev", "first", f"best (step {best_step})", "change"),
                           floatfmt=("", ".2f", ".2f", "+.2f"), missingval="-")]
     if best_score < first["score"]:

@@ -28,7 +28,7 @@ from unislu_llm.models.base import SLUModel
 from unislu_llm.models.saved import Description
 from unislu_llm.models.speech_llm import SpeechLLM
 from unislu_llm.scoring.score import flat_scores, score_predictions
-from unislu_llm.scoring.wer import corpus_wer
+from unislu_llm.scoring.wer import corpus_wer, rate_of
 from unislu_llm.tasks import ASR, TaskRegistry
 from unislu_llm.tokenizer import Example
 from unislu_llm.training.diagnostics import validation_warnings
@@ -159,18 +159,19 @@ class UnifiedObjective(Objective):
     def finish(self, model: SLUModel, folders: Sequence[Path], scores: Sums, dev: Sequence[Example],
                cache: FrameCache | None) -> str:
         # What a model may do to a hypothesis is measured on dev data: there it is rewritten.
-        given = scores.get("hypothesis_wer", scores.get("ctc_wer"))
+        rate = "wer" if "wer" in scores else "cer"
+        given = scores.get(f"hypothesis_{rate}", scores.get(f"ctc_{rate}"))
         model_config = self.config.model
         if (given is None or model_config.transcript != "auto"
                 or model_config.hypothesis == "reference"):  # an upper bound is no choice
             return ""
-        way: Transcript = "rewrite" if scores["wer"] < given else "verbatim"
+        way: Transcript = "rewrite" if scores[rate] < given else "verbatim"
         for folder in folders:
             saved = Description.read(folder)
             saved.model.transcript = way
             saved.write(folder)
-        return (f"model.transcript {way}: WER on dev of the hypotheses {given:.1f} %, of the "
-                f"model, which rewrites them, {scores['wer']:.1f} %"
+        return (f"model.transcript {way}: {rate.upper()} on dev of the hypotheses {given:.1f} %, "
+                f"of the model, which rewrites them, {scores[rate]:.1f} %"
                 + "; `unislu evaluate` scores it verbatim" * (way == "verbatim"))
 
     def score(self, predictions: Predictions, before: Sequence[Sums]) -> Validation:
@@ -223,7 +224,8 @@ class CTCObjective(Objective):
             for place, ids in zip(places, model.ctc_transcripts(batch), strict=True):
                 texts[place] = model.tokenizer.decode(ids)
         return [{"id": e.utterance.id, "corpus": e.utterance.corpus, "task": ASR,
-                 "ref_text": e.utterance.text, "hyp_text": text}
+                 "ref_text": e.utterance.text, "hyp_text": text,
+                 "language": e.utterance.language or model.config.language}
                 for e, text in zip(dev, texts, strict=True)]
 
     def _batches(self, model: SLUModel, examples: Sequence[Example], cache: FrameCache | None,
@@ -235,9 +237,10 @@ class CTCObjective(Objective):
             yield places, collate([dataset[place, 0] for place in places]).to(model.device)
 
     def score(self, predictions: Predictions, before: Sequence[Sums]) -> Validation:
-        refs, hyps = ([p[key] for p in predictions] for key in ("ref_text", "hyp_text"))
-        found = corpus_wer(refs, hyps, "whisper")
-        return Validation({"wer": found.wer, "score": 100.0 - found.wer},
+        refs, hyps, codes = ([p[key] for p in predictions]
+                             for key in ("ref_text", "hyp_text", "language"))
+        found = corpus_wer(refs, hyps, "whisper", codes)
+        return Validation({rate_of(codes): found.wer, "score": 100.0 - found.wer},
                           {"n_predictions": len(refs), "wer": found._asdict()},
                           "greedy CTC text")
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
@@ -95,11 +96,14 @@ def use_threads(threads: int) -> None:
     torch.set_num_threads(threads)
 
 
-def peak_memory() -> float:
+def peak_memory(gpu: bool = True) -> float:
     """Peak memory of this process in GiB: of the GPU where there is one, else resident."""
-    if torch.cuda.is_available():
+    if gpu and torch.cuda.is_available():
         return torch.cuda.max_memory_allocated() / 2**30
-    import resource  # not on Windows
-
+    try:
+        import resource
+    except ImportError:  # on Windows, where the peak is of the working set
+        memory = psutil.Process().memory_info()
+        return float(getattr(memory, "peak_wset", memory.rss)) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak / 2**20
