@@ -31,7 +31,7 @@ from unislu_llm.models.encoder import SpeechEncoder, valid_mask
 from unislu_llm.models.kv_cache import State
 from unislu_llm.models.lora import inject_lora, quantization
 from unislu_llm.models.markers import install_markers
-from unislu_llm.models.probe import check_parts, probe
+from unislu_llm.models.probe import body_of, check_parts, probe
 from unislu_llm.models.projector_base import Projected, Projector
 from unislu_llm.models.projectors import NONE, build_projector
 from unislu_llm.models.saved import Base
@@ -77,7 +77,7 @@ class SpeechLLM(SLUModel):
                 config.projector, self.encoder.dim, int(embeddings.weight.shape[1]),
                 _embedding_rms(embeddings), config.projector_options)
         if config.lora.rank:
-            targets = inject_lora(llm.base_model, config.lora, "LLM", owner=llm)
+            targets = inject_lora(self.body, config.lora, "LLM", owner=llm)
             if config.lora.target_modules == ["auto"]:
                 lora = config.lora.model_copy(update={"target_modules": targets})
                 self.config = config.model_copy(update={"lora": lora})
@@ -154,6 +154,11 @@ class SpeechLLM(SLUModel):
         return [row[:n].log_softmax(-1) for row, n in zip(logits, lengths, strict=True)]
 
     @property
+    def body(self) -> Any:
+        """The LLM without its output layer."""
+        return body_of(self.llm)
+
+    @property
     def lm(self) -> Any:
         return self.llm
 
@@ -200,12 +205,16 @@ class SpeechLLM(SLUModel):
         read = [max(n - 1, 0) for n in batch.target_lengths]
         target = self.llm.get_input_embeddings()(batch.target_ids)
         embeds, _ = lay_out([*parts, (target, read)], "right")
-        if self.positions and embeds.shape[1] > self.positions:
-            raise UserError(f"prompt, speech and target need {embeds.shape[1]} positions, and the "
-                            f"LLM has {self.positions}; shorten the utterance, or take another LLM")
+        self._check_fit(embeds.shape[1], "target")
         # Right padding under a causal mask: no valid position sees a padded one; no mask is needed.
-        hidden = self.llm.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        hidden = self.body(inputs_embeds=embeds, use_cache=False).last_hidden_state
         return self._target_losses(hidden, starts, batch)
+
+    def _check_fit(self, need: int, what: str) -> None:
+        if self.positions and need > self.positions:
+            raise UserError(f"prompt, speech and {what} need {need} positions or more, and the LLM "
+                            f"has {self.positions}; give a shorter clip or prompt, or take an LLM "
+                            "with more")
 
     def _prompt(self, batch: Batch, speech: Projected | None) -> list[Part]:
         """`[prefix][speech][hypothesis][suffix]` of every row."""
@@ -229,6 +238,7 @@ class SpeechLLM(SLUModel):
     def prefill(self, batch: Batch) -> State:
         speech = self.speech(batch, transcribe=True)
         embeds, totals = lay_out(self._prompt(batch, speech), "left")
+        self._check_fit(embeds.shape[1] + 1, "answer")
         # On the left, so that the last position of every row foretells its first token.
         mask = valid_mask(totals, embeds.shape[1], embeds.device).flip(-1)
         state = State(DynamicCache(), mask[:, :0], embeds[:, -1],
@@ -242,7 +252,7 @@ class SpeechLLM(SLUModel):
 
     def read_cached(self, state: State, valid: Tensor, **inputs: Tensor) -> Tensor:
         """:meth:`step` by an LLM whose cache can be cut and shared, also by `inputs_embeds`."""
-        body, positions = self.llm.base_model, state.append(valid)
+        body, positions = self.body, state.append(valid)
         if "position_ids" in signature(body.forward).parameters:
             inputs["position_ids"] = positions
         return body(**inputs, attention_mask=state.mask.long(), past_key_values=state.cache,
@@ -261,7 +271,7 @@ class SpeechLLM(SLUModel):
         # Padding comes last, where no token that counts sees it.
         order = state.mask.long().argsort(dim=1, descending=True, stable=True)
         laid = read.gather(1, order[..., None].expand_as(read))
-        hidden = self.llm.base_model(inputs_embeds=laid, use_cache=False).last_hidden_state
+        hidden = self.body(inputs_embeds=laid, use_cache=False).last_hidden_state
         places = order.argsort(dim=1)[:, -count:, None]
         return hidden.gather(1, places.expand(-1, -1, hidden.shape[-1]))
 
@@ -282,7 +292,7 @@ def _positions(config: Any) -> int | None:
     """Positions that an LLM has or was trained on; None where its configuration names none."""
     config = config.get_text_config()
     found = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
-    return next((int(n) for n in found if n), None)
+    return next((int(n) for n in found if n and n > 0), None)
 
 
 @torch.no_grad()

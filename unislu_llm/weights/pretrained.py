@@ -46,7 +46,7 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
             options |= _fitting(kind, folder)
             if "quantization_config" not in described and not is_deepspeed_zero3_enabled():
                 _rehearse(kind, folder, options | safe)
-        elif not any(folder.glob(name) for name in _TOKENIZERS):
+        elif not any(next(folder.glob(name), None) for name in _TOKENIZERS):
             raise UserError(f"{folder} has no tokenizer: none of {', '.join(_TOKENIZERS)}; copy "
                             "the checkpoint's tokenizer files there")
         return kind.from_pretrained(folder, **options, **safe)
