@@ -115,8 +115,7 @@ def make_llm(arch: str = "llama", tokenizer: PreTrainedTokenizerFast | None = No
         sizes |= {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"],
                   "query_pre_attn_scalar": 8, "initializer_range": 0.1}
     torch.manual_seed(seed)
-    return AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **sizes | options),
-                                            attn_implementation="sdpa").eval()
+    return AutoModelForCausalLM.from_config(AutoConfig.for_model(arch, **sizes | options)).eval()
 
 
 def model_config(**settings: Any) -> ModelConfig:

@@ -79,9 +79,8 @@ class LoraConfig(Section):
     """0 trains no adapter."""
     alpha: Rate = 32
     """The update is alpha / rank * B A."""
-    target_modules: Names = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
-                                 "down_proj"]
-    """Suffixes of the linear layers to adapt; all-linear adapts all of them."""
+    target_modules: Names = ["auto"]
+    """Suffixes of the linear layers to adapt; all-linear: all; auto: those usual for the LLM."""
 
 
 class ModelConfig(Section):
@@ -119,6 +118,8 @@ class ModelConfig(Section):
     it is surer of another word by hypothesis_bias), verbatim; auto: validation chooses."""
     recogniser: FilePath = ""
     """What makes hypotheses: a Whisper or saved model, ctc (the projector), empty: the encoder."""
+    attention: Literal["auto", "eager", "sdpa", "flash", "flex"] = "auto"
+    """How the LLM computes attention; auto: what transformers takes for it."""
     quantization: Annotated[Literal["none", "8bit", "4bit"], Common] = "none"
     """Frozen LLM weights in 8 or 4 bits (bitsandbytes)."""
     language: Annotated[str, Field(pattern="^[a-z]{2,3}$")] = "en"

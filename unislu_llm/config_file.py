@@ -36,6 +36,8 @@ class Preset(ModelConfig):
     """A preset, `adapters/*.yaml`: model settings for one LLM, and a precision to train it in."""
 
     precision: Precision = "fp32"  # default of train.precision
+    # Of the LLM's own config.json: copies of it, in folders or under other names, have the same.
+    config: dict[str, str | int | list[int]] = Field({})
 
 
 def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | None,
@@ -73,8 +75,7 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
              **(extra or {})}
     if presets is not None and not run:
         llm = flags.get("llm") or values.get("model", {}).get("llm") or ModelConfig().llm
-        preset = chosen.adapter or next((path for path in sorted(presets.glob("*.yaml"))
-                                         if YamlFile.read(path).values.get("llm") == llm), None)
+        preset = chosen.adapter or find_preset(presets, llm)
         below = read_preset(preset) if preset else {}
         if chosen.adapter and "llm" in below["model"]:
             flags.setdefault("llm", below["model"]["llm"])  # an explicit preset names its LLM
@@ -219,10 +220,39 @@ def absolute(config: Config) -> Config:
     return Config.model_validate(values)
 
 
+def find_preset(presets: Path, llm: str) -> Path | None:
+    """The preset of an LLM: by its name, however it is spelled, else by its `config.json`."""
+    files = {path: YamlFile.read(path).values for path in sorted(presets.glob("*.yaml"))}
+
+    def plain(name: str) -> str:
+        return name.partition("@")[0].rstrip("/").lower()
+
+    named = [path for path, values in files.items() if plain(values.get("llm", "")) == plain(llm)]
+    if named:
+        return named[0]
+    place: Path | str | None = Path(llm).expanduser() / MODEL_FILE
+    if not Path(llm).expanduser().is_dir():
+        if not is_hub_name(llm):
+            return None
+        from huggingface_hub import try_to_load_from_cache
+
+        name, _, revision = llm.partition("@")
+        found = try_to_load_from_cache(name, MODEL_FILE, revision=revision or None)
+        place = found if isinstance(found, str) else None
+    try:
+        config = read_json(place) if place else {}
+    except UserError:  # said where the checkpoint is read
+        return None
+    config = config.get("text_config") or config
+    return next((path for path, values in files.items() if values.get("config") and all(
+        config.get(key) == value for key, value in values["config"].items())), None)
+
+
 def read_preset(path: Path) -> Values:
     """The values of a preset as those of a config file."""
     file = YamlFile.read(path)
     check(Preset, file.values, file.where)
+    file.values.pop("config", None)
     train = {key: file.values.pop(key) for key in ("precision",) if key in file.values}
     return {"model": file.values, "train": train}
 

@@ -45,7 +45,8 @@ BACKBONES: dict[str, dict[str, Any]] = {
     "Qwen/Qwen3-0.6B": QWEN2 | {"arch": "qwen3", "tokenizer": THINKING | QWEN_TOKENS},
     "TinyLlama/TinyLlama-1.1B-Chat-v1.0": {
         "arch": "llama", "tied": False,
-        "tokenizer": {"metaspace": "always", "add_bos": True, "pad": "</s>"}},
+        "tokenizer": {"metaspace": "always", "add_bos": True, "pad": "</s>"},
+        "template": "<|user|>\n{{ messages[0].content }}</s>\n<|assistant|>\n"},
     "meta-llama/Llama-3.2-1B-Instruct": {
         "arch": "llama", "tied": True,
         "tokenizer": {"specials": ["<|start_header_id|>", "<|end_header_id|>"], "add_bos": True,
@@ -70,6 +71,7 @@ def build(preset: Path) -> tuple[SpeechLLM, Any]:
     """A tiny model of a preset, and its LLM once more, untouched."""
     facts = BACKBONES[read(preset)["llm"]]
     tokenizer, plain = (make_tokenizer(**facts["tokenizer"]) for _ in range(2))
+    tokenizer.chat_template = facts.get("template")  # turns that are no special tokens
     if facts.get("extra", 0) < 0:
         for own in (tokenizer, plain):
             own.add_tokens(["<image_soft_token>"], special_tokens=True)

@@ -78,6 +78,12 @@ def pipe(name: str) -> Attack:
 
 OWN = {"AutoConfig": "own.A", "AutoModelForCausalLM": "own.A"}
 HUGE = struct.pack("<Q", 1 << 60) + b"{}"
+def no_tokenizer(folder: Path) -> None:
+    for path in folder.glob("*token*"):
+        path.unlink()
+
+
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 538090408\n"
 ATTACKS: dict[str, tuple[Attack, str]] = {
     "auto_map of a model": (code_of_its_own("config.json", model_type="own", auto_map=OWN),
                             r"needs code of its own \(auto_map in config\.json\)"),
@@ -102,6 +108,16 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
     "a header of lies": (weights(struct.pack("<Q", 77) + json.dumps({"a": {
         "dtype": "F32", "shape": [1 << 40], "data_offsets": [0, 1 << 42]}}).encode().ljust(77)),
         "cannot be loaded"),
+    "a pointer for weights": (weights(POINTER), r"model\.safetensors is a Git LFS pointer"),
+    "weights that were cut": (lambda f: weights((f / "model.safetensors").read_bytes()[:-99])(f),
+                              r"model\.safetensors cannot be loaded as AutoModelForCausalLM"),
+    "a tokenizer that was cut": (lambda f: (f / "tokenizer.json").write_text('{"version": '),
+                                 r"tokenizer\.json cannot be loaded as AutoTokenizer"),
+    "no tokenizer": (no_tokenizer, r"has no tokenizer: none of tokenizer\*\.json"),
+    "fewer layers than weights": (change("config.json", num_hidden_layers=1),
+                                  r"have, beyond what fits, .* tensors .*layers\.1"),
+    "quantised by a package that is not here": (change("config.json", quantization_config={
+        "quant_method": "gptq", "bits": 4}), "cannot be loaded .*(gptq|optimum)"),
     "no weights at all": (weights(b""), "cannot be loaded"),
     "10^9 layers": (change("config.json", num_hidden_layers=10**9),
                     r"num_hidden_layers is 1e\+09; no"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -140,13 +141,14 @@ class Engine:
         # Any of the tasks stands for all: free, their grammar is the same.
         requests = [(some[0], False) for some in names]
         need = [self._grammar.need(r) if self._grammar else 0 for r in requests]
-        room = [self._budget(s, n) for s, n in zip(seconds, need, strict=True)]
+        fits = self._fits(state, need)
+        room = [self._budget(s, n, f) for s, n, f in zip(seconds, need, fits, strict=True)]
         make, heads = self._maker(requests, room, state), [Decoded()] * len(names)
         eos = self.model.tokenizer.eos_id
         if verbatim := self._way(state) == "verbatim":
-            heads = self._verbatim(state)
-            limits = [self._budget(s, n, len(head.ids))
-                      for s, n, head in zip(seconds, need, heads, strict=True)]
+            heads = self._verbatim(state, need)
+            limits = [self._budget(s, n, f, len(head.ids))
+                      for s, n, f, head in zip(seconds, need, fits, heads, strict=True)]
             room = [limit - len(h.ids) for limit, h in zip(limits, heads, strict=True)]
             make = self._behind(requests, limits, heads, Ends([self._ids[SEPARATOR], eos]))
         ends = [[eos]] * len(names)
@@ -160,7 +162,9 @@ class Engine:
         by_ctc, start = state.ctc_hypothesis, state.start
         requests: list[Request] = []
         room = []
-        for some, length in zip(names, seconds, strict=True):
+        most = [max(self._plans[n].need + self._plans[n].spare for n in some) for some in names]
+        fits = self._fits(state, most)
+        for some, length, fit in zip(names, seconds, fits, strict=True):
             # A transcript is closed in time for the task with the longest shortest answer, and
             # for the longest of the labels that are scored: what is left to it depends on the
             # tasks asked and not on what they will answer.
@@ -169,13 +173,14 @@ class Engine:
             need = plans[longest].need
             reserve = max([p.need + p.spare - need for p in plans.values() if p.scored] + [0])
             requests.append((longest, True))
-            room.append(min(self._most, max(need, self._budget(length, need) - reserve)))
+            budget = self._budget(length, need, fit) - reserve
+            room.append(min(self._most, max(need, budget)))
         eos, separator = self.model.tokenizer.eos_id, self._ids[SEPARATOR]
         stops = [[eos if some == [ASR] else separator, eos] for some in names]
         verbatim = self._way(state) == "verbatim"
         if verbatim:
             ranked = [[head + Decoded([stop], [math.nan])] for head, (stop, *_) in
-                      zip(self._verbatim(state), stops, strict=True)]
+                      zip(self._verbatim(state, most), stops, strict=True)]
         else:
             make = self._maker(requests, room, state)
             ranked, state = self._search(state, room, stops, make, state)
@@ -188,7 +193,7 @@ class Engine:
         found: Found = {pair: ranked[pair[0]] for pair in pairs}
         pairs = [(i, name) for i, name in pairs
                  if name != ASR and ranked[i][0].ids[-1:] == [separator]]
-        budgets = {(i, name): self._budget(seconds[i], self._plans[name].need,
+        budgets = {(i, name): self._budget(seconds[i], self._plans[name].need, fits[i],
                                            len(ranked[i][0].ids) if verbatim else 0)
                    for i, name in pairs}
         # Without the grammar, a transcript may have used all of its budget.
@@ -266,9 +271,10 @@ class Engine:
         answers, state = search.run(goes_on=read is not None)  # transcripts go on with tasks
         return [[answer] for answer in answers], state
 
-    def _verbatim(self, state: State) -> list[Decoded]:
-        """Read the hypotheses as transcripts."""
+    def _verbatim(self, state: State, need: Sequence[int]) -> list[Decoded]:
+        """Read the hypotheses as transcripts, behind which each row needs some tokens."""
         kept = [self._kept(ids) for ids in self._hypotheses(state) or ()]
+        self._fits(state, [n + len(text.ids) for n, text in zip(need, kept, strict=True)])
         self._feed(state, [transcript.ids for transcript in kept])
         return kept
 
@@ -290,11 +296,28 @@ class Engine:
         state.hidden = torch.where(last[:, 0] < 0, state.hidden, behind)
         return hidden
 
-    def _budget(self, seconds: float, need: int, verbatim: int = 0) -> int:
+    def _budget(self, seconds: float, need: int, fit: int, verbatim: int = 0) -> int:
         """New tokens of an answer: by audio length, but with room for the shortest, and behind
-        `verbatim` tokens of a hypothesis for as much as there is behind any."""
+        `verbatim` tokens of a hypothesis for as much as there is behind any; `fit` at most."""
         budget = min(self._most, max(self.options.bound(seconds), need))
-        return max(budget, verbatim + need + self.options.bound(0)) if verbatim else budget
+        if verbatim:
+            budget = max(budget, verbatim + need + self.options.bound(0))
+        return min(budget, fit)
+
+    def _fits(self, state: State, need: Sequence[int]) -> list[int]:
+        """New tokens of each row for which the decoder has positions behind its prompt.
+
+        Raises UserError: fewer than it needs.
+        """
+        if self.model.positions is None:
+            return [sys.maxsize] * len(need)
+        prompts: list[int] = state.mask.sum(-1).tolist()
+        most = max(prompt + max(n, 1) for prompt, n in zip(prompts, need, strict=True))
+        if most > self.model.positions:
+            raise UserError(f"prompt, speech and answer need {most} positions or more, and the LLM "
+                            f"has {self.model.positions}; give a shorter clip or prompt, or take "
+                            "an LLM with more")
+        return [self.model.positions - prompt for prompt in prompts]
 
     @property
     def _bias(self) -> float:

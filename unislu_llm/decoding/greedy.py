@@ -68,8 +68,13 @@ class Greedy:
         guide = self.guide()
         if guide is None:
             return self.last[:, :0]
-        some = [ids or [] for ids in guide.ahead()]
-        return padded(some, self.last.device).masked_fill(~self.live[:, None], -1)
+        return self._within([ids or [] for ids in guide.ahead()])
+
+    def _within(self, some: Sequence[Sequence[int]]) -> Tensor:
+        ids = padded(some, self.last.device)
+        # What lies behind the room is never written, and there may be no positions for it.
+        beyond = torch.arange(ids.shape[1], device=ids.device) >= self.left[:, None]
+        return ids.masked_fill(~self.live[:, None] | beyond, -1)
 
     def choose(self, scores: Tensor, logits: Tensor, offer: Tensor) -> Tensor:
         """The next tokens `(rows,)`, by scores and logits `(rows, vocabulary)`; `offer` `(rows,)`
@@ -173,7 +178,7 @@ class Margin(Greedy):
         self._offered = []
         some = [[] if ids is None else [*ids, self._stops[row][0]]
                 for row, ids in zip(self.rows, guide.ahead(), strict=True)]
-        return padded(some, self.last.device).masked_fill(~self.live[:, None], -1)
+        return self._within(some)
 
     def choose(self, scores: Tensor, logits: Tensor, offer: Tensor) -> Tensor:
         at = offer.clamp(min=0)[:, None]

@@ -40,6 +40,7 @@ class SLUModel(nn.Module, ABC):
     encoder: SpeechEncoder | None  # None where the decoder does not listen
     n_mels: int = 80  # mel bins of the encoder
     room: int | None = None  # new tokens that fit after the prompt; None: no bound
+    positions: int | None = None  # of prompt and answer together; None: no bound
     reads_hypothesis: bool = False  # whether a recogniser's transcript is part of the prompt
     listens: bool = True  # whether speech is
     ctc_tokens: tuple[int, ...] | None = None  # ids that a `ctc` projector predicts, once known

@@ -14,16 +14,23 @@ from torch.utils.checkpoint import checkpoint
 # each chunk, and is faster with fewer.
 _LOGITS_ON_CPU, _LOGITS_ON_GPU = 1 << 24, 1 << 28
 
+# What models do to the logits of their output layer, by the names of their configurations; the
+# probe of each new model refuses what is none of these. Granite; Cohere; Falcon-H1; then Gemma 2,
+# RecurrentGemma and xLSTM.
+_FACTORS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
+_CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """Logits of hidden states `(..., dim)` as the model's own forward gives them."""
     config = model.config.get_text_config()
     logits: Tensor = model.get_output_embeddings()(hidden)
-    if getattr(config, "logits_scaling", None):  # Granite
-        logits = logits / config.logits_scaling
-    elif getattr(config, "logit_scale", None):  # Cohere
-        logits = logits * config.logit_scale
-    cap = getattr(config, "final_logit_softcapping", None)  # Gemma 2
+    for name in _FACTORS:
+        if (factor := getattr(config, name, None) or 1.0) != 1.0:
+            # HyperCLOVA multiplies by what Granite divides by, under one name.
+            divides = name == "logits_scaling" and config.model_type != "hyperclovax"
+            logits = logits / factor if divides else logits * factor
+    cap = next(filter(None, (getattr(config, name, None) for name in _CAPS)), None)
     return torch.tanh(logits / cap) * cap if cap else logits
 
 

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from unislu_llm.errors import UserError
 from unislu_llm.tokenizer import UnifiedTokenizer
 
 
@@ -27,6 +28,11 @@ class _Marked(nn.Module):
     def weight(self) -> Tensor:
         """The base's rows, for code that expects them on such a layer."""
         return self.base.weight  # type: ignore[return-value]
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's bias, likewise."""
+        return getattr(self.base, "bias", None)
 
 
 class MarkerEmbedding(_Marked):
@@ -85,5 +91,8 @@ def install_markers(model: Any, tokenizer: UnifiedTokenizer) -> None:
 
 @torch.no_grad()
 def _starting_rows(weight: Tensor, tokenizer: UnifiedTokenizer) -> Tensor:
-    meanings = (tokenizer.registry.meaning(marker) for marker in tokenizer.marker_ids)
-    return torch.stack([weight[tokenizer.text_ids(m)].float().mean(0) for m in meanings])
+    meanings = [tokenizer.text_ids(tokenizer.registry.meaning(m)) for m in tokenizer.marker_ids]
+    if (largest := max(i for ids in meanings for i in ids)) >= len(weight):
+        raise UserError(f"the tokenizer has a token {largest}, and the model {len(weight)} rows: "
+                        "they do not belong together; fetch the checkpoint again")
+    return torch.stack([weight[ids].float().mean(0) for ids in meanings])

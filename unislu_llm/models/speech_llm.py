@@ -6,7 +6,9 @@ be missing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from inspect import signature
 from typing import Any, Literal, Self
 
 import torch
@@ -29,12 +31,16 @@ from unislu_llm.models.encoder import SpeechEncoder, valid_mask
 from unislu_llm.models.kv_cache import State
 from unislu_llm.models.lora import inject_lora, quantization
 from unislu_llm.models.markers import install_markers
+from unislu_llm.models.probe import body_of, check_parts, probe
 from unislu_llm.models.projector_base import Projected, Projector
 from unislu_llm.models.projectors import NONE, build_projector
 from unislu_llm.models.saved import Base
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import UnifiedTokenizer
 from unislu_llm.weights import from_pretrained
+
+_SPECIAL = re.compile(r"<\|[^|\s]+\|>|</?s>|<[a-z]+_of_[a-z]+>|</?think>|\[/?INST\]")
+_ATTENTION = {"flash": "flash_attention_2", "flex": "flex_attention"}  # transformers' names
 
 Part = tuple[Tensor, Sequence[int]]
 """Embeddings of one part of a prompt, `(batch, n, dim)` or `(1, n, dim)` where all rows have the
@@ -50,6 +56,7 @@ class SpeechLLM(SLUModel):
     """
 
     kind = "speech_llm"
+    rewinds = True  # whether the LLM's cache can be cut and shared; else all is read again
 
     def __init__(self, config: ModelConfig, registry: TaskRegistry, whisper: WhisperEncoder | None,
                  llm: Any, tokenizer: Tokenizer, ctc_tokens: Sequence[int] | None = None) -> None:
@@ -62,6 +69,7 @@ class SpeechLLM(SLUModel):
             self.n_mels = int(whisper.config.num_mel_bins)
             self.encoder = SpeechEncoder(whisper, config)
         self.llm = llm
+        check_parts(llm, config.llm)
         llm.requires_grad_(False)
         embeddings = llm.get_input_embeddings()
         if self.encoder is not None:
@@ -69,7 +77,10 @@ class SpeechLLM(SLUModel):
                 config.projector, self.encoder.dim, int(embeddings.weight.shape[1]),
                 _embedding_rms(embeddings), config.projector_options)
         if config.lora.rank:
-            inject_lora(llm.base_model, config.lora, "LLM", owner=llm)
+            targets = inject_lora(self.body, config.lora, "LLM", owner=llm)
+            if config.lora.target_modules == ["auto"]:
+                lora = config.lora.model_copy(update={"target_modules": targets})
+                self.config = config.model_copy(update={"lora": lora})
         else:
             self._frozen = (llm,)
         install_markers(llm, self.tokenizer)
@@ -84,7 +95,10 @@ class SpeechLLM(SLUModel):
         if not (self.listens or self.prefix or self.suffix or self.hypothesis_prompt):
             raise UserError("model.projector none needs some prompt before an answer; set "
                             "model.hypothesis_prompt")
+        self.positions = _positions(llm.config)
+        self._check_prompt()
         self._finish()
+        self.rewinds = probe(self)
 
     @classmethod
     def build(cls, config: ModelConfig, registry: TaskRegistry,
@@ -98,10 +112,12 @@ class SpeechLLM(SLUModel):
                                       attn_implementation="sdpa").encoder
             whisper = whisper.to(dtype if config.encoder_mode == "frozen" else torch.float32)
         path, found["llm"] = Base.resolve("LLM", config.llm, stored.get("llm"))
-        llm = from_pretrained(AutoModelForCausalLM, path, dtype=dtype, attn_implementation="sdpa",
-                              **quantization(config.quantization))
-        model = cls(config, registry, whisper, llm, from_pretrained(AutoTokenizer, path),
-                    ctc_tokens)
+        tokenizer = from_pretrained(AutoTokenizer, path)  # of the two the one that is soon read
+        options = quantization(config.quantization)
+        if config.attention != "auto":
+            options["attn_implementation"] = _ATTENTION.get(config.attention, config.attention)
+        llm = from_pretrained(AutoModelForCausalLM, path, dtype=dtype, **options)
+        model = cls(config, registry, whisper, llm, tokenizer, ctc_tokens)
         model.bases = found
         return model
 
@@ -136,6 +152,11 @@ class SpeechLLM(SLUModel):
         """Log-posteriors `(T_ctc, 1 + V)` of each clip by a `ctc` projector, blank first."""
         logits, lengths = self._ctc_logits(batch)
         return [row[:n].log_softmax(-1) for row, n in zip(logits, lengths, strict=True)]
+
+    @property
+    def body(self) -> Any:
+        """The LLM without its output layer."""
+        return body_of(self.llm)
 
     @property
     def lm(self) -> Any:
@@ -184,9 +205,16 @@ class SpeechLLM(SLUModel):
         read = [max(n - 1, 0) for n in batch.target_lengths]
         target = self.llm.get_input_embeddings()(batch.target_ids)
         embeds, _ = lay_out([*parts, (target, read)], "right")
+        self._check_fit(embeds.shape[1], "target")
         # Right padding under a causal mask: no valid position sees a padded one; no mask is needed.
-        hidden = self.llm.base_model(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        hidden = self.body(inputs_embeds=embeds, use_cache=False).last_hidden_state
         return self._target_losses(hidden, starts, batch)
+
+    def _check_fit(self, need: int, what: str) -> None:
+        if self.positions and need > self.positions:
+            raise UserError(f"prompt, speech and {what} need {need} positions or more, and the LLM "
+                            f"has {self.positions}; give a shorter clip or prompt, or take an LLM "
+                            "with more")
 
     def _prompt(self, batch: Batch, speech: Projected | None) -> list[Part]:
         """`[prefix][speech][hypothesis][suffix]` of every row."""
@@ -210,6 +238,7 @@ class SpeechLLM(SLUModel):
     def prefill(self, batch: Batch) -> State:
         speech = self.speech(batch, transcribe=True)
         embeds, totals = lay_out(self._prompt(batch, speech), "left")
+        self._check_fit(embeds.shape[1] + 1, "answer")
         # On the left, so that the last position of every row foretells its first token.
         mask = valid_mask(totals, embeds.shape[1], embeds.device).flip(-1)
         state = State(DynamicCache(), mask[:, :0], embeds[:, -1],
@@ -219,10 +248,51 @@ class SpeechLLM(SLUModel):
         return state
 
     def _read(self, state: State, valid: Tensor, **inputs: Tensor) -> Tensor:
-        positions = state.append(valid)
-        return self.llm.base_model(**inputs, attention_mask=state.mask.long(),
-                                   position_ids=positions, past_key_values=state.cache,
-                                   use_cache=True).last_hidden_state
+        return (self.read_cached if self.rewinds else self._read_again)(state, valid, **inputs)
+
+    def read_cached(self, state: State, valid: Tensor, **inputs: Tensor) -> Tensor:
+        """:meth:`step` by an LLM whose cache can be cut and shared, also by `inputs_embeds`."""
+        body, positions = self.body, state.append(valid)
+        if "position_ids" in signature(body.forward).parameters:
+            inputs["position_ids"] = positions
+        return body(**inputs, attention_mask=state.mask.long(), past_key_values=state.cache,
+                    use_cache=True).last_hidden_state
+
+    def _read_again(self, state: State, valid: Tensor, *, input_ids: Tensor | None = None,
+                    inputs_embeds: Tensor | None = None) -> Tensor:
+        # A recurrent state cannot be taken back, and padding would get into it. So the State keeps
+        # what was read, in the place of keys, and all of it is read again at each step: slower,
+        # and right for every causal LM, as in training.
+        if inputs_embeds is None:
+            inputs_embeds = self.llm.get_input_embeddings()(input_ids)
+        state.append(valid)
+        new, count = inputs_embeds[:, None], valid.shape[1]
+        read = state.cache.update(new, new[..., :0], 0)[0][:, 0]
+        # Padding comes last, where no token that counts sees it.
+        order = state.mask.long().argsort(dim=1, descending=True, stable=True)
+        laid = read.gather(1, order[..., None].expand_as(read))
+        hidden = self.body(inputs_embeds=laid, use_cache=False).last_hidden_state
+        places = order.argsort(dim=1)[:, -count:, None]
+        return hidden.gather(1, places.expand(-1, -1, hidden.shape[-1]))
+
+    def _check_prompt(self) -> None:
+        """Raises UserError: special tokens in the prompt's text that the LLM does not have."""
+        base, text = self.tokenizer.base, self.config.prompt_prefix + self.config.prompt_suffix
+        # Some models write their turns in plain text: what their own template has is right.
+        known = str(getattr(base, "chat_template", None) or "")
+        for token in _SPECIAL.findall(text):
+            if token not in base.get_vocab() and token not in known:
+                raise UserError(
+                    f"model.prompt_prefix, model.prompt_suffix: the tokenizer of {self.config.llm} "
+                    f"has no token '{token}'; write the prompt in this LLM's own format, or give "
+                    "its preset by --adapter")
+
+
+def _positions(config: Any) -> int | None:
+    """Positions that an LLM has or was trained on; None where its configuration names none."""
+    config = config.get_text_config()
+    found = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
+    return next((int(n) for n in found if n and n > 0), None)
 
 
 @torch.no_grad()

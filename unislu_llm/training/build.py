@@ -80,7 +80,8 @@ def build_model(kind: str, config: Config, registry: TaskRegistry,
     model.select_groups(["projector"] if train.objective == "ctc" else train.groups)
     if train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
-    if device and device.type == "cpu" and half and isinstance(model, SpeechLLM):
+    if (device and device.type == "cpu" and half and isinstance(model, SpeechLLM)
+            and config.model.attention == "auto"):
         # Plain matrix products: there the backward pass of torch's fused attention takes 2.5 to 3.5
         # times as long (torch 2.13, 75 to 150 positions). Whisper's decoder has few positions.
         model.lm.set_attn_implementation("eager")
@@ -126,7 +127,7 @@ def _conflicts(own: ModelConfig, saved: Description) -> Iterator[tuple[str, Any,
             if getattr(own.lora, key) != getattr(its.lora, key):
                 yield f"lora.{key}", getattr(own.lora, key), getattr(its.lora, key)
         mine, theirs = own.lora.target_modules, its.lora.target_modules
-        if mine != ["all-linear"] and not set(theirs) <= set(mine):
+        if mine not in (["all-linear"], ["auto"]) and not set(theirs) <= set(mine):
             yield "lora.target_modules", mine, theirs
 
 
