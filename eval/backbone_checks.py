@@ -133,13 +133,14 @@ def near(found: Tensor, right: Tensor, what: str) -> None:
 
 @torch.no_grad()
 def own_loss(bench: Bench, model: Any) -> None:
-    seen: list[dict[str, Any]] = []
+    seen: list[Tensor] = []
     batch = bench.batch(model, [0])
     hook = model.llm.base_model.register_forward_pre_hook(
-        lambda _, args, given: seen.append(given), with_kwargs=True)
+        # A copy: CTRL scales what it is given in place.
+        lambda _, args, given: seen.append(given["inputs_embeds"].clone()), with_kwargs=True)
     losses = model.losses(batch)[0]
     hook.remove()
-    logits = model.llm(inputs_embeds=seen[0]["inputs_embeds"], use_cache=False).logits
+    logits = model.llm(inputs_embeds=seen[0], use_cache=False).logits
     n = batch.target_lengths[0]
     own = logits[0, -n:].float().log_softmax(-1).gather(1, batch.target_ids[0, :, None])[:, 0]
     near(losses, -own, "losses and those of the model's own forward")
@@ -331,7 +332,8 @@ def limited() -> Iterator[None]:
 
 def told(error: UserError, bench: Bench) -> str:
     """What a user reads."""
-    return shorten(" ".join(str(error).replace(f"{bench.home}/", "").split()), 300)
+    text = " ".join(str(error).split()).replace(f"{bench.home}/", "").replace("llms/", "")
+    return shorten(text, 300)
 
 
 def said(error: Exception) -> str:

@@ -85,8 +85,9 @@ def marks(cells: Cells, columns: Mapping[str, str]) -> tuple[str, ...]:
     """A row of the table: `yes`, `no`, or what there is in place of them."""
     if "refused" in cells:
         return ("refused", *[""] * (len(columns) - 1))
-    return tuple({"yes": "yes", None: "not run"}.get(cells.get(column), "no")
-                 for column in columns)
+    said = (cells.get(column, "not run") for column in columns)
+    return tuple(cell if cell in ("yes", "not run") else
+                 "refused" if cell.startswith("UserError: ") else "no" for cell in said)
 
 
 def table(title: str, found: Mapping[str, Cells], columns: Mapping[str, str]) -> list[str]:

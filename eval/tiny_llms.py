@@ -45,11 +45,15 @@ _SPREAD = {"initializer_range": 0.1, "init_std": 0.1}
 _MAMBA2 = {"mamba_n_heads": 8, "mamba_d_head": 8, "mamba_expand": 2, "mamba_n_groups": 1}
 _GEMMA3N = {"num_hidden_layers": 4, "num_kv_shared_layers": 2, "layer_types": [
     "sliding_attention", "full_attention"] * 2}
+# Attention reads the embeddings beside the hidden states; its weights are shared by its layers.
+_ZAMBA = {"layers_block_type": ["mamba", "hybrid"] * 2, "num_hidden_layers": 4, "mamba_expand": 2,
+          "attention_hidden_size": 64, "attention_head_dim": 16}
 EXCEPTIONS: dict[str, dict[str, Any]] = {
     "bamba": _MAMBA2 | {"attn_layer_indices": [1]},
     # Its logits are a sixteenth, which a few steps hardly change.
     "cohere": {"logit_scale": 0.5},
     "cohere2": {"logit_scale": 0.5},
+    "cohere2_moe": {"logit_scale": 0.5},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
     "falcon_h1": _MAMBA2 | {"mamba_d_ssm": 64},
@@ -69,8 +73,8 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "recurrent_gemma": {"num_hidden_layers": 3},
     "reformer": {"is_decoder": True, "axial_pos_embds": False, "attn_layers": ["local", "lsh"]},
     "xmod": {"default_language": "en_XX"},
-    "zamba2": {"layers_block_type": ["mamba", "hybrid"], "num_hidden_layers": 2,
-               "mamba_expand": 2, "n_mamba_heads": 8, "mamba_headdim": 8, "mamba_ngroups": 1},
+    "zamba": _ZAMBA | {"n_mamba_heads": 2},
+    "zamba2": _ZAMBA | {"n_mamba_heads": 8, "mamba_headdim": 8, "mamba_ngroups": 1},
 }
 
 
