@@ -42,7 +42,8 @@ from unislu_llm.training.trainer import Trainer
 
 COLUMNS = {
     "loads": "training puts the model together",
-    "loss": "losses are those of the model's own forward pass, and no later token changes one",
+    "loss": "losses are those of the model's own forward pass, which reads embeddings as their ids; "
+            "no later token changes one",
     "LoRA": "the default targets find layers, and each adapter gets a gradient",
     "trains": "the loss falls",
     "decodes": "each decoded token has the probability that training's forward pass gives it",
@@ -148,6 +149,10 @@ def own_loss(bench: Bench, model: Any) -> None:
     other[:, n // 2:] = other[:, n // 2:].roll(1, 1)
     early = model.losses(replace(batch, target_ids=other))[0, :n // 2]
     near(early, losses[:n // 2], "losses before a token that is changed")
+    ids = torch.arange(3, 19)[None]
+    by_ids, by_embeddings = (model.llm(**given, use_cache=False).logits for given in (
+        {"input_ids": ids}, {"inputs_embeds": model.llm.get_input_embeddings()(ids)}))
+    near(by_embeddings, by_ids, "logits by ids and by their embeddings")
 
 
 def gradients(bench: Bench, model: SLUModel) -> tuple[Tensor, dict[str, Tensor]]:
