@@ -174,7 +174,8 @@ class RowReader:
         except pydantic.ValidationError as error:
             problems += _explain(error, row, renamed)
         for name in ("text", "hypothesis"):
-            if marker := find_marker(str(values.get(name, "")), self.registry):
+            said = str(values.get(name, ""))
+            if "[" in said and (marker := find_marker(said, self.registry)):
                 problems.append(Problem(name, "marker", f"holds the marker {marker}, which could "
                                         f"not be told from a real one; take it out of the {name}"))
         # `speaker_id` beside `speaker` is metadata; alone it is a speaker that nobody would see.

@@ -48,10 +48,9 @@ def prepare(source: Source, out: Path, *, tasks_file: Path | None = None,
     """
     registry = TaskRegistry.from_yaml(tasks_file)
     dropped, page = Dropped(list), Summary(registry)
-    rows = _rows(source, registry, dropped, page, out, exclude)
+    common = {"corpus": corpus_name, "language": language or None}
     # One row at a time: a corpus needs no more memory than its ids.
-    write_manifest(out, (replace(u, corpus=corpus_name or u.corpus,
-                                 language=u.language or language or None) for u in rows))
+    write_manifest(out, _rows(source, registry, dropped, page, out, exclude, common))
     mute = (f"\n{page.mute} of {page.rows} rows have no audio, and are text alone; audio is named "
             "by --audio FOLDER (with <id>.wav, .flac, ...) or the rows' own `audio`")
     return (f"{page.read:>8} rows read\n{_counts(dropped)}\n{out}\n{page}"
@@ -59,7 +58,7 @@ def prepare(source: Source, out: Path, *, tasks_file: Path | None = None,
 
 
 def _rows(source: Source, registry: TaskRegistry, dropped: Dropped, page: Summary, out: Path,
-          exclude: Sequence[Path]) -> Iterator[Utterance]:
+          exclude: Sequence[Path], common: dict[str, str | None]) -> Iterator[Utterance]:
     """What the manifest gets; at the end it raises UserError where that is nothing, or faulty."""
     tested = [u for path in exclude for u in read_manifest(path, registry)]
     # What a model is tested on must not train it, as text either.
@@ -86,7 +85,8 @@ def _rows(source: Source, registry: TaskRegistry, dropped: Dropped, page: Summar
             dropped[f"row dropped: {reason}"].append(f"{where}: '{u.id}' ({u.audio or 'text'})")
         else:
             ids.add(u.id)
-            yield page.add(replace(u, duration=seconds))
+            yield page.add(replace(u, duration=seconds, corpus=common["corpus"] or u.corpus,
+                                   language=u.language or common["language"]))
     if wrong and source.own:
         columns = " or map its columns (--columns KEY=COLUMN)" * hasattr(source, "columns")
         raise UserError(f"{len(wrong)} problem{'s' * (len(wrong) > 1)}; correct the source"
