@@ -76,7 +76,7 @@ def test_other_keys_that_nothing_reads_are_named_once(tmp_path: Path) -> None:
     report = validate([write(tmp_path / "m.jsonl", *rows)])
     assert {p.field: p.message.rpartition("; ")[2] for p in report.problems} == {
         "offset": "'start' is one", "lang": "'language' is one",
-        **dict.fromkeys(("answer", "labels"), "is it a task? Then --tasks-file FILE")}
+        **dict.fromkeys(("answer", "labels"), "if it is one, --tasks-file FILE names it")}
     assert all(p.warning and p.line == 1 for p in report.problems)
 
 

@@ -28,12 +28,9 @@ class Unread(NamedTuple):
 
     def told(self, flag: str) -> str:
         """What is wrong and what to do, where `flag` names a tasks file."""
-        what = f"({_count(self.rows, 'row')}) and will not be read"
-        if self.spans:
-            return f"is no known task {what}; if it is one, describe it in a tasks file " \
-                   f"({flag} FILE)"
-        return f"is no key of a manifest {what}" + (
-            f"; '{self.like}' is one" if self.like else f"; is it a task? Then {flag} FILE")
+        advice = f"'{self.like}' is one" if self.like else f"if it is one, {flag} FILE names it"
+        return (f"is no key of a manifest and no known task ({_count(self.rows, 'row')}), and will "
+                f"not be read; {advice}")
 
 
 def unread_fields(path: str, rows: Iterable[Row], registry: TaskRegistry) -> list[Unread]:

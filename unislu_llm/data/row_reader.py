@@ -201,9 +201,10 @@ class RowReader:
         """Whether a key that is not read, and looks like another, makes the row another one."""
         if row.get(like) is not None or like == "text" or row[key] is None:
             return False
-        if like in ("start", "end") and key in _SYNONYMS:  # of audio, and not "from its start"
-            return row.get("audio") is not None and bool(row[key])
-        return like not in _LENIENT or key not in _SYNONYMS
+        if key not in _SYNONYMS:
+            return True
+        crop = like in ("start", "end")  # of text, or from the start of the audio, it is none
+        return bool(row[key] and row.get("audio")) if crop else like not in _LENIENT
 
     def _of_other_tools(self, row: Mapping[str, Any]) -> Iterator[Problem]:
         """Annotations under other tools' names, and what an annotator threw away."""

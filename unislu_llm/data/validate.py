@@ -301,19 +301,18 @@ class Summary:
         return u
 
     def __str__(self) -> str:
-        n = self._n
         lines = {
             "rows": f"{self.rows + self._bad_rows} ({self._bad_rows} with errors, not counted "
                     "below)",
             "text-only rows": self.mute,
-            "pseudo-labels": f"{n['pseudo']} rows, transcribed by a recogniser",
+            "pseudo-labels": f"{self._n['pseudo']} rows, transcribed by a recogniser",
             "audio": f"{self._seconds / 3600:.2f} h; longest {self._longest:.1f} s; "
-                     f"{n['unknown']} rows of unknown length",
-            "words": n["words"],
+                     f"{self._n['unknown']} rows of unknown length",
+            "words": self._n["words"],
             "corpora": ", ".join(f"{name} {m}" for name, m in sorted(self._corpora.items())),
             "speakers": len(self._speakers) or "not given",
             **{task.name: self._task_line(task) for task in self._registry},
-            "no annotation": n["bare"]}
+            "no annotation": self._n["bare"]}
         return "\n".join(f"{name:<15} {value}" for name, value in lines.items())
 
     def _task_line(self, task: Task) -> str:

@@ -122,8 +122,9 @@ class Doccano(_Export):
 
 @dataclass(frozen=True)
 class Brat(FileSource):
-    """Own data in brat's folders (--file FOLDER): each line of a .txt, with its spans in the .ann
-    beside it. The id is the file's name, and where it has several lines a number.
+    """Own data in brat's folders (--file FOLDER): lines of .txt, and their spans in .ann.
+
+    The id is the file's name, and where it has several lines a number.
 
     Args:
         task: Task of the spans.

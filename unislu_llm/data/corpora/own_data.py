@@ -185,9 +185,7 @@ def read_cell(key: str, value: Any, registry: TaskRegistry, where: str) -> Any:
 
 @dataclass(frozen=True)
 class Kaldi(Source):
-    """Own data in a Kaldi folder: text, wav.scp, and segments and utt2spk where these are there.
-
-    Of commands in wav.scp, which are not run, `flac -c -d -s FILE |` is understood.
+    """Own data in a Kaldi folder: text, wav.scp, segments, utt2spk.
 
     Args:
         folder: The folder with these files.
@@ -212,7 +210,7 @@ class Kaldi(Source):
             except (ValueError, KeyError):
                 raise UserError(f"{place}: '{name}' needs a recording of wav.scp, and in segments "
                                 "its start and end in seconds") from None
-            file = re.sub(r"^flac (?:-[cds]+ )+(\S+) *\|$", r"\1", file)
+            file = re.sub(r"^flac (?:-[cds]+ )+(\S+) *\|$", r"\1", file)  # as LibriSpeech has it
             if file.endswith("|"):
                 raise UserError(f"{place}: a command is not run; write what it gives to a file")
             yield where, row | {"audio": str(resolve(self.audio, file)),

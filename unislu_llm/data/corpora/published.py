@@ -67,8 +67,7 @@ class Slurp(FileSource):
 
 
 class SpeechMassive(Hub):
-    """Speech-MASSIVE: intents and slots in twelve languages (--config de-DE), on the hub as
-    FBK-MT/Speech-MASSIVE and FBK-MT/Speech-MASSIVE-test, or in a folder."""
+    """Speech-MASSIVE: intents and slots (--name FBK-MT/Speech-MASSIVE --config de-DE)."""
 
     own: ClassVar[bool] = False
 
@@ -84,8 +83,7 @@ class SpeechMassive(Hub):
 
 
 class Msner(FileSource):
-    """MSNER: entities of VoxPopuli's Dutch, French, German and Spanish; the clips of the language
-    are in --audio, or in its folders of years."""
+    """MSNER: entities of VoxPopuli; clips are in --audio, or in its folders of years."""
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
         task = registry["ner"]
