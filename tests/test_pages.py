@@ -136,5 +136,5 @@ def test_a_page_runs_and_prints_what_it_says(page: Path, checkout: Path, tmp_pat
                 rest = iter([form(line) for line in printed.splitlines()])
                 gone = [x for x in text.splitlines() if x != "..." and form(x) not in rest]
                 assert not gone, f"a page says, and its commands do not print: {gone[0]}\n{printed}"
-            assert kind in ("shell", "python", "json", "yaml", "bibtex", ""), kind
+            assert kind in ("shell", "python", "json", "yaml", "bibtex", "csv", "conll", ""), kind
             before = kind

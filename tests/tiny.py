@@ -195,6 +195,6 @@ def train_tiny_run(kind: str, folder: Path, checkpoints: dict[str, str],
         "model": {"encoder": checkpoints["whisper"], "llm": checkpoints["llm"],
                   "projector_options": {"stack": 5, "hidden": 32},
                   "lora": {"rank": 4, "target_modules": ["q_proj"]}},
-        "data": dict.fromkeys(("train", "dev"), [str(rows or "corpus/dev.jsonl")]),
+        "data": {key: [str(rows or "corpus/dev.jsonl")] for key in ("train", "dev")},
         "train": {"max_steps": 2, "batch_size": 8, "trackers": [], "threads": 1},
         "decode": {"max_new_tokens": 12, "batch_size": 3}})).fit()

@@ -218,7 +218,7 @@ def validate(manifests: Manifests, /, tasks_file: Path | None = None,
 
 
 def prepare() -> Commands:
-    """Write the manifest of a corpus: slue-voxpopuli, slue-voxceleb, slue-hub, conll, csv."""
+    """Write the manifest of a corpus, from the layout that it has."""
     from unislu_llm.data.corpora import SOURCES, prepare
 
     def command(source: type[Any]) -> Callable[..., None]:

@@ -99,7 +99,7 @@ def test_every_kind_of_broken_row_is_named_in_one_run_and_left_out(tmp_path: Pat
     for i, (change, _) in enumerate(broken):
         audio = sound(folder, f"{i}.wav", noise(2.0 + i / 100))
         rows.append({"id": f"good-{i}", "audio": audio, "text": f"{TEXT} {i}",
-                     "ner": [["ORG", 4, 11]], "café": "ü"})
+                     "ner": [["ORG", 4, 11]], "condition": "ü"})
         bad = {"id": f"bad-{i}", "text": TEXT} | change if isinstance(change, dict) else change
         rows.append(bad)
     path, out = write_rows(folder / "m.jsonl", rows), tmp_path / "clean/m.jsonl"
@@ -243,6 +243,7 @@ def test_annotations_of_no_known_task_are_warned_of(tmp_path: Path) -> None:
     rows = [{"id": str(i), "text": TEXT, "drugs": [dose] * i, "gender": "f"} for i in range(3)]
     report = validate([write_rows(tmp_path / "m.jsonl", rows)])
     assert [str(p) for p in report.problems] == [
-        f"{tmp_path / 'm.jsonl'}:1: drugs: warning: is no known task (3 rows have it) and will not "
-        "be read; describe it in a tasks file (--tasks-file FILE)"]
+        f"{tmp_path / 'm.jsonl'}:1: {key}: warning: is no key of a manifest and no known task (3 "
+        "rows), and will not be read; if it is one, --tasks-file FILE names it"
+        for key in ("drugs", "gender")]
     assert (report.status(), report.status(strict=True)) == (0, 1)

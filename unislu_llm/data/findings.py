@@ -8,59 +8,51 @@ from typing import Any, NamedTuple
 
 from unislu_llm.data.manifest import Row
 from unislu_llm.data.mixture import Mixture
-from unislu_llm.data.row_reader import FIELDS
+from unislu_llm.data.row_reader import FIELDS, lookalike
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import Example
 
-_LABELS = 100  # a field with more values than this is metadata, and no label of a closed set
-_LABEL_LENGTH = 40
-
 
 class Unread(NamedTuple):
-    """A field of a manifest that may be an annotation, and is that of no known task."""
+    """A key of a manifest that nothing reads."""
 
     name: str
     rows: int
     file: str
     line: int  # of the first
-    spans: bool  # labelled phrases; else labels, which metadata looks like as well
+    spans: bool  # labelled phrases: an annotation of no known task
+    like: str | None  # the key that it looks like, which its rows have too or do without
 
     def __str__(self) -> str:
         return f"'{self.name}' ({_count(self.rows, 'row')}, the first {self.file}:{self.line})"
 
+    def told(self, flag: str) -> str:
+        """What is wrong and what to do, where `flag` names a tasks file."""
+        advice = f"'{self.like}' is one" if self.like else f"if it is one, {flag} FILE names it"
+        return (f"is no key of a manifest and no known task ({_count(self.rows, 'row')}), and will "
+                f"not be read; {advice}")
+
 
 def unread_fields(path: str, rows: Iterable[Row], registry: TaskRegistry) -> list[Unread]:
-    """Fields of a manifest's rows that look like annotations and that no task reads."""
-    known = {*FIELDS, "draft", *registry.names}
+    """Keys of a manifest's rows that nothing reads."""
+    known = {*FIELDS, "draft", "condition", *registry.names}  # a condition is for people
     found: dict[str, list[tuple[Row, Any]]] = {}
     for row in rows:
         for key, value in row.content.items():
-            if value is not None and key not in known:
+            if value is not None and key not in known and not any(
+                    problem.field == key for problem in row.problems):
                 found.setdefault(key, []).append((row, value))
-    return [Unread(name, len(some), path, some[0][0].line, spans) for name, some in found.items()
-            if (spans := _are_spans(some)) or _are_labels([value for _, value in some])
-            or _is_label([value for _, value in some])]
+    return [Unread(name, len(some), path, some[0][0].line, _are_spans(some),
+                   lookalike(name, known)) for name, some in found.items()]
 
 
 def _are_spans(some: Sequence[tuple[Row, Any]]) -> bool:
     """Labelled spans or phrases, in the forms of manifests or of other tools."""
     # An empty list says that there are none, and nothing of what there could be.
-    given = [(str(row.content.get("text", "")), value) for row, value in some
-             if value not in ([], {})]
-    if not given or not all(_have_places(text, value) for text, value in given):
-        return False
-    # Pairs of words may be anything, if not one of them is said.
-    said = [phrase.lower() in text.lower() for text, value in given for phrase in _phrases(value)]
-    return any(said) or not said
-
-
-def _have_places(text: str, value: Any) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(said, list) and said and all(isinstance(s, str) for s in said)
-                   for said in value.values())
-    return isinstance(value, list) and all(
+    given = [(str(row.content.get("text", "")), value) for row, value in some if value != []]
+    return bool(given) and all(isinstance(value, list) and all(
         isinstance(item.get("label", item.get("phrase")), str) if isinstance(item, dict)
-        else _is_place(text, item) for item in value)
+        else _is_place(text, item) for item in value) for text, value in given)
 
 
 def _is_place(text: str, item: Any) -> bool:
@@ -69,28 +61,8 @@ def _is_place(text: str, item: Any) -> bool:
         # Alignments are written alike, with times where spans have characters.
         start, end = item[1:] if kinds[0] is str else item[:2]
         return bool(0 <= start < end <= len(text))
-    return kinds == [str, str]
-
-
-def _phrases(value: Any) -> Iterator[str]:
-    if isinstance(value, dict):
-        for said in value.values():
-            yield from said
-    else:
-        yield from (item[1] for item in value if isinstance(item, list) and len(item) == 2)
-
-
-def _are_labels(values: Sequence[Any]) -> bool:
-    lists = [value for value in values if value != []]
-    return bool(lists) and all(isinstance(value, list) and all(
-        isinstance(item, str) and len(item) <= _LABEL_LENGTH for item in value) for value in lists)
-
-
-def _is_label(values: Sequence[Any]) -> bool:
-    labels = {value for value in values if isinstance(value, str) and len(value) <= _LABEL_LENGTH}
-    # Words of a closed set come again; names and paths do not.
-    return (all(isinstance(value, str) and value in labels for value in values)
-            and 1 < len(labels) <= min(_LABELS, len(values) - 1))
+    # Pairs of words may be anything, if they are not said.
+    return kinds == [str, str] and item[1].lower() in text.lower()
 
 
 def run_findings(train: Sequence[Example], dev: Sequence[Example], mixture: Mixture | None,

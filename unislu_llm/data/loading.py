@@ -87,11 +87,12 @@ def _check_unread(unread: Sequence[Unread], registry: TaskRegistry, flag: str,
     for field in spans:
         _warn_once("%s: the field %s is no known task (%s) and is not read; if it is one, %s",
                    flag, field, known, advice)
-    # Metadata is written like labels: worth a line only where nothing else is annotated.
-    if not annotated and flag == "data.train" and unread:
+    rest = ", ".join(str(field) for field in unread if not field.spans)
+    if rest and not annotated and flag == "data.train":
         _warn_once("%s: nothing is annotated for a known task (%s), so that transcripts alone "
-                   "train; not read: %s; if one is a task, %s", flag, known,
-                   ", ".join(map(str, unread)), advice)
+                   "train; not read: %s; if one is a task, %s", flag, known, rest, advice)
+    elif rest:
+        _warn_once("%s: not read: %s", flag, rest)
 
 
 def check_hypotheses(examples: Sequence[Example], model: ModelConfig) -> list[Example]:

@@ -5,8 +5,8 @@
 
 `docs/data.md` lists the keys. A task of the registry stands under its name: spans (objects, or
 `[label, start, end]`), phrases (objects, `[label, phrase]`, or `{label: [phrase, ...]}`), a label,
-or a list of labels; `null` is "not annotated". Any other key is metadata, unless it looks like a
-misspelt field that the row lacks.
+or a list of labels; `null` is "not annotated". Any other key is not read, which is said; one that
+would change the audio, its crop or its labels is an error.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import codecs
 import contextlib
 import json
 import os
+import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -65,6 +66,11 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
             raw = raw.removeprefix(codecs.BOM_UTF8)  # some editors begin a file with it
             if not raw.strip():
                 continue
+            if not line and re.match(rb"\s*\[\s*(\{|$)", raw):  # else a fault of every line
+                yield Row(0, problems=(Problem(
+                    "file", "json", "is one JSON array; write one object a line, without brackets "
+                    "and commas (`unislu prepare table --file FILE` does)", file=path),))
+                return
             line, utterance = number, None
             content, problems = _parse(raw)
             if not problems:

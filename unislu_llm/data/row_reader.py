@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -22,17 +22,22 @@ from pydantic_core import PydanticCustomError as Refused
 from unislu_llm.data.annotations import STRICT, annotation, shown
 from unislu_llm.data.mending import composed, rewrite
 from unislu_llm.errors import dotted, shorten
-from unislu_llm.tasks import TaskRegistry
+from unislu_llm.tasks import SpanTask, TaskRegistry
 from unislu_llm.unified import find_marker
 from unislu_llm.utterance import Utterance
 
 _REQUIRED = {"id": "every row needs a unique id", "text": "the unified format needs a transcript"}
-_SYNONYMS = {
-    **dict.fromkeys(("audio_filepath", "audio_path", "audio_file", "path", "file", "wav"), "audio"),
-    **dict.fromkeys(("transcript", "transcription", "sentence", "normalized_text"), "text"),
-    "sentiment": "sa", "entities": "ner",
-}
-"""Names that other toolkits give to the same things."""
+_SYNONYMS = {name: key for key, names in {
+    "audio": "audio_filepath audio_path audio_file audio_url path file file_name filename wav",
+    "text": "transcript transcription sentence normalized_text utterance utt",
+    "start": "offset start_time start_second start_sec begin begin_time onset",
+    "end": "end_time end_second end_sec stop stop_time",
+    "language": "lang locale", "speaker": "spk client_id", "hypothesis": "pred_text",
+    "id": "utt_id uid", "sa": "sentiment", "ner": "entities"}.items() for name in names.split()}
+"""Names that other tools give to the same things."""
+_LENIENT = ("language", "speaker", "hypothesis", "id")  # without them a row is no other one
+_ANNOTATIONS = ("label", "labels", "spans", "annotation", "annotations")
+"""Names that other tools give to whatever was annotated."""
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff]")
 _DURATION_SLACK = 0.2  # seconds between `duration` and `end - start`, which corpora round
@@ -151,7 +156,7 @@ class RowReader:
                         for phrases in {False, self.without_text}}
         self._known = dict.fromkeys((*FIELDS, *self.registry.names))
         # Rows of a manifest have the same keys.
-        self._lookalike = lru_cache(maxsize=4096)(self._find_lookalike)
+        self._lookalike = lru_cache(maxsize=4096)(partial(lookalike, known=self._known))
 
     def read(self, row: Mapping[str, Any], source: str) -> tuple[Utterance | None, list[Problem]]:
         """The utterance of a row, None where there are problems, and these; `source` names it."""
@@ -167,18 +172,19 @@ class RowReader:
         found: Any = None
         problems: list[Problem] = []
         try:
-            said = values.get("text"), values.get("language")
-            found = self._models[unheard].model_validate(values, context=said)
+            context = values.get("text"), values.get("language")
+            found = self._models[unheard].model_validate(values, context=context)
         except pydantic.ValidationError as error:
             problems += _explain(error, row, renamed)
         for name in ("text", "hypothesis"):
-            if marker := find_marker(str(values.get(name, "")), self.registry):
+            said = str(values.get(name, ""))
+            if "[" in said and (marker := find_marker(said, self.registry)):
                 problems.append(Problem(name, "marker", f"holds the marker {marker}, which could "
                                         f"not be told from a real one; take it out of the {name}"))
         # `speaker_id` beside `speaker` is metadata; alone it is a speaker that nobody would see.
         problems += (Problem(key, "unknown_key", f"unknown key; did you mean '{like}'? Rename or "
-                             "remove it")
-                     for key, like in alike if row.get(like) is None and like != "text")
+                             "remove it") for key, like in alike if self._counts(key, like, row))
+        problems += self._of_other_tools(row)
         audio = values.get("audio")
         path = resolve(self.folder, audio) if isinstance(audio, str) else None
         if self.check_audio and path and not os.path.isfile(path):  # false for impossible names
@@ -194,15 +200,42 @@ class RowReader:
             None if found.hypothesis is None else " ".join(found.hypothesis.split()),
             found.text_source, found.segments if isinstance(found.segments, list) else None), []
 
-    def _find_lookalike(self, key: str) -> str | None:
-        plain = key.casefold()
-        if _SYNONYMS.get(plain) in self._known:
-            return _SYNONYMS[plain]
-        names = [name for name in self._known if name != "segments"]  # a `segment` is metadata
-        # The same letters in another order count as near: `nre` has too little else of `ner`.
-        near = ([name for name in names if sorted(name) == sorted(plain)]
-                or get_close_matches(plain, names, 1, _CLOSE))
-        return near[0] if near else None
+    def _counts(self, key: str, like: str, row: Mapping[str, Any]) -> bool:
+        """Whether a key that is not read, and looks like another, makes the row another one."""
+        if row.get(like) is not None or like == "text" or row[key] is None:
+            return False
+        if key not in _SYNONYMS:
+            return True
+        crop = like in ("start", "end")  # of text, or from the start of the audio, it is none
+        return bool(row[key] and row.get("audio")) if crop else like not in _LENIENT
+
+    def _of_other_tools(self, row: Mapping[str, Any]) -> Iterator[Problem]:
+        """Annotations under other tools' names, and what an annotator threw away."""
+        if row.get("answer") in ("reject", "ignore") and "answer" not in self._known:
+            yield Problem("answer", "unknown_key", f"is '{row['answer']}'; take the row out "
+                          "(`unislu prepare prodigy` does)")
+        for key in _ANNOTATIONS:
+            given = row[key] if row.get(key) and key not in self._known else ()
+            given = given if isinstance(given, list | tuple) else [given]
+            for task in self.registry if given else ():
+                spans = isinstance(task, SpanTask) and isinstance(given[0], list | dict)
+                if row.get(task.name) is None and (spans or given[0] in task.labels):
+                    how = "a list of [label, start, end]" if spans else "a label"
+                    yield Problem(key, "unknown_key", f"is not read; '{task.name}' is the key of "
+                                  f"the task, and has {how}; rename it")
+                    break
+
+
+def lookalike(key: str, known: Collection[str]) -> str | None:
+    """The key of a manifest that another key may stand for, by its letters or in another tool."""
+    plain = key.casefold()
+    if _SYNONYMS.get(plain, "") in known:
+        return _SYNONYMS[plain]
+    names = [name for name in known if name != "segments"]  # a `segment` is metadata
+    # The same letters in another order count as near: `nre` has too little else of `ner`.
+    near = ([name for name in names if sorted(name) == sorted(plain)]
+            or get_close_matches(plain, names, 1, _CLOSE))
+    return near[0] if near else None
 
 
 def _explain(error: pydantic.ValidationError, row: Mapping[str, Any],

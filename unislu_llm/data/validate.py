@@ -76,9 +76,11 @@ class Report:
         warnings = shown.total()
         number = " and ".join(f"{n or 'no'} {name}{'s' * (n != 1)}" for n, name in (
             (len(self.problems) - warnings, "error"), (warnings, "warning")))
+        page = Summary(self.registry, self.bad_rows)
+        for u in self.utterances:
+            page.add(u)
         return "\n".join([*lines, f"{number} in {', '.join(map(str, self.manifests))}",
-                          *self.mended, "",
-                          summary(self.utterances, self.registry, self.bad_rows)])
+                          *self.mended, "", str(page)])
 
 
 def validate(manifests: Sequence[Path], *, tasks_file: Path | None = None,
@@ -146,10 +148,8 @@ class Checker:
             checked = self._check(row, row.utterance, path) if row.utterance else row
             good += [checked.utterance] if checked.utterance else []
             yield checked
-        unread = (Problem(field.name, "unread", f"is no known task ({field.rows} rows have it) and "
-                          "will not be read; describe it in a tasks file (--tasks-file FILE)",
-                          line=field.line)
-                  for field in unread_fields(str(path), rows, self._registry) if field.spans)
+        unread = (Problem(field.name, "unread", field.told("--tasks-file"), line=field.line)
+                  for field in unread_fields(str(path), rows, self._registry))
         guess = [Problem("spans", "inside_word", f"all fit, if {mender.guess}; --fix FILE writes "
                          "them so")] if mender.guess and not mend else []
         yield Row(0, problems=tuple(p._replace(file=path)
@@ -303,29 +303,46 @@ def _decode(path: Path, first: int, last: int, doubts: dict[str, str]) -> str:
     return digest.hexdigest()
 
 
-def summary(utterances: Sequence[Utterance], registry: TaskRegistry, bad_rows: int = 0) -> str:
-    """What is in a manifest, on one page: rows, hours, annotations by label."""
-    spoken = [u for u in utterances if u.audio is not None]
-    lengths = [u.stated_seconds for u in spoken if u.stated_seconds is not None]
-    corpora = Counter(u.corpus for u in utterances)
-    lines = {
-        "rows": f"{len(utterances) + bad_rows} ({bad_rows} with errors, not counted below)",
-        "text-only rows": len(utterances) - len(spoken),
-        "pseudo-labels": f"{sum(u.text_source is not None for u in utterances)} rows, transcribed "
-                         "by a recogniser",
-        "audio": f"{sum(lengths) / 3600:.2f} h; longest {max(lengths, default=0.0):.1f} s; "
-                 f"{len(spoken) - len(lengths)} rows of unknown length",
-        "words": sum(len(u.text.split()) for u in utterances),
-        "corpora": ", ".join(f"{name} {n}" for name, n in sorted(corpora.items())),
-        "speakers": len({u.speaker for u in utterances if u.speaker}) or "not given",
-        **{task.name: _task_line(utterances, task) for task in registry},
-        "no annotation": sum(not u.labels for u in utterances)}
-    return "\n".join(f"{name:<15} {value}" for name, value in lines.items())
+class Summary:
+    """What is in a manifest, on one page, counted row by row: hours, annotations by label."""
 
+    def __init__(self, registry: TaskRegistry, bad_rows: int = 0) -> None:
+        self.read, self.rows, self.mute, self._bad_rows = 0, 0, 0, bad_rows
+        self._registry, self._n, self._seconds, self._longest = registry, Counter[str](), 0.0, 0.0
+        self._corpora, self._speakers = Counter[str](), set[str]()
+        self._labels = {task.name: Counter[str]() for task in registry}
 
-def _task_line(utterances: Sequence[Utterance], task: Task) -> str:
-    values = [u.labels[task.name] for u in utterances if task.name in u.labels]
-    counts = label_counts(utterances, task.name)
-    empty = f" ({sum(not value for value in values)} of them empty)"
-    listed = ", ".join(f"{label} {counts[label]}" for label in task.labels)
-    return f"{len(values)} rows{empty * isinstance(task, SpanTask)}: {listed}"
+    def add(self, u: Utterance) -> Utterance:
+        """Count a row, and give it back."""
+        seconds = u.stated_seconds if u.audio is not None else 0.0
+        self.rows, self.mute = self.rows + 1, self.mute + (u.audio is None)
+        self._n.update(pseudo=u.text_source is not None, words=len(u.text.split()),
+                       unknown=seconds is None, bare=not u.labels)
+        self._seconds += seconds or 0.0
+        self._longest = max(self._longest, seconds or 0.0)
+        self._corpora[u.corpus] += 1
+        self._speakers.update({u.speaker} if u.speaker else ())
+        for name in u.labels.keys() & self._labels.keys():
+            self._labels[name].update(label_counts([u], name))
+            self._n.update({name: 1, f"no {name}": not u.labels[name]})
+        return u
+
+    def __str__(self) -> str:
+        lines = {
+            "rows": f"{self.rows + self._bad_rows} ({self._bad_rows} with errors, not counted "
+                    "below)",
+            "text-only rows": self.mute,
+            "pseudo-labels": f"{self._n['pseudo']} rows, transcribed by a recogniser",
+            "audio": f"{self._seconds / 3600:.2f} h; longest {self._longest:.1f} s; "
+                     f"{self._n['unknown']} rows of unknown length",
+            "words": self._n["words"],
+            "corpora": ", ".join(f"{name} {m}" for name, m in sorted(self._corpora.items())),
+            "speakers": len(self._speakers) or "not given",
+            **{task.name: self._task_line(task) for task in self._registry},
+            "no annotation": self._n["bare"]}
+        return "\n".join(f"{name:<15} {value}" for name, value in lines.items())
+
+    def _task_line(self, task: Task) -> str:
+        empty = f" ({self._n[f'no {task.name}']} of them empty)" * isinstance(task, SpanTask)
+        listed = ", ".join(f"{label} {self._labels[task.name][label]}" for label in task.labels)
+        return f"{self._n[task.name]} rows{empty}: {listed}"

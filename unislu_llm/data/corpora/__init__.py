@@ -3,32 +3,32 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from unislu_llm.data.audio import MAX_SECONDS, SAMPLE_RATE, count_samples
-from unislu_llm.data.corpora.own_data import Conll, Csv
-from unislu_llm.data.corpora.slue import SlueHub, SlueVoxCeleb, SlueVoxPopuli
-from unislu_llm.data.corpora.source import Dropped
+from unislu_llm.data.corpora import published
+from unislu_llm.data.corpora.annotators import Brat, Doccano, LabelStudio, Prodigy
+from unislu_llm.data.corpora.own_data import CommonVoice, Conll, Hub, Kaldi, Nemo, Table
+from unislu_llm.data.corpora.source import Dropped, Source
 from unislu_llm.data.manifest import first_ten, read_manifest, write_manifest
-from unislu_llm.data.row_reader import RowReader
-from unislu_llm.data.validate import summary
+from unislu_llm.data.row_reader import FIELDS, RowReader
+from unislu_llm.data.validate import Summary
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.utterance import Utterance
 
-Source = SlueVoxPopuli | SlueVoxCeleb | SlueHub | Conll | Csv
-"""A corpus in some layout; its fields are the flags of its subcommand."""
-
-SOURCES: dict[str, type[Any]] = {"slue-voxpopuli": SlueVoxPopuli, "slue-voxceleb": SlueVoxCeleb,
-                                 "slue-hub": SlueHub, "conll": Conll, "csv": Csv}
+SOURCES: dict[str, type[Source]] = {
+    "table": Table, "csv": Table, "conll": Conll, "hub": Hub, "kaldi": Kaldi, "nemo": Nemo,
+    "label-studio": LabelStudio, "prodigy": Prodigy, "doccano": Doccano, "brat": Brat,
+    "common-voice": CommonVoice, **published.SOURCES}
 """Sources, by the subcommand of `unislu prepare`."""
 
 
 def prepare(source: Source, out: Path, *, tasks_file: Path | None = None,
-            corpus_name: str | None = None, exclude: Sequence[Path] = ()) -> str:
+            corpus_name: str | None = None, language: str = "",
+            exclude: Sequence[Path] = ()) -> str:
     """Write the manifest of a source, whole or not at all; what became of the rows, as a table.
 
     Rows are dropped, counted and (the first ten of a reason) named when a manifest could not have
@@ -40,20 +40,35 @@ def prepare(source: Source, out: Path, *, tasks_file: Path | None = None,
         out: the manifest; clips that the source makes go to the folder `<out>_audio`.
         tasks_file: YAML list of tasks; default: named entities and sentiment.
         corpus_name: corpus of every row, in place of the source's.
+        language: code of rows that name none, e.g. de.
         exclude: manifests whose rows are left out, by id and by text (case and blanks apart).
 
     Raises:
         UserError: the source cannot be read, all of its audio is missing, or no row is left.
     """
     registry = TaskRegistry.from_yaml(tasks_file)
+    dropped, page = Dropped(list), Summary(registry)
+    common = {"corpus": corpus_name, "language": language or None}
+    # One row at a time: a corpus needs no more memory than its ids.
+    write_manifest(out, _rows(source, registry, dropped, page, out, exclude, common))
+    mute = (f"\n{page.mute} of {page.rows} rows have no audio, and are text alone; audio is named "
+            "by --audio FOLDER (with <id>.wav, .flac, ...) or the rows' own `audio`")
+    return (f"{page.read:>8} rows read\n{_counts(dropped)}\n{out}\n{page}"
+            f"{mute * (source.own and page.mute > 0)}")
+
+
+def _rows(source: Source, registry: TaskRegistry, dropped: Dropped, page: Summary, out: Path,
+          exclude: Sequence[Path], common: dict[str, str | None]) -> Iterator[Utterance]:
+    """What the manifest gets; at the end it raises UserError where that is nothing, or faulty."""
     tested = [u for path in exclude for u in read_manifest(path, registry)]
     # What a model is tested on must not train it, as text either.
     tested_ids, tested_texts = {u.id for u in tested}, {_plain(u.text) for u in tested}
-    reader, dropped, wrong = RowReader(registry), Dropped(list), list[str]()
-    rows: dict[str, Utterance] = {}
-    n_read, with_audio = 0, False
+    reader, wrong, ids = RowReader(registry), list[str](), set[str]()
+    known, with_audio = {*FIELDS, *registry.names}, False
     for where, row in source.rows(registry, dropped, out.parent / f"{out.stem}_audio"):
-        n_read, with_audio = n_read + 1, with_audio or row.get("audio") is not None
+        page.read, with_audio = page.read + 1, with_audio or row.get("audio") is not None
+        for key in row.keys() - known:
+            dropped[f"values of '{key}' not read, which is no key of a manifest"].append(where)
         u, problems = reader.read(row, where)
         if u is None:
             # The first problem is the reason; own data is to be corrected, and told them all.
@@ -62,28 +77,24 @@ def prepare(source: Source, out: Path, *, tasks_file: Path | None = None,
             dropped[f"row dropped: {problems[0].kind}"].append(named[0])
             continue
         seconds, reason = _measured(u)
-        if u.id in rows:
+        if u.id in ids:
             reason = "id comes again"
         elif u.id in tested_ids or _plain(u.text) in tested_texts:
             reason = "in an excluded manifest"
         if reason:
             dropped[f"row dropped: {reason}"].append(f"{where}: '{u.id}' ({u.audio or 'text'})")
         else:
-            rows[u.id] = replace(u, duration=seconds, corpus=corpus_name or u.corpus)
-    if wrong and isinstance(source, Conll | Csv):
-        raise UserError(f"{len(wrong)} problem{'s' * (len(wrong) > 1)}; correct the source:\n"
-                        f"{first_ten(wrong)}")
-    counts = _counts(dropped)
+            ids.add(u.id)
+            yield page.add(replace(u, duration=seconds, corpus=common["corpus"] or u.corpus,
+                                   language=u.language or common["language"]))
+    if wrong and source.own:
+        columns = " or map its columns (--columns KEY=COLUMN)" * hasattr(source, "columns")
+        raise UserError(f"{len(wrong)} problem{'s' * (len(wrong) > 1)}; correct the source"
+                        f"{columns}:\n{first_ten(wrong)}")
     # Where every file is missing the folder is wrong, and text alone is not what was wanted.
-    if not rows or (with_audio and all(u.audio is None for u in rows.values())):
-        raise UserError(f"no row{' with audio' if rows else ''} of {n_read} is left, nothing is "
-                        f"written\n{counts}")
-    write_manifest(out, rows.values())
-    page = f"{n_read:>8} rows read\n{counts}\n{out}\n{summary([*rows.values()], registry)}"
-    if isinstance(source, Conll | Csv) and (mute := sum(u.audio is None for u in rows.values())):
-        page += (f"\n{mute} of {len(rows)} rows have no audio, and are text alone; audio is named "
-                 "by --audio FOLDER (with <id>.wav, .flac, ...) or the rows' own `audio`")
-    return page
+    if not ids or (with_audio and page.mute == page.rows):
+        raise UserError(f"no row{' with audio' if ids else ''} of {page.read} is left, nothing is "
+                        f"written\n{_counts(dropped)}")
 
 
 def _counts(dropped: Dropped) -> str:

@@ -1,14 +1,14 @@
-"""What sources have in common: the rows that they make, and tables."""
+"""What a source is: what it is asked for, and what it gives."""
 
 from __future__ import annotations
 
-import csv
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-from unislu_llm.errors import UserError
+from unislu_llm.tasks import TaskRegistry
 
 Rows = Iterator[tuple[str, dict[str, Any]]]
 """What a source's `rows` gives: rows as a manifest has them, each with its place `file:line`."""
@@ -17,27 +17,24 @@ Dropped = defaultdict[str, list[str]]
 """By reason the places of what is not in the manifest: nothing is dropped uncounted."""
 
 
-def read_table(path: Path, needed: Sequence[str], **dialect: Any) -> Iterator[
-        tuple[str, dict[str, str]]]:
-    """Rows of a CSV file, each with its place `file:line`; `dialect` is that of `csv.DictReader`.
+class Source:
+    """A corpus in some layout. The fields of each kind are the flags of its subcommand."""
 
-    Raises:
-        UserError: no such file, a `needed` column is missing or any is there twice, or a row has
-            another number of cells.
+    own: ClassVar[bool] = False  # the user's: what is wrong is an error; no row is dropped for it
+
+    def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
+        """The rows one by one; what is left out is named in `dropped`, clips go to a folder."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class FileSource(Source):
+    """A corpus in one file or folder.
+
+    Args:
+        file: The file.
+        audio: Folder of the audio files; where a row names none it is <audio>/<id>.wav, .flac, ...
     """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as handle:
-            reader = csv.DictReader(handle, **dialect)
-            header = list(reader.fieldnames or ())
-            for name in (*needed, *header):
-                if header.count(name) != 1:
-                    raise UserError(f"{path}:1: needs one column '{name}', has "
-                                    f"{', '.join(header) or 'none'}")
-            for cells in reader:
-                where = f"{path}:{reader.line_num}"
-                if None in cells or None in cells.values():  # so `csv` marks too many and too few
-                    raise UserError(f"{where}: another number of cells than the header; is there a "
-                                    "separator inside of one?")
-                yield where, cells
-    except (OSError, csv.Error, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a table in UTF-8: {error}") from error
+
+    file: Path
+    audio: Path | None = None

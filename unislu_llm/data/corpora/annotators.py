@@ -1,0 +1,159 @@
+"""Own data as annotation tools export it: Label Studio, Prodigy, doccano, brat."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, ClassVar
+
+from unislu_llm.data.corpora.reading import as_published, read_lines, read_objects, tidy, with_audio
+from unislu_llm.data.corpora.source import Dropped, FileSource, Rows
+from unislu_llm.errors import UserError
+from unislu_llm.tasks import LabelTask, TaskRegistry
+
+_Item = tuple[str, list[tuple[str, int, int]] | None, list[str] | None, Any]
+"""Text, spans and labels of the whole text (None: not what was annotated), and audio."""
+
+
+@dataclass(frozen=True)
+class _Export(FileSource):
+    """JSON lines or an array, an object a text.
+
+    Args:
+        task: Task of labelled spans.
+        label_task: Task of labels of a whole text.
+    """
+
+    own: ClassVar[bool] = True
+    task: str = "ner"
+    label_task: str = "sa"
+
+    def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
+        for number, (where, row) in enumerate(read_objects(self.file), 1):
+            with as_published(where):
+                if (item := self.read(row, where, dropped)) is None:
+                    continue
+                text, spans = tidy(item[0], item[1] or ())
+            made: dict[str, Any] = {"id": str(row.get("id", f"{self.file.stem}-{number}")),
+                                    "text": text}
+            made |= {} if item[1] is None else {registry[self.task].name: spans}
+            if (labels := item[2]) is not None:
+                task = registry[self.label_task]
+                one = isinstance(task, LabelTask) and not task.multi and len(labels) == 1
+                made |= {task.name: labels[0] if one else labels}
+            if self.audio and item[3]:  # an address of the tool's server: its last part counts,
+                name = re.split(r"[/\\=]", str(item[3]))[-1]  # after Label Studio's eight digits
+                plain = re.sub(r"^[0-9a-f]{8}-", "", name)
+                made["audio"] = name if (self.audio / name).is_file() else plain
+            yield where, with_audio(made, self.audio, self.file)
+
+    def read(self, row: dict[str, Any], where: str, dropped: Dropped) -> _Item | None:
+        """What was annotated; None, and named in `dropped`, where nothing is to be read."""
+        raise NotImplementedError
+
+
+class LabelStudio(_Export):
+    """Own data in Label Studio's JSON: labelled spans, choices, transcripts of a text area."""
+
+    def read(self, row: dict[str, Any], where: str, dropped: Dropped) -> _Item | None:
+        done = [a for a in row["annotations"] if not a.get("was_cancelled")]
+        if len(done) != 1:
+            dropped["annotation dropped: of a text the first is read" if done else
+                    "row dropped: not annotated, or skipped"].append(where)
+        text, spans, labels = row["data"].get("text", ""), [], list[str]()
+        for region in done[0]["result"] if done else ():
+            kind, value = region["type"], region.get("value", {})
+            if kind == "textarea":
+                text = text or " ".join(value["text"])
+            elif kind == "choices":
+                labels += value["choices"]
+            elif kind == "labels" and "text" in value:
+                start, end = value["start"], value["end"]
+                if text[start:end] != value["text"]:  # JavaScript counts an emoji as two
+                    raw = text.encode("utf-16-le")
+                    start, end = (len(raw[:2 * n].decode("utf-16-le", "replace"))
+                                  for n in (start, end))
+                spans += [(label, start, end) for label in value["labels"]]
+            else:
+                dropped[f"annotation dropped: '{kind}' is no span of the text"].append(where)
+        audio = next((value for value in row["data"].values() if re.search(
+            r"\.(wav|flac|ogg|opus|mp3)$", str(value).lower())), None)
+        # Labels alone do not say that spans were looked for.
+        return (text, spans if spans or not labels else None, labels or None,
+                audio) if done else None
+
+
+class Prodigy(_Export):
+    """Own data in Prodigy's JSON lines: spans and choices; what was not accepted is left out."""
+
+    def read(self, row: dict[str, Any], where: str, dropped: Dropped) -> _Item | None:
+        if (answer := row.get("answer", "accept")) != "accept":
+            dropped[f"row dropped: answer: {answer}"].append(where)
+            return None
+        audio = row.get("path", "" if "data:" in row.get("audio", "") else row.get("audio"))
+        return (row.get("text") or row["transcript"], [
+            (s["label"], s["start"], s["end"]) for s in row["spans"]] if "spans" in row else None,
+            row.get("accept") or ([row["label"]] if "label" in row else None), audio)
+
+
+class Doccano(_Export):
+    """Own data in doccano's JSON lines: spans (`label` or `entities`), or labels of a text."""
+
+    def read(self, row: dict[str, Any], where: str, dropped: Dropped) -> _Item | None:
+        if row.get("relations"):
+            dropped["annotation dropped: relations"].append(where)
+        if "entities" in row:
+            return (row["text"], [(e["label"], e["start_offset"], e["end_offset"])
+                                  for e in row["entities"]], None, row.get("audio"))
+        given = row.get("label", row.get("labels")) or []
+        if not self._spans:
+            return row["text"], None, given or None, row.get("audio")
+        return row["text"], [(a[2], a[0], a[1]) for a in given], None, row.get("audio")
+
+    @cached_property
+    def _spans(self) -> bool:
+        """Whether rows have spans: an empty list may be of both kinds, so the first other says."""
+        some = (row.get("label", row.get("labels")) for _, row in read_objects(self.file))
+        return isinstance(next((given for given in some if given), [[]])[0], list)
+
+
+@dataclass(frozen=True)
+class Brat(FileSource):
+    """Own data in brat's folders (--file FOLDER): lines of .txt, and their spans in .ann.
+
+    The id is the file's name, and where it has several lines a number.
+
+    Args:
+        task: Task of the spans.
+    """
+
+    own: ClassVar[bool] = True
+    task: str = "ner"
+
+    def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
+        for file in sorted(self.file.rglob("*.txt")):
+            lines = [line + "\n" for _, line in read_lines(file)]
+            spans, at = list(_brat(file, "".join(lines), dropped)), 0
+            for number, line in enumerate(lines, 1):
+                text, moved = tidy(line, [(label, start - at, end - at) for label, start, end
+                                          in spans if at <= start < at + len(line)])
+                at += len(line)
+                row = {"id": file.stem + f"-{number}" * (len(lines) > 1), "text": text,
+                       registry[self.task].name: moved}
+                if text:
+                    yield f"{file}:{number}", with_audio(row, self.audio, file)
+
+
+def _brat(file: Path, text: str, dropped: Dropped) -> Iterator[tuple[str, int, int]]:
+    for where, line in read_lines(file.with_suffix(".ann")):
+        found = re.fullmatch(r"T\d+\t(\S+) (\d+) (\d+)\t(.*)", line)
+        if found and text[int(found[2]):int(found[3])].split() == found[4].split():
+            yield found[1], int(found[2]), int(found[3])
+        elif line.startswith("T") and ";" not in line:
+            raise UserError(f"{where}: expected T1, label, start, end and the phrase that "
+                            f"{file.name} has there")
+        elif line:  # attributes, relations, events, notes; or a phrase in several pieces
+            dropped[f"annotation dropped: brat's '{line[0]}', no plain span"].append(where)
