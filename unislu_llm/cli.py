@@ -206,7 +206,7 @@ def validate(manifests: Manifests, /, tasks_file: Path | None = None,
         manifests: JSON-lines files; ids, texts and audio in two of them are found.
         tasks_file: YAML list of tasks (data.tasks of a config); default: entities, sentiment.
         audio: none believes the manifest, header opens each file, full decodes the samples.
-        fix: Write the rows without errors to this file (several manifests: into this folder).
+        fix: Write rows, mended, without errors to this file (several manifests: to this folder).
         strict: Exit with status 1 also for warnings.
         max_warnings: Warnings of one kind that are shown for a file.
     """

@@ -49,8 +49,7 @@ class _PhraseRow(_Labelled):
 
 
 class _SpanRow(_Labelled):
-    """Where the phrase stands in the row's text, which is the context of the validation, together
-    with the row's language."""
+    """Where the phrase stands in the text; that and its language are the validation's context."""
 
     start: int
     end: int

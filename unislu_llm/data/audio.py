@@ -95,8 +95,7 @@ def from_bytes(content: bytes, name: str) -> Tensor:
 
 
 def to_mono(name: object, block: np.ndarray, rate: float) -> Tensor:
-    """Samples `(frames, channels)` of any rate: their mean `(samples,)` at 16 kHz, or the loudest
-    channel where they cancel each other out, with a warning."""
+    """Samples `(frames, channels)`: their mean at 16 kHz, or the loudest where they cancel out."""
     mono = block.mean(axis=1)
     energies = np.einsum("fc,fc->c", block, block)
     if why := cancelled(float(mono @ mono), energies):

@@ -1,5 +1,4 @@
-"""What can be mended in rows: offsets that were counted in another way, and characters that look
-like others or like nothing."""
+"""What can be mended in rows: offsets that were counted in another way, and odd characters."""
 
 from __future__ import annotations
 
@@ -25,7 +24,7 @@ def _counted(encoding: str, size: int, text: str, *span: int) -> Any:
                  if 0 <= at * size <= len(units) else -1 for at in span)
 
 
-# The rarer ones first: they change few rows, and are hardly right by chance.
+# How offsets may have been counted, the rarer ways first: they are hardly right by chance.
 GUESSES: dict[str, Change] = {
     "offsets count UTF-16 units, in which an emoji is two": partial(_counted, "utf-16-le", 2),
     "offsets count UTF-8 bytes": partial(_counted, "utf-8", 1),
@@ -33,7 +32,6 @@ GUESSES: dict[str, Change] = {
     "the end is inclusive": lambda text, start, end: (start, end + 1),
     "offsets count from 1 and the end is inclusive": lambda text, start, end: (start - 1, end),
     "a length stands in place of the end": lambda text, start, end: (start, start + end)}
-"""How offsets may have been counted, and what they are then."""
 
 # Joiners (U+200C, U+200D) mean something in Arabic and Indic scripts and between emoji.
 _HIDDEN = ("(?:[\u00ad\u061c\u200b\u200e\u200f\u202a-\u202e\u2060-\u2069\ufeff]"
@@ -92,19 +90,18 @@ def _changed(value: Any, keys: Collection[str], span: Change,
         return [change(part, said=said) for part in value]
     if not isinstance(value, dict) or depth > 9:
         return value
-    start, end = (value.get(key) for key in ("start", "end"))
     if "text" in value:  # a row or a segment, whose start and end are times
         return {key: change(part, said=value["text"]) if key in keys else part
                 for key, part in value.items()}
-    if isinstance(said, str) and type(start) is type(end) is int:
-        return value | dict(zip(("start", "end"), span(said, start, end), strict=True))
+    ends: Any = [value.get(key) for key in ("start", "end")]
+    if isinstance(said, str) and [type(end) for end in ends] == [int, int]:
+        return value | dict(zip(("start", "end"), span(said, *ends), strict=True))
     return {key: change(part, said=said) for key, part in value.items()}
 
 
 class Mender:
-    """Mends the rows of a manifest; `mended` counts them by what was done. `guess` is the one of
-    :data:`GUESSES` by which all spans are whole words, where they are not as written; None: there
-    is none, or several that say different things."""
+    """Mends the rows of a manifest, and counts them in `mended`; `guess` is the one of `GUESSES` by
+    which all spans are whole words, where as written they are not (None: none, or several)."""
 
     def __init__(self, path: Path, registry: TaskRegistry) -> None:
         self._keys = {"text", "hypothesis", "segments",
@@ -114,8 +111,7 @@ class Mender:
     def __call__(self, row: dict[str, Any]) -> Any:
         placed = _changed(row, self._keys, GUESSES[self.guess]) if self.guess else row
         cleaned = rewrite(placed, self._keys, clean)
-        self.mended[str(self.guess)] += placed != row
-        self.mended["characters"] += cleaned != placed
+        self.mended.update({str(self.guess): placed != row, "characters": cleaned != placed})
         return cleaned
 
     def _guess(self, path: Path) -> str | None:

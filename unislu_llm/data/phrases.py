@@ -1,8 +1,7 @@
 """Labelled phrases without offsets: where in a transcript they are said.
 
-Words are those of SLUE's NER text, case aside, and characters in scripts without blanks; where they
-differ, stretches of words that Whisper's normaliser of the language makes equal count too
-(`12-ounce` and `twelve ounce`).
+Words are those of SLUE's NER text, case aside; where they differ, stretches of words that Whisper's
+normaliser of the language makes equal count too (`12-ounce` and `twelve ounce`).
 """
 
 from __future__ import annotations
@@ -25,18 +24,10 @@ _LONG = 500  # words from which a text is searched for equal words alone: normal
 def place_phrases(text: str, phrases: Sequence[tuple[str, str]], spans: Iterable[Span] = (), *,
                   first: bool = False, language: str = "",
                   ) -> tuple[list[Span], dict[int, str]]:
-    """Spans of `(label, phrase)`, in order of their places and without overlap.
+    """Spans of `(label, phrase)`, in order of their places and without overlap; and by its index
+    why a phrase has none: it is said less often than it is given, or more often, which is unclear.
 
-    Also why a phrase has none, by its index: it is not said, or not as often as it is given, or it
-    is said more often, so that nobody knows which place is meant.
-
-    Args:
-        text: the transcript.
-        phrases: label and phrase of each.
-        spans: places that are taken.
-        first: take the first places of a phrase that is said more often.
-        language: code; default: English.
-    """
+    `spans` are taken places; with `first` a phrase that is said more often takes the first ones."""
     said, placed, why = _Transcript(text, language), list(spans), dict[int, str]()
     taken = bytearray(len(text))
     for span in placed:

@@ -1,7 +1,7 @@
-"""Check manifests to the end, say what is wrong and what is in them, and write cleaned copies.
+"""Check manifests to the end, say what is wrong and what is in them, and write mended copies.
 
-What a row says is checked by :mod:`unislu_llm.data.row_reader`; here are added its audio, what rows
-share (texts, audio), the segments of long recordings, the characters, and the pace of the speech.
+To what :mod:`unislu_llm.data.row_reader` checks are added audio, segments, what rows share (texts,
+audio), spans inside words, characters, and the pace of the speech.
 """
 
 from __future__ import annotations
@@ -94,9 +94,8 @@ def validate(manifests: Sequence[Path], *, tasks_file: Path | None = None,
         fix: file (for several manifests: folder) for copies, whole or not at all, of which spans
             and characters are mended before rows are checked, without those that have errors.
 
-    Raises:
-        UserError: no manifest, one missing or named twice, tasks that cannot be read, or a copy
-            that is in the way or cannot be written.
+    Raises UserError: no manifest, one missing or named twice, tasks that cannot be read, or a copy
+    that is in the way or cannot be written.
     """
     # All before the first is read, which may take an hour.
     missing = [f" {path}" for path in manifests if not path.is_file()]
@@ -208,9 +207,7 @@ def label_counts(utterances: Sequence[Utterance], task: str) -> Counter[str]:
 def _characters(row: Mapping[str, Any]) -> Iterator[Problem]:
     texts = {"text": row["text"], "hypothesis": row.get("hypothesis")}
     texts |= {f"segments[{i}].text": s["text"] for i, s in enumerate(row.get("segments") or ())}
-    for key, text in texts.items():
-        if not text or text.isascii():
-            continue
+    for key, text in ((k, text) for k, text in texts.items() if text and not text.isascii()):
         odd = {c: why for c in text if (why := _ODD.get(c) or _ODD.get(unicodedata.category(c)))}
         odd |= dict.fromkeys(HIDDEN.findall(text), "is invisible (--fix takes it out)")
         named = [f"'{c}' (U+{ord(c):04X}) {why}" for c, why in odd.items()]
@@ -221,10 +218,9 @@ def _characters(row: Mapping[str, Any]) -> Iterator[Problem]:
 
 
 def _misplaced(u: Utterance, place: str = "") -> Iterator[Problem]:
-    for name, value in u.labels.items():
-        for span in value:
-            if isinstance(span, Span) and (why := misplaced(u.text, span.start, span.end)):
-                yield Problem(place + name, "inside_word", why)
+    spans = [(name, v) for name, value in u.labels.items() for v in value if isinstance(v, Span)]
+    yield from (Problem(place + name, "inside_word", why) for name, span in spans
+                if (why := misplaced(u.text, span.start, span.end)))
 
 
 def _pace(u: Utterance, seconds: float | None) -> Iterator[Problem]:

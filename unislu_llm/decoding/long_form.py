@@ -35,11 +35,8 @@ _QUIET = 0.25  # of the way from quiet places' level (10th percentile) to loud o
 
 def split(wave: Tensor, overlap: float = 0.0) -> list[tuple[int, int]]:
     """Windows of up to 30 s that cover a recording `(samples,)`, each `overlap` seconds of the one
-    before it: first sample of each, one behind its last.
-
-    Raises:
-        UserError: an overlap that is negative or more than half of the shortest window.
-    """
+    before it: first sample of each, one behind its last. Raises UserError: an overlap that is
+    negative or more than half of the shortest window."""
     _check(overlap)
     found, start = [], 0
     while len(wave) - start > audio.MAX_SAMPLES:
@@ -99,14 +96,9 @@ def windows(utterance: Utterance, overlap: float = 0.0) -> list[Utterance]:
 def join(registry: TaskRegistry, parts: Sequence[Utterance], answers: Sequence[Answer]) -> Answer:
     """The answer to a recording from those to its windows.
 
-    Entities get their places in the joined transcript; one that two windows heard in an overlap
-    stands once. Label sets are united. A single label is the one with the highest probability,
-    averaged over the windows by their length; a window without probabilities counts as sure.
-
-    Returns:
-        An answer with `windows` and, by span task, `spans`: `label`, `phrase`, `start_char`,
-        `end_char` (None where the phrase is not in the text), `window`, `start_seconds`,
-        `end_seconds` (of the window).
+    Entities get their places in the joined transcript (`spans`, by task; None where there is none);
+    one that two windows heard in an overlap stands once. Label sets are united. A single label has
+    the highest probability, averaged over windows by length; one without it counts as sure.
     """
     offset = parts[0].start
     times = [(round(u.start - offset, 3), round(u.start - offset + u.seconds, 3)) for u in parts]
@@ -209,14 +201,11 @@ class Stitched:
     """Transcripts of windows in order, joined with a blank between them where their script has it.
 
     Where windows overlap, the longest run of words that ends one transcript's overlap and starts
-    the next one's is looked for (case aside, two words at least, four characters where those are
-    the words; fewer where the overlap has no more). Up to its start the joined text is the first
-    window's, from there the second's: what
-    either says nearest to its own edge, where words are cut, goes. Without a match both stay
-    whole, so that words may stand twice but none is lost.
+    the next one's is looked for (case aside, two words or four characters at least, fewer where
+    there are no more). Up to its start the joined text is the first window's, from there the
+    second's: what is nearest to the edges, where words are cut, goes. Without a match both stay.
 
-    `shares` are, for each window but the first, the share (0 to 1) of the previous window and of
-    this one that both heard.
+    `shares`: for each window but the first, what of the previous one and of it both heard (0 to 1).
     """
 
     def __init__(self, texts: Sequence[str], shares: Sequence[tuple[float, float]] = ()) -> None:

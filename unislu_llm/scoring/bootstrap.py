@@ -1,10 +1,9 @@
 """Bootstrap intervals over utterances: of one system, and of the difference of two on the same.
 
-A score of a corpus is a function of sums of per-utterance counts (errors and words; right,
-reference and predicted entities), so that a resample is a vector of how often each utterance was
-drawn, and all resamples are one matrix product. The paired test draws the same utterances for both
-systems (Efron and Tibshirani 1993; for speech: Bisani and Ney 2004). Corpora are drawn each by
-itself (strata; Davison and Hinkley 1997, 3.2), for which scipy.stats.bootstrap has nothing.
+A score is a function of sums of per-utterance counts, so that all resamples are one matrix product.
+The paired test draws the same utterances for both systems (Efron and Tibshirani 1993; for speech:
+Bisani and Ney 2004), and corpora each by itself (strata; Davison and Hinkley 1997, 3.2), for which
+scipy.stats.bootstrap has nothing.
 """
 
 from __future__ import annotations

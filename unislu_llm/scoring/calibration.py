@@ -20,12 +20,9 @@ from unislu_llm.tasks import LabelTask, TaskRegistry
 
 def calibrate(predictions: Iterable[Prediction],
               registry: TaskRegistry) -> dict[str, dict[str, Any]]:
-    """Calibration of every single-label task whose annotated predictions have probabilities.
-
-    By task what :func:`calibration` gives; `skipped`: utterances whose reference is no label;
-    `agreement`: share of utterances whose decoded label is the likeliest one. Raises UserError:
-    probabilities that are no distribution over the task's labels.
-    """
+    """By single-label task whose annotated predictions have probabilities, :func:`calibration`;
+    `skipped`: utterances whose reference is no label; `agreement`: share whose decoded label is
+    the likeliest. Raises UserError: probabilities that are no distribution over the labels."""
     rated = [p for p in predictions if p.probabilities is not None]
     found = {}
     for task in (t for t in registry if isinstance(t, LabelTask) and not t.multi):
@@ -41,11 +38,8 @@ def calibrate(predictions: Iterable[Prediction],
 
 def calibration(probabilities: NDArray[np.float64], references: Sequence[int],
                 n_bins: int = 15) -> dict[str, Any]:
-    """Calibration of probabilities `(utterances, labels)`, with the index of each right label.
-
-    `accuracy` is that of the likeliest label, `confidence` its mean probability: above `accuracy`
-    is overconfident. `bins` are those of equal width, without the empty ones.
-    """
+    """Calibration of probabilities `(utterances, labels)`, with the index of each right label;
+    `accuracy` and `confidence` are of the likeliest one, `bins` those that are not empty."""
     # Both errors are of the likeliest label alone; Brier score and likelihood see all of them.
     confidence, hit = probabilities.max(axis=1), probabilities.argmax(axis=1) == references
     right = np.eye(probabilities.shape[1])[references]

@@ -4,10 +4,10 @@ docs/scoring.md says what the scores are. F1 and label-F1 are slue-toolkit's; 0/
 position is the strict F1 of seqeval on BIO tags over the reference words, and also takes what BIO
 cannot write: nested entities, and those elsewhere. Two rules of placing:
 
-1. Predicted phrases have no offsets. They are located in their transcript from left to right, each
-   behind the one before it; one that occurs several times gets the place that is right, if one is.
-2. A reference word that was not recognised at all cannot be labelled; next to a labelled word of
-   the same reference entity it counts as labelled.
+1. Predicted phrases are located in their transcript from left to right; one that occurs several
+   times gets the place that is right, if one is.
+2. A reference word that was not recognised counts as labelled next to a labelled word of the same
+   reference entity.
 """
 
 from __future__ import annotations

@@ -1,9 +1,7 @@
 """Scores of label tasks: one label an utterance (sentiment) or several (dialogue acts).
 
-`whisper` (the authors of UniSLU): a word that is no label counts as `Neutral`, where the task has
-that label; no word at all is wrong. `slue` (slue-toolkit): its classifiers can only answer with a
-label, so both are wrong. References outside the label set (`Disagreement`, `<mixed>`) are left out,
-as in the toolkit. What it prints as "micro" is weighted by support, `weighted_f1` here.
+docs/scoring.md says what no label counts as. References outside the label set (`Disagreement`,
+`<mixed>`) are left out, as in slue-toolkit, whose "micro" is `weighted_f1` here.
 """
 
 from __future__ import annotations
@@ -22,13 +20,9 @@ from unislu_llm.tasks import LabelTask
 
 def label_scores(predictions: Sequence[Prediction], task: LabelTask,
                  protocol: Protocol) -> dict[str, Any]:
-    """Scores of the annotated predictions of a label task, as plain data, in percent.
-
-    `macro` holds means over labels, `accuracy` is of whole sets where a task has several;
-    `confusion` has reference labels as rows and `confusion_labels` as columns, None for such a
-    task. Numbers of utterances: n, `skipped` (reference outside the label set), `missing` (no
-    word), `unknown` (no label).
-    """
+    """Scores of the annotated predictions of a label task, as plain data, in percent: `macro` means
+    over labels, `accuracy` (of whole sets), `confusion` (rows: reference; None for sets); numbers
+    of utterances: n, `skipped` (no reference label), `missing` (no word), `unknown` (no label)."""
     gold, pred, kept = indicators(predictions, task, protocol)
     answers = [p.hyp_labels for p, counts in zip(predictions, kept, strict=True) if counts]
     # One label is the case of several in which each row has one: the same arrays serve both.

@@ -69,10 +69,8 @@ class Prediction(BaseModel):
 
 def check_predictions(predictions: Iterable[Prediction | Mapping[str, Any]],
                       registry: TaskRegistry) -> list[Prediction]:
-    """Predictions as typed records, of plain data or of records.
-
-    Raises UserError: a field is missing or of the wrong type, an unknown task, or a task twice.
-    """
+    """Predictions as typed records, of plain data or of records. Raises UserError: a field is
+    missing or of the wrong type, an unknown task, or a task twice."""
     found: dict[str, Prediction] = {}
     for number, row in enumerate(predictions, 1):
         where = f"prediction {number}"
@@ -85,7 +83,7 @@ def check_predictions(predictions: Iterable[Prediction | Mapping[str, Any]],
 
 
 def spoken_once(predictions: Iterable[Prediction], registry: TaskRegistry) -> list[Prediction]:
-    """One prediction an utterance, to count its transcript once; order does not decide which."""
+    """One prediction an utterance, to count its transcript once."""
     # A transcript that no task follows is what a recogniser would give, so it comes first.
     rank = (ASR, *registry.names)
     chosen: dict[tuple[str, str], Prediction] = {}

@@ -62,11 +62,8 @@ def score_predictions(predictions: Sequence[Prediction | Mapping[str, Any]],
 
 
 def flat_scores(results: Mapping[str, Any], protocol: Protocol = "whisper") -> dict[str, float]:
-    """Headline metrics of :func:`score_predictions`, by the names that logs and tables have.
-
-    `score` picks the best checkpoint: the SLUE score where both its tasks were scored, else the
-    mean of word accuracy and the F1 of the tasks at hand. All in percent.
-    """
+    """Headline metrics of :func:`score_predictions`, by the names that logs and tables have;
+    `score` picks the best checkpoint: the SLUE score, else the mean of word accuracy and F1s."""
     block = results["protocols"][protocol]
     # Older files lack names and CER.
     overall, named = block["wer"]["overall"], block["wer"]["overall"].get("rate", "wer")
@@ -97,7 +94,7 @@ def interval_of(key: str, known: Container[str]) -> str | None:
 
 def same_data(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """A line if results of :func:`score_predictions`, by name, are of other data: of other numbers
-    of reference words in a corpus, or of utterances annotated for a task."""
+    of reference words or of annotated utterances."""
     found = {}
     for name, result in results.items():
         block = result["protocols"]["whisper"]
@@ -134,11 +131,10 @@ def utterance_counts(records: Sequence[Prediction], registry: TaskRegistry,
     # Words are counted once an utterance, annotations once a task: these have rows of their own.
     corpora = {f"/{corpus}": some for corpus, some in by_corpus(spoken).items()}
     for name, some in {"": spoken, **corpora}.items():
-        named = rate_of([p.language for p in some])
-        for rate in (named,) if name or named == "cer" else ("wer", "cer"):
+        for rate in {rate_of([p.language for p in some]): 0} | ({} if name else {"cer": 0}):
             subs, dels, ins, hits = edits(some, protocol, characters=rate == "cer").T
-            add(rate + name, some, np.stack([subs + dels + ins, subs + dels + hits], axis=1),
-                boot.error_rate)
+            matrix = np.stack([subs + dels + ins, subs + dels + hits], axis=1)
+            add(rate + name, some, matrix, boot.error_rate)
     for task, known in _annotated_tasks(records, registry):
         if isinstance(task, LabelTask):
             gold, pred, _ = indicators(known, task, protocol)

@@ -4,11 +4,9 @@
   transcripts and for entity phrases; the English one for English, the basic one for all else.
 * `slue`, slue-toolkit's: transcripts lose `. ; ? !` (the comma stays) and repeated blanks; entity
   phrases go through :func:`ner_tokens`. Case counts. The toolkit strips the references of VoxPopuli
-  alone, as its own models write no marks; here both sides of every corpus lose them, which changes
-  nothing for the toolkit's outputs and forgives other systems a full stop.
+  alone; here both sides of every corpus lose them, which forgives other systems a full stop.
 
-In both, text is composed first (Unicode NFC), and what counts as a word in a language that is
-written without blanks is a character: a letter with its marks.
+In both, text is composed first (NFC), and words of languages without blanks are their characters.
 """
 
 from __future__ import annotations
@@ -26,13 +24,14 @@ from whisper_normalizer.english import EnglishTextNormalizer  # type: ignore[imp
 Protocol = Literal["slue", "whisper"]
 PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
 
-_UNSPACED = frozenset(("zh", "cmn", "zho", "yue", "wuu", "nan", "hak", "lzh", "ja", "jpn", "th",
-                       "tha", "lo", "lao", "my", "mya", "km", "khm", "bo", "bod", "dz", "dzo"))
+_UNSPACED = {"zh", "cmn", "zho", "yue", "wuu", "nan", "hak", "lzh", "ja", "jpn", "th", "tha", "lo",
+             "lao", "my", "mya", "km", "khm", "bo", "bod", "dz", "dzo"}
 # Thai to Myanmar, Khmer, and what is written with Han characters and kana.
 _SCRIPTS = ("\u0e00-\u109f\u1780-\u17ff\u2e80-\u2fdf\u3005-\u3007\u3040-\u30ff\u3400-\u9fff"
             "\uaa60-\uaa7f\uf900-\ufaff\uff66-\uff9f\U00020000-\U0003ffff")
 _PIECES = regex.compile(rf"(?=[{_SCRIPTS}])\X|[^{_SCRIPTS}]+")
-_WITHOUT_BLANKS = re.compile(f"[{_SCRIPTS}\u3000-\u303f\uff00-\uff65]")  # and their punctuation
+without_blanks = re.compile(f"[{_SCRIPTS}\u3000-\u303f\uff00-\uff65]").match
+"""Whether a text begins in a script without blanks between words, or with its punctuation."""
 # The toolkit's marks, and the same ones as other scripts write them.
 _ENDS = ".;?!" "\u3002\uff0e\uff61\uff1b\uff1f\uff01\u061f\u061b\u0964\u0965\u00bf\u00a1"
 _MARKS = frozenset(_ENDS + ",\uff0c\u3001\uff64\u060c")
@@ -51,16 +50,11 @@ def written_in_characters(language: str) -> bool:
     return _code(language) in _UNSPACED
 
 
-def without_blanks(char: str) -> bool:
-    """Whether a character is of a script without blanks between words."""
-    return bool(_WITHOUT_BLANKS.match(char))
-
-
 def is_letter(char: str) -> bool:
     """Whether a character beside another such one is in the same word."""
     # Vowels of many scripts are marks, which `isalnum` does not know.
-    return not without_blanks(char) and (char.isalnum() or char == "_" or
-                                         unicodedata.category(char)[0] == "M")
+    mark = unicodedata.category(char)[0] == "M"
+    return (mark or char.isalnum() or char == "_") and not without_blanks(char)
 
 
 def normalise_transcript(text: str, protocol: Protocol, language: str = "") -> str:
@@ -69,8 +63,8 @@ def normalise_transcript(text: str, protocol: Protocol, language: str = "") -> s
     if protocol == "whisper":
         return _whisper(text, _code(language))
     words = re.sub(f"[{_ENDS}]", "", text).split()
-    return " ".join(regex.findall(r"\X", "".join(words)) if written_in_characters(language)
-                    else words)
+    characters = written_in_characters(language)
+    return " ".join(regex.findall(r"\X", "".join(words)) if characters else words)
 
 
 def normalise_phrase(text: str, protocol: Protocol, language: str = "") -> str:
@@ -82,10 +76,8 @@ def normalise_phrase(text: str, protocol: Protocol, language: str = "") -> str:
 def word_spans(text: str) -> Iterator[tuple[int, int]]:
     """Start and end of each word; in scripts without blanks of each character with its marks."""
     for match in re.finditer(r"\S+", text):
-        if match.group().isascii():
-            yield match.span()
-        else:
-            yield from (piece.span() for piece in _PIECES.finditer(text, *match.span()))
+        yield from ([match.span()] if match.group().isascii() else
+                    (piece.span() for piece in _PIECES.finditer(text, *match.span())))
 
 
 def places_of(phrase: str, text: str) -> Iterator[tuple[int, int]]:
@@ -101,9 +93,8 @@ def places_of(phrase: str, text: str) -> Iterator[tuple[int, int]]:
 def ner_tokens(text: str) -> list[Token]:
     """Words of the toolkit's NER text.
 
-    A word loses `. , ! ? ;` and its trailing apostrophes and is split before its last apostrophe:
-    `europe's` gives `europe`, `'s`. Earlier apostrophes of a word split it too and vanish
-    (`o'neil's` gives `o`, `neil`, `'s`). Applying it to its own result changes nothing.
+    A word loses `. , ! ? ;` and its trailing apostrophes and is split before its last apostrophe;
+    earlier ones split it too and vanish (`o'neil's` gives `o`, `neil`, `'s`).
     """
     tokens = []
     for first, last in word_spans(text):

@@ -16,11 +16,8 @@ _COLUMNS = {"substitute": 0, "delete": 1, "insert": 2, "equal": 3}
 
 
 class WER(NamedTuple):
-    """Word errors pooled over utterances; all but `wer` are numbers of words.
-
-    Where the reference is empty, or the normaliser drops all of it, every word is an insertion.
-    Words of a language without blanks are its characters: its WER is a CER.
-    """
+    """Word errors pooled over utterances; all but `wer` are numbers of words. Where the reference
+    is empty, every word is an insertion. Where words are characters, its WER is a CER."""
 
     wer: float  # percent of the reference words (without any, of one); insertions may lead over 100
     errors: int
@@ -45,7 +42,7 @@ def corpus_wer(refs: Sequence[str], hyps: Sequence[str], protocol: Protocol,
 
 
 def rate_of(languages: Sequence[str]) -> str:
-    """What the error rate is called: `cer` where no language has blanks between words."""
+    """Name of the error rate: `cer` where no language has blanks between words."""
     return "cer" if languages and all(map(written_in_characters, languages)) else "wer"
 
 

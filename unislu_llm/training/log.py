@@ -142,7 +142,7 @@ class Log:
 
 
 def _headlines(scores: Sums) -> list[str]:
-    beside = {"slue"} | {"cer"} & ({"cer"} if "wer" in scores else set())  # `slue` is `score`
+    beside = {"slue", "cer"} if "wer" in scores else {"slue"}  # which is `score`
     return [name for name in scores
             if not name.endswith(("_label_f1", "_position_f1")) and name not in beside]
 
