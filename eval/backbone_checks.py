@@ -42,8 +42,8 @@ from unislu_llm.training.trainer import Trainer
 
 COLUMNS = {
     "loads": "training puts the model together",
-    "loss": "losses are those of the model's own forward pass, which reads embeddings as their ids; "
-            "no later token changes one",
+    "loss": "losses are those of the model's own forward pass, which reads embeddings as it reads "
+            "ids; no later token changes one",
     "LoRA": "the default targets find layers, and each adapter gets a gradient",
     "trains": "the loss falls",
     "decodes": "each decoded token has the probability that training's forward pass gives it",

@@ -101,12 +101,14 @@ def table(title: str, found: Mapping[str, Cells], columns: Mapping[str, str]) ->
         lines.append(f"| {listed(names)} ({len(names)}) | {' | '.join(row)} |")
     causes: dict[str, list[str]] = {}
     for name, cells in found.items():
-        # One cause shows in many columns; the first is nearest to it.
-        seen = {said: column for column, said in reversed(cells.items()) if said != "yes"}
-        for said, column in seen.items():
+        # The first is nearest to the cause; results/backbones.json has all.
+        wrong = [(column, said) for column, said in cells.items() if said != "yes"]
+        for column, said in wrong[:1]:
+            for own in (f"model.llm {name}: ", CLASSES.get(name)):  # else no two were alike
+                said = said.replace(own, "") if own else said
             causes.setdefault(f"{column}: {said}", []).append(name)
     if causes:
-        lines += ["", "What they say:", ""]
+        lines += ["", "The first thing that is wrong:", ""]
         lines += [f"* {listed(names)}: {said}" for said, names in sorted(causes.items())]
     return [*lines, ""]
 

@@ -124,7 +124,11 @@ def save_tiny(kind: str, folder: Path, tokenizer: PreTrainedTokenizerFast) -> in
         raise ValueError(f"{size:,} parameters, which the shrinker does not know how to make fewer")
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
-    with torch.no_grad():  # sizes that do not fit each other
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():  # gates and biases that begin at zero would hide what they do
+                parameter.normal_(0.0, 0.1)
+        # Raises where sizes do not fit each other.
         model(input_ids=torch.arange(3, 23).view(2, 10))
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

@@ -79,7 +79,7 @@ def test_a_wrong_model_is_not_called_right(script: Any, tmp_path: Path,
         checks.own_loss(bench, model)
 
 
-def test_rows_that_are_alike_are_one_row_and_causes_are_told(script: Any) -> None:
+def test_rows_that_are_alike_are_one_row_and_its_cause_is_told(script: Any) -> None:
     columns = {"loads": "", "trains": ""}
     good, bad = {"loads": "yes", "trains": "yes"}, {"loads": "yes", "trains": "E: at b"}
     rows: Any = {"b": bad, "a": good, "c": good, "d": {"refused": "d is none"},
@@ -87,7 +87,8 @@ def test_rows_that_are_alike_are_one_row_and_causes_are_told(script: Any) -> Non
     assert script.table("kind", rows, columns) == [
         "| kind | loads | trains |", "|---|---|---|", "| `a`, `c` (2) | yes | yes |",
         "| `e` (1) | yes | not run |", "| `b` (1) | yes | no |", "| `d` (1) | refused |  |", "",
-        "What they say:", "", "* `d`: refused: d is none", "* `b`: trains: E: at b", ""]
+        "The first thing that is wrong:", "", "* `d`: refused: d is none",
+        "* `b`: trains: E: at b", ""]
 
 
 def test_the_page_is_written_between_its_marks(script: Any, tmp_path: Path) -> None:
