@@ -41,7 +41,8 @@ def test_no_float64_is_made_to_train_or_to_decode(tiny_speech_llm: Callable[...,
         for objective in ("unified", "ctc"):
             model.train()(batch, objective).sum().backward()
         for beams in (1, 2):
-            understand(model.eval(), clips, options=DecodeConfig(max_new_tokens=24, num_beams=beams))
+            options = DecodeConfig(max_new_tokens=24, num_beams=beams)
+            understand(model.eval(), clips, options=options)
 
 
 def test_windows_has_no_resource_and_flushes_no_folders(monkeypatch: pytest.MonkeyPatch,

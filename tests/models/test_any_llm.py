@@ -96,12 +96,12 @@ def test_what_is_no_causal_lm_is_refused(arch: str, message: str) -> None:
 
 def test_positions_bound_training_and_answers() -> None:
     model = make_speech_llm(arch="gpt2", llm_options={"max_position_embeddings": 30}, **AUTO)
-    with pytest.raises(UserError, match="speech and target need .* the LLM has 30"):
+    with pytest.raises(UserError, match=r"speech and target need .* the LLM has 30"):
         model.losses(make_batch(model))
     short = singles(model, SHORT)[0]  # 5 positions of speech
     engine = Engine(model, DecodeConfig(max_new_tokens=200, tokens_per_second=400.0))
     assert max(engine.answer(short, [["sa"]])[0].n_tokens.values()) <= 25
-    with pytest.raises(UserError, match="prompt, speech and answer need .* the LLM has 30"):
+    with pytest.raises(UserError, match=r"prompt, speech and answer need .* the LLM has 30"):
         engine.answer(make_batch(model), [["sa"]] * 4)
 
 
@@ -153,7 +153,7 @@ def test_other_encoders_are_refused(tmp_path: Path) -> None:
     from transformers import WhisperModel
 
     folder = save(tmp_path, "roberta", AutoModelForMaskedLM, **SMALL)
-    with pytest.raises(UserError, match="config.json: model_type is roberta, and a whisper is"):
+    with pytest.raises(UserError, match=r"config\.json: model_type is roberta, and a whisper is"):
         from_pretrained(WhisperModel, folder)
 
 
