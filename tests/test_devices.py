@@ -1,10 +1,9 @@
-"""What other systems lack is not asked for: float64 on Apple GPUs, modules and calls on Windows."""
+"""What other systems lack is not asked for: float64 on Apple GPUs, modules on Windows."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,11 +11,9 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from unislu_llm.config import DecodeConfig
 from unislu_llm.data.audio import load
 from unislu_llm.decoding.predict import understand
 from unislu_llm.tokenizer import make_examples
-from unislu_llm.training import checkpoint
 from unislu_llm.training.process import peak_memory
 
 
@@ -36,25 +33,13 @@ def test_no_float64_is_made_to_train_or_to_decode(tiny_speech_llm: Callable[...,
     examples = make_examples(make_utterances(), model.registry)
     model.learn_vocabulary(e.utterance.text for e in examples)
     clips = [e.utterance.audio for e in examples if e.utterance.audio]
-    batch = model.collator().from_waves(examples, [load(clip) for clip in clips])
     with NoDoubles():
         for objective in ("unified", "ctc"):
+            batch = model.collator().from_waves(examples, [load(clip) for clip in clips])
             model.train()(batch, objective).sum().backward()
-        for beams in (1, 2):
-            options = DecodeConfig(max_new_tokens=24, num_beams=beams)
-            understand(model.eval(), clips, options=options)
+        understand(model.eval(), clips[:2])
 
 
-def test_windows_has_no_resource_and_flushes_no_folders(monkeypatch: pytest.MonkeyPatch,
-                                                        tmp_path: Path) -> None:
+def test_windows_has_no_resource(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "resource", None)
     assert 0.01 < peak_memory(gpu=False) < 100
-    (tmp_path / "file").write_text("x")
-    flags: list[int] = []
-    real = checkpoint.os.open
-    monkeypatch.setattr(checkpoint.os, "open",
-                        lambda path, how: flags.append(how) or real(path, how))
-    monkeypatch.setattr(checkpoint, "_WINDOWS", True)
-    for path in (tmp_path, tmp_path / "file"):
-        checkpoint._to_disk(path)
-    assert flags == [checkpoint.os.O_RDWR]

@@ -342,4 +342,4 @@ def _constants(n_mels: int, device: torch.device) -> tuple[Tensor, Tensor]:
                                    norm="slaney", mel_scale="slaney")
     window = torch.hann_window(N_FFT, device=device)
     # In float32 before it moves: Apple GPUs have no float64.
-    return window, torch.from_numpy(filters).float().to(device).T.contiguous()
+    return window, torch.from_numpy(filters.astype("f4")).to(device).T.contiguous()
