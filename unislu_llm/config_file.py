@@ -22,6 +22,7 @@ from unislu_llm.config import Common, Config, ModelConfig, Precision, Section, S
 from unislu_llm.errors import Place, UserError, dotted, explain
 from unislu_llm.flags import Extra, flag_of, parse_flags
 from unislu_llm.io import MODEL_FILE, RUN_CONFIG, find_model, is_hub_name, near_models, read_json
+from unislu_llm.presets import preset_of
 from unislu_llm.text_files import read_yaml
 
 Values = dict[str, Any]
@@ -221,31 +222,9 @@ def absolute(config: Config) -> Config:
 
 
 def find_preset(presets: Path, llm: str) -> Path | None:
-    """The preset of an LLM: by its name, however it is spelled, else by its `config.json`."""
-    files = {path: YamlFile.read(path).values for path in sorted(presets.glob("*.yaml"))}
-
-    def plain(name: str) -> str:
-        return name.partition("@")[0].rstrip("/").lower()
-
-    named = [path for path, values in files.items() if plain(values.get("llm", "")) == plain(llm)]
-    if named:
-        return named[0]
-    place: Path | str | None = Path(llm).expanduser() / MODEL_FILE
-    if not Path(llm).expanduser().is_dir():
-        if not is_hub_name(llm):
-            return None
-        from huggingface_hub import try_to_load_from_cache
-
-        name, _, revision = llm.partition("@")
-        found = try_to_load_from_cache(name, MODEL_FILE, revision=revision or None)
-        place = found if isinstance(found, str) else None
-    try:
-        config = read_json(place) if place else {}
-    except UserError:  # said where the checkpoint is read
-        return None
-    config = config.get("text_config") or config
-    return next((path for path, values in files.items() if values.get("config") and all(
-        config.get(key) == value for key, value in values["config"].items())), None)
+    """The preset of an LLM, of a folder of them; None if there is none."""
+    return preset_of(llm, {path: YamlFile.read(path).values
+                           for path in sorted(presets.glob("*.yaml"))})
 
 
 def read_preset(path: Path) -> Values:

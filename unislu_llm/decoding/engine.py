@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -18,6 +17,7 @@ from unislu_llm.decoding.greedy import Greedy, Make, Margin
 from unislu_llm.decoding.hypothesis_bias import HypothesisBias
 from unislu_llm.decoding.loops import loop_start
 from unislu_llm.decoding.no_speech import evidence_of
+from unislu_llm.decoding.reading import feed, positions_left
 from unislu_llm.decoding.search import (
     Decoded,
     Ends,
@@ -141,7 +141,7 @@ class Engine:
         # Any of the tasks stands for all: free, their grammar is the same.
         requests = [(some[0], False) for some in names]
         need = [self._grammar.need(r) if self._grammar else 0 for r in requests]
-        fits = self._fits(state, need)
+        fits = positions_left(self.model, state, need)
         room = [self._budget(s, n, f) for s, n, f in zip(seconds, need, fits, strict=True)]
         make, heads = self._maker(requests, room, state), [Decoded()] * len(names)
         eos = self.model.tokenizer.eos_id
@@ -163,7 +163,7 @@ class Engine:
         requests: list[Request] = []
         room = []
         most = [max(self._plans[n].need + self._plans[n].spare for n in some) for some in names]
-        fits = self._fits(state, most)
+        fits = positions_left(self.model, state, most)
         for some, length, fit in zip(names, seconds, fits, strict=True):
             # A transcript is closed in time for the task with the longest shortest answer, and
             # for the longest of the labels that are scored: what is left to it depends on the
@@ -186,7 +186,7 @@ class Engine:
             ranked, state = self._search(state, room, stops, make, state)
             if self.options.num_beams > 1:
                 # The beams' own states are gone; the best transcripts are read again, in one step.
-                self._feed(state, [answers[0].ids[:-1] for answers in ranked])
+                feed(self.model, state, [answers[0].ids[:-1] for answers in ranked])
         # Rows are of different length: without gaps, sliding windows see what they would alone.
         state.compact()
         pairs = [(i, name) for i, some in enumerate(names) for name in some]
@@ -216,7 +216,7 @@ class Engine:
         for head, task in zip(heads[:n], tasks, strict=False):
             assert isinstance(task, LabelTask)
             head.append(self._ids[task.open])
-        hidden = self._feed(state, heads)
+        hidden = feed(self.model, state, heads)
         shares = self._score(state, scored, hidden[:n], found)
         if others:
             state = state.take(range(n, len(pairs)))
@@ -274,8 +274,9 @@ class Engine:
     def _verbatim(self, state: State, need: Sequence[int]) -> list[Decoded]:
         """Read the hypotheses as transcripts, behind which each row needs some tokens."""
         kept = [self._kept(ids) for ids in self._hypotheses(state) or ()]
-        self._fits(state, [n + len(text.ids) for n, text in zip(need, kept, strict=True)])
-        self._feed(state, [transcript.ids for transcript in kept])
+        all_of = [n + len(text.ids) for n, text in zip(need, kept, strict=True)]
+        positions_left(self.model, state, all_of)
+        feed(self.model, state, [transcript.ids for transcript in kept])
         return kept
 
     def _kept(self, hypothesis: Sequence[int]) -> Decoded:
@@ -284,18 +285,6 @@ class Engine:
         ids = [i for i in hypothesis[:start] if plain[i]]  # copied, a loop would be one of ours
         return Decoded(ids, [math.nan] * len(ids))
 
-    def _feed(self, state: State, texts: Sequence[Sequence[int]]) -> Tensor:
-        """Read ids of each row; hidden states `(rows, n, dim)` after them."""
-        ids = padded(texts, state.mask.device)
-        if not ids.shape[1]:
-            return state.hidden[:, None][:, :0]
-        valid = ids >= 0
-        hidden = self.model.step(state, ids.masked_fill(~valid, self.model.tokenizer.pad_id), valid)
-        last = valid.sum(-1)[:, None, None] - 1
-        behind = hidden.gather(1, last.clamp(min=0).expand(-1, 1, hidden.shape[2]))[:, 0]
-        state.hidden = torch.where(last[:, 0] < 0, state.hidden, behind)
-        return hidden
-
     def _budget(self, seconds: float, need: int, fit: int, verbatim: int = 0) -> int:
         """New tokens of an answer: by audio length, but with room for the shortest, and behind
         `verbatim` tokens of a hypothesis for as much as there is behind any; `fit` at most."""
@@ -303,21 +292,6 @@ class Engine:
         if verbatim:
             budget = max(budget, verbatim + need + self.options.bound(0))
         return min(budget, fit)
-
-    def _fits(self, state: State, need: Sequence[int]) -> list[int]:
-        """New tokens of each row for which the decoder has positions behind its prompt.
-
-        Raises UserError: fewer than it needs.
-        """
-        if self.model.positions is None:
-            return [sys.maxsize] * len(need)
-        prompts: list[int] = state.mask.sum(-1).tolist()
-        most = max(prompt + max(n, 1) for prompt, n in zip(prompts, need, strict=True))
-        if most > self.model.positions:
-            raise UserError(f"prompt, speech and answer need {most} positions or more, and the LLM "
-                            f"has {self.model.positions}; give a shorter clip or prompt, or take "
-                            "an LLM with more")
-        return [self.model.positions - prompt for prompt in prompts]
 
     @property
     def _bias(self) -> float:
