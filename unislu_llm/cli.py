@@ -120,7 +120,6 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
     from unislu_llm.config import DecodeConfig
     from unislu_llm.config_file import check
     from unislu_llm.decoding import files
-    from unislu_llm.io import named
     from unislu_llm.run_folder import find_run, load_model
 
     run = find_run(model)
@@ -135,8 +134,7 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
     answers = files.answer_files(partial(load_model, run, precision), paths, names, options,
                                  n_best=n_best, overlap=overlap, language=language or None)
     show = partial(files.as_json, confidences=confidences) if as_json or out else files.as_text
-    with named(out or "standard output"):
-        return 2 if files.write_answers(answers, len(paths), show, out) else 0
+    return 2 if files.write_answers(answers, len(paths), show, out) else 0
 
 
 def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT")],

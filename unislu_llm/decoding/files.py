@@ -17,7 +17,7 @@ from unislu_llm.decoding.answer import Answer
 from unislu_llm.decoding.inputs import One, expand
 from unislu_llm.decoding.predict import understand
 from unislu_llm.errors import UserError
-from unislu_llm.io import printable
+from unislu_llm.io import named, printable
 from unislu_llm.models.base import SLUModel
 
 STDIN = "-"
@@ -77,7 +77,7 @@ def write_answers(answers: Iterable[tuple[str, Answer | UserError]], total: int,
     Raises UserError: the file is there, or cannot be written.
     """
     failed, target = 0, None if out else sys.stdout
-    with (ExitStack() as stack,
+    with (named(out or "standard output"), ExitStack() as stack,
           tqdm(total=total, unit="file", disable=None if total > 1 else True) as bar):
         for file, answer in answers:
             if isinstance(answer, UserError):
