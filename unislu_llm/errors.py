@@ -76,9 +76,9 @@ _FULL = {errno.ENOSPC: "make room", errno.EDQUOT: "make room",
 
 def cause_of(error: BaseException) -> str:
     """What a machine lacks, in one line; nothing for an error of another kind."""
-    if isinstance(error, OSError) and error.errno in _FULL:
-        where = f"{error.filename}: " if error.filename else ""
-        return f"{where}{os.strerror(error.errno)}; {_FULL[error.errno]}"
+    if (number := _number_of(error)) in _FULL:
+        file = getattr(error, "filename", None)
+        return f"{f'{file}: ' if file else ''}{os.strerror(number)}; {_FULL[number]}"
     if isinstance(error, MemoryError) or "out of memory" in str(error):
         return f"out of memory ({shorten(str(error), 120) or 'of this machine'}); use smaller " \
                "batches (train.batch_size, decode.batch_size) or a smaller model"
@@ -103,12 +103,15 @@ def _excuse_launcher() -> None:
 
 def disk_fault(error: BaseException) -> str:
     """What kept a file from being read or written; empty for an error of another kind."""
+    return os.strerror(number).lower() if (number := _number_of(error)) else ""
+
+
+def _number_of(error: BaseException) -> int:
     # safetensors and tokenizers write in Rust, and have the number in their message alone.
     # So does an error of `shutil.copytree`, which has several.
     told = re.search(r"\(os error (\d+)\)|\[Errno (\d+)\]", str(error))
     own = error.errno if isinstance(error, OSError) else None
-    number = int(told[1] or told[2]) if told else own
-    return os.strerror(number).lower() if number else ""
+    return int(told[1] or told[2]) if told else own or 0
 
 
 def already_told(message: str) -> bool:

@@ -117,7 +117,8 @@ def test_a_signal_before_the_first_step_says_so(tiny_config: Make) -> None:
 
 def test_entry_points_have_exit_codes_of_their_own(capsys: pytest.CaptureFixture[str]) -> None:
     for error, status in ((Stopped("stopped"), 75), (KeyboardInterrupt(), 130),
-                          (UserError("bad"), 2), (OSError(28, "full", "runs/x"), 2)):
+                          (UserError("bad"), 2), (RuntimeError("I/O error (os error 28)"), 2),
+                          (OSError(28, "full", "runs/x"), 2)):
         with pytest.raises(SystemExit) as found, reported():
             raise error
         assert found.value.code == status

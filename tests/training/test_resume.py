@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -122,3 +123,15 @@ def test_settings_of_stages_are_the_runs_as_well(tiny_config: Make) -> None:
     longer[0]["train"] = {"max_steps": 1, "lr": {"lora": 1e-3}, "loss": "fixed"}
     with pytest.raises(UserError, match=r"stages\[0\]\.train\.loss None -> fixed"):
         check_resume("speech_llm", asked(run, stages=longer), 1)
+
+
+def test_a_checkpoint_without_moments_is_no_traceback(run: Path) -> None:
+    """Of a version that pickled them, and wrote no hashes."""
+    for file in (run / "last").glob("*"):
+        if file.name in ("SHA256SUMS", "optimizer.safetensors"):
+            file.unlink()
+    progress = json.loads((run / "last" / "trainer.json").read_text())
+    del progress["sha256"]
+    (run / "last" / "trainer.json").write_text(json.dumps(progress))
+    with pytest.raises(UserError, match=r"start a new run from its weights: --train.init .*last"):
+        train("speech_llm", asked(run, resume=True))

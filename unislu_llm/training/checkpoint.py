@@ -221,8 +221,13 @@ def save_optimizer(folder: Path, optimizer: Optimizer, model: nn.Module) -> None
 
 
 def load_optimizer(folder: Path, optimizer: Optimizer, model: nn.Module) -> None:
-    """Read what :func:`save_optimizer` wrote; raises UserError: of other parameters."""
+    """Read what :func:`save_optimizer` wrote; raises UserError: it is
+    missing, or of other parameters."""
     path = folder / OPTIMIZER_FILE
+    if not path.is_file():
+        raise UserError(f"{path} is missing: this checkpoint, perhaps of an earlier version, "
+                        "cannot be resumed; start a new run from its weights: --train.init "
+                        f"{folder}")
     moments = load_file(path)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     trained = [p for group in optimizer.param_groups for p in group["params"]]
