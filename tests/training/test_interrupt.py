@@ -288,3 +288,25 @@ def test_damaged_weights_of_earlier_versions_are_named(tiny_config: Make) -> Non
     (trainer.run / LAST / "optimizer.safetensors").write_bytes(b"half")
     with pytest.raises(UserError, match="last is damaged"):
         Trainer("speech_llm", tiny_config(train={"max_steps": 1}, resume=True))
+
+
+def test_a_stop_for_a_bad_loss_keeps_the_steps_before_it(tiny_config: Make) -> None:
+    """And goes on from there, bit for bit, once the loss is good again."""
+    train = {"batch_size": 4, "hypothesis_word_dropout": 0.3}
+    sections: dict[str, Any] = {"model": {"hypothesis": "reference"}, "train": train}
+    whole = fitted("speech_llm", tiny_config("whole", **sections))
+    part = Trainer("speech_llm", tiny_config("part", **sections))
+    broken(part, {2})
+    with pytest.raises(UserError, match=r"at step 3; .* can be resumed"):
+        part.fit()
+    assert read_progress(part.run / LAST).step == 2
+    resumed = fitted("speech_llm", tiny_config("part", **sections, resume=True))
+    same(whole.run / LAST, resumed.run / LAST)
+
+
+def test_fewer_steps_than_were_taken_are_refused(tiny_config: Make) -> None:
+    run = fitted("speech_llm", tiny_config(train={"batch_size": 4})).run
+    before = (run / "config.yaml").read_bytes()
+    with pytest.raises(UserError, match="has taken 6 steps, and would end after 2"):
+        Trainer("speech_llm", tiny_config(train={"batch_size": 4, "max_steps": 2}, resume=True))
+    assert (run / "config.yaml").read_bytes() == before

@@ -260,8 +260,13 @@ def load_rng(folder: Path, rank: int, world: int) -> None:
     # The states of other processes are no use: each goes on with those that it was given.
     if len(states) != world:
         return
+    set_rng_state(states[rank])
+
+
+def set_rng_state(found: Mapping[str, Any]) -> None:
+    """Set the generators of this process to a :func:`rng_state`."""
     cpu, *cuda = (torch.tensor(state, dtype=torch.uint8)
-                  for state in (states[rank]["cpu"], *states[rank]["cuda"]))
+                  for state in (found["cpu"], *found["cuda"]))
     torch.set_rng_state(cpu)
     if len(cuda) == torch.cuda.device_count():
         torch.cuda.set_rng_state_all(cuda)

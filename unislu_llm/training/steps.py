@@ -7,8 +7,9 @@ import logging
 import math
 import shlex
 import time
+from abc import abstractmethod
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from unislu_llm.data.sampler import BatchPlan
 from unislu_llm.errors import Stopped, UserError, cause_of, launched
 from unislu_llm.models.base import SLUModel
 from unislu_llm.run_folder import LAST, METRICS, is_run
-from unislu_llm.training.checkpoint import Progress, what_is_safe
+from unislu_llm.training.checkpoint import Progress, rng_state, set_rng_state, what_is_safe
 from unislu_llm.training.interrupt import Clock, Interrupts, ignore_signals
 from unislu_llm.training.log import Log, Window, batch_counts
 from unislu_llm.training.memory import halve, out_of_memory
@@ -64,6 +65,7 @@ class Steps:
     log: Log
     clock: Clock
     interrupts: Interrupts
+    drawn: Mapping[str, Any]  # random generators before the step that is under way
     ends: bool = False  # of all processes, after the step that is under way: the run stops,
     saves: bool = False  # or saves
 
@@ -113,7 +115,7 @@ class Steps:
         Raises UserError: the loss is not finite, or a micro-batch does not fit the memory; weights
         and moments have not changed then.
         """
-        started = time.perf_counter()
+        started, self.drawn = time.perf_counter(), rng_state()
         total = self.totals(micro)
         # Each process says whether it should end, and the main one whether to save: so all know.
         self.ends, self.saves = (bool(total.pop(key)) for key in ("ends", "saves"))
@@ -144,14 +146,24 @@ class Steps:
         self.log.write("nonfinite", {"step": p.step + 1, "samples": sorted(set(ids))})
         p.nonfinite, stops = p.nonfinite + 1, self.config.train.on_nonfinite == "stop"
         if stops or p.nonfinite >= _NONFINITE_STEPS:
+            times, p.nonfinite = p.nonfinite, 0
+            # What is good up to here is kept, and a resumed run takes this step as it was.
+            if p.step and all(bool(v.isfinite().all()) for v in self.model.parameters()
+                              if v.requires_grad):
+                set_rng_state(self.drawn)
+                self.save()
             raise UserError(f"loss is nan or infinite at step {p.step + 1}"
-                            f"{'' if stops else f', and in {p.nonfinite} steps in a row'}; its "
+                            f"{'' if stops else f', and in {times} steps in a row'}; its "
                             f"samples are in {self.run / METRICS}; lower train.lr or "
                             "train.max_grad_norm"
                             f"{', or set train.on_nonfinite skip' * stops}{self._kept()}")
         if self.main:
             log.warning("step %d was left out: its loss is nan or infinite; its samples are in "
                         "%s", p.step + 1, METRICS)
+
+    @abstractmethod
+    def save(self) -> None:
+        """Write the checkpoint `last`."""
 
     def _kept(self) -> str:
         """The end of a message: what can be resumed."""
