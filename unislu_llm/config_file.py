@@ -49,12 +49,9 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
     it also replaces those of the default file, which nobody asked for.
 
     Args:
-        argv: command line without the program; None takes the process's own.
+        argv, description, prog, extra: as of :func:`unislu_llm.flags.parse_flags`.
         default_file: config used without `--config`.
-        presets: folder of presets, looked up by LLM name; None where there is no LLM.
-        description: shown by `--help`.
-        prog: name of the program in `--help`.
-        extra: as of :func:`unislu_llm.flags.parse_flags`.
+        presets: folder of presets; None where there is no LLM.
         say: is told in one line which config file, preset and saved model's settings were taken.
 
     Raises UserError: a file that is missing or no YAML, an unknown key, a value out of bounds.
@@ -221,31 +218,14 @@ def absolute(config: Config) -> Config:
 
 
 def find_preset(presets: Path, llm: str) -> Path | None:
-    """The preset of an LLM: by its name, however it is spelled, else by its `config.json`."""
-    files = {path: YamlFile.read(path).values for path in sorted(presets.glob("*.yaml"))}
-
-    def plain(name: str) -> str:
-        return name.partition("@")[0].rstrip("/").lower()
-
-    named = [path for path, values in files.items() if plain(values.get("llm", "")) == plain(llm)]
-    if named:
-        return named[0]
-    place: Path | str | None = Path(llm).expanduser() / MODEL_FILE
-    if not Path(llm).expanduser().is_dir():
-        if not is_hub_name(llm):
-            return None
-        from huggingface_hub import try_to_load_from_cache
-
-        name, _, revision = llm.partition("@")
-        found = try_to_load_from_cache(name, MODEL_FILE, revision=revision or None)
-        place = found if isinstance(found, str) else None
-    try:
-        config = read_json(place) if place else {}
-    except UserError:  # said where the checkpoint is read
-        return None
-    config = config.get("text_config") or config
-    return next((path for path, values in files.items() if values.get("config") and all(
-        config.get(key) == value for key, value in values["config"].items())), None)
+    """The preset of an LLM: by its name, however it is spelled, or by the `config.json` of a folder
+    that holds a copy of it."""
+    file, name = Path(llm) / MODEL_FILE, llm.partition("@")[0].rstrip("/").lower()
+    own = read_json(file) if file.is_file() else {}
+    own = own.get("text_config") or own
+    read = {path: YamlFile.read(path).values for path in sorted(presets.glob("*.yaml"))}
+    return next((path for path, values in read.items() if values.get("llm", "").lower() == name or (
+        own and dict(own, **values.get("config", {"": 0})) == own)), None)
 
 
 def read_preset(path: Path) -> Values:

@@ -88,7 +88,7 @@ def test_logits_are_the_models_own(arch: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("arch", "message"), [
     ("roberta", "RobertaForCausalLM is no causal LM"), ("bert", "is no causal LM"),
-    ("modernbert-decoder", "computes its logits in a way that is not known")])
+    ("modernbert-decoder", "computes logits that are not those of its output layer")])
 def test_what_is_no_causal_lm_is_refused(arch: str, message: str) -> None:
     with pytest.raises(UserError, match=rf"model\.llm tiny-llm: .*{message}"):
         make_speech_llm(arch=arch, **AUTO)
@@ -96,12 +96,12 @@ def test_what_is_no_causal_lm_is_refused(arch: str, message: str) -> None:
 
 def test_positions_bound_training_and_answers() -> None:
     model = make_speech_llm(arch="gpt2", llm_options={"max_position_embeddings": 30}, **AUTO)
-    with pytest.raises(UserError, match="speech and target need .* the LLM has 30"):
+    with pytest.raises(UserError, match=r"speech and target need .* the LLM has 30"):
         model.losses(make_batch(model))
     short = singles(model, SHORT)[0]  # 5 positions of speech
     engine = Engine(model, DecodeConfig(max_new_tokens=200, tokens_per_second=400.0))
     assert max(engine.answer(short, [["sa"]])[0].n_tokens.values()) <= 25
-    with pytest.raises(UserError, match="prompt, speech and answer need .* the LLM has 30"):
+    with pytest.raises(UserError, match=r"prompt, speech and answer need .* the LLM has 30"):
         engine.answer(make_batch(model), [["sa"]] * 4)
 
 
@@ -145,7 +145,7 @@ def test_the_text_model_of_a_multimodal_checkpoint_is_taken(tmp_path: Path) -> N
     ("t5", AutoModel, {"d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 2, "d_kv": 8})])
 def test_encoder_decoders_are_refused(arch: str, kind: Any, options: dict[str, Any],
                                       tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"config.json: a {arch} is no causal"):
+    with pytest.raises(UserError, match=rf"config\.json: a {arch} is no causal"):
         from_pretrained(AutoModelForCausalLM, save(tmp_path, arch, kind, vocab_size=400, **options))
 
 
@@ -153,7 +153,7 @@ def test_other_encoders_are_refused(tmp_path: Path) -> None:
     from transformers import WhisperModel
 
     folder = save(tmp_path, "roberta", AutoModelForMaskedLM, **SMALL)
-    with pytest.raises(UserError, match="config.json: model_type is roberta, and a whisper is"):
+    with pytest.raises(UserError, match=r"config\.json: model_type is roberta, and a whisper is"):
         from_pretrained(WhisperModel, folder)
 
 
