@@ -25,7 +25,7 @@ TESTS = tuple(sorted((ROOT / "tests").rglob("*.py")))
 
 LAYERS = ("cli", "run_commands", "compare", "evaluate export", "evaluate_options",
           "model_card prediction_file", "training", "run_folder", "decoding", "models", "data",
-          "scoring", "config_file", "presets", "flags", "config", "weights", "io", "tokenizer",
+          "scoring", "config_file", "flags", "config", "weights", "io", "tokenizer",
           "unified", "utterance", "tasks", "loss", "text_files", "errors")
 """Rooms of the package from the roof down; a room imports what is below it, and itself."""
 RANKS = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms.split()}

@@ -93,12 +93,14 @@ def checkout(tmp_path_factory: Any, tiny_checkpoints: dict[str, str]) -> Path:
     (world / MINI / "audio").symlink_to(ROOT / MINI / "audio")
     for file in (world / MINI).glob("*.jsonl"):
         file.write_text("".join(file.read_text("utf-8").splitlines(keepends=True)[:2]), "utf-8")
-    llms = [yaml.safe_load(p.read_text("utf-8"))["llm"] for p in ROOT.glob("adapters/*.yaml")]
+    presets = [yaml.safe_load(p.read_text("utf-8")) for p in ROOT.glob("adapters/*.yaml")]
+    llms = {p["llm"]: f"{p['prompt_prefix']}{{{{ messages[0].content }}}}{p['prompt_suffix']}"
+            for p in presets}
     for name in ("openai/whisper-base", *llms):
         place = world.parent / "cache" / f"models--{name.replace('/', '--')}"
         files = shutil.copytree(tiny_checkpoints["llm" if name in llms else "whisper"],
                                 place / "snapshots" / COMMIT)
-        (files / "chat_template.jinja").write_text("<user>{{ messages[0].content }}</user>")
+        (files / "chat_template.jinja").write_text(llms.get(name, ""))
         write_text(place / "refs" / "main", COMMIT)
     with inside(world) as patch:
         for file in (ROOT / "adapters").glob("*/config.json"):

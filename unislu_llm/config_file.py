@@ -22,7 +22,6 @@ from unislu_llm.config import Common, Config, ModelConfig, Precision, Section, S
 from unislu_llm.errors import Place, UserError, dotted, explain
 from unislu_llm.flags import Extra, flag_of, parse_flags
 from unislu_llm.io import MODEL_FILE, RUN_CONFIG, find_model, is_hub_name, near_models, read_json
-from unislu_llm.presets import preset_of
 from unislu_llm.text_files import read_yaml
 
 Values = dict[str, Any]
@@ -50,12 +49,9 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
     it also replaces those of the default file, which nobody asked for.
 
     Args:
-        argv: command line without the program; None takes the process's own.
+        argv, description, prog, extra: as of :func:`unislu_llm.flags.parse_flags`.
         default_file: config used without `--config`.
-        presets: folder of presets, looked up by LLM name; None where there is no LLM.
-        description: shown by `--help`.
-        prog: name of the program in `--help`.
-        extra: as of :func:`unislu_llm.flags.parse_flags`.
+        presets: folder of presets; None where there is no LLM.
         say: is told in one line which config file, preset and saved model's settings were taken.
 
     Raises UserError: a file that is missing or no YAML, an unknown key, a value out of bounds.
@@ -222,9 +218,14 @@ def absolute(config: Config) -> Config:
 
 
 def find_preset(presets: Path, llm: str) -> Path | None:
-    """The preset of an LLM, of a folder of them; None if there is none."""
-    return preset_of(llm, {path: YamlFile.read(path).values
-                           for path in sorted(presets.glob("*.yaml"))})
+    """The preset of an LLM: by its name, however it is spelled, or by the `config.json` of a folder
+    that holds a copy of it."""
+    file, name = Path(llm) / MODEL_FILE, llm.partition("@")[0].rstrip("/").lower()
+    own = read_json(file) if file.is_file() else {}
+    own = own.get("text_config") or own
+    read = {path: YamlFile.read(path).values for path in sorted(presets.glob("*.yaml"))}
+    return next((path for path, values in read.items() if values.get("llm", "").lower() == name or (
+        own and dict(own, **values.get("config", {"": 0})) == own)), None)
 
 
 def read_preset(path: Path) -> Values:

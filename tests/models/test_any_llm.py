@@ -88,7 +88,7 @@ def test_logits_are_the_models_own(arch: str, options: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(("arch", "message"), [
     ("roberta", "RobertaForCausalLM is no causal LM"), ("bert", "is no causal LM"),
-    ("modernbert-decoder", "computes its logits in a way that is not known")])
+    ("modernbert-decoder", "computes logits that are not those of its output layer")])
 def test_what_is_no_causal_lm_is_refused(arch: str, message: str) -> None:
     with pytest.raises(UserError, match=rf"model\.llm tiny-llm: .*{message}"):
         make_speech_llm(arch=arch, **AUTO)
@@ -145,7 +145,7 @@ def test_the_text_model_of_a_multimodal_checkpoint_is_taken(tmp_path: Path) -> N
     ("t5", AutoModel, {"d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 2, "d_kv": 8})])
 def test_encoder_decoders_are_refused(arch: str, kind: Any, options: dict[str, Any],
                                       tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=f"config.json: a {arch} is no causal"):
+    with pytest.raises(UserError, match=rf"config\.json: a {arch} is no causal"):
         from_pretrained(AutoModelForCausalLM, save(tmp_path, arch, kind, vocab_size=400, **options))
 
 

@@ -113,7 +113,7 @@ ATTACKS: dict[str, tuple[Attack, str]] = {
                               r"model\.safetensors cannot be loaded as AutoModelForCausalLM"),
     "a tokenizer that was cut": (lambda f: (f / "tokenizer.json").write_text('{"version": '),
                                  r"tokenizer\.json cannot be loaded as AutoTokenizer"),
-    "no tokenizer": (no_tokenizer, r"has no tokenizer: none of tokenizer\*\.json"),
+    "no tokenizer": (no_tokenizer, r"has no tokenizer \(tokenizer\.json"),
     "fewer layers than weights": (change("config.json", num_hidden_layers=1),
                                   r"have, beyond what fits, .* tensors .*layers\.1"),
     "quantised by a package that is not here": (change("config.json", quantization_config={

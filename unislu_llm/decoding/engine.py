@@ -17,7 +17,7 @@ from unislu_llm.decoding.greedy import Greedy, Make, Margin
 from unislu_llm.decoding.hypothesis_bias import HypothesisBias
 from unislu_llm.decoding.loops import loop_start
 from unislu_llm.decoding.no_speech import evidence_of
-from unislu_llm.decoding.reading import feed, positions_left
+from unislu_llm.decoding.reading import feed
 from unislu_llm.decoding.search import (
     Decoded,
     Ends,
@@ -55,13 +55,10 @@ class Engine:
     the cache behind a forced control token. Each answer is then, token for token, that of the task
     asked alone, but that a transcript which the budget cuts is cut where every one of the tasks
     still has room. With the grammar, a task with one label is answered by scoring all of its
-    labels. With beams, the best transcript is continued by beams of each task.
+    labels. With beams, the best transcript is continued by beams of each task. Without `force_task`
+    (the paper's protocol) the model chooses its control token; one continuation serves all tasks.
 
-    Without `force_task` (the paper's protocol) the model chooses its control token; one
-    continuation serves all tasks asked. The model is in eval mode while it decodes.
-
-    Raises:
-        UserError: options that do not go together, or a label that the tokenizer cannot spell.
+    Raises UserError: options that do not go together, or a label that the tokenizer cannot spell.
     """
 
     def __init__(self, model: SLUModel, options: DecodeConfig | None = None) -> None:
@@ -96,9 +93,8 @@ class Engine:
             tasks: of each utterance; none for its transcript alone.
             n_best: answers to each task, from the beams.
 
-        Raises:
-            UserError: an unknown task, more answers than beams, or a `max_new_tokens` below the
-                shortest answer.
+        Raises UserError: an unknown task, more answers than beams, or a `max_new_tokens` or a
+        decoder too small for the shortest answer.
         """
         if not 1 <= n_best <= self.options.num_beams:
             raise UserError(f"n_best={n_best} must be 1 to num_beams={self.options.num_beams}")
@@ -141,15 +137,15 @@ class Engine:
         # Any of the tasks stands for all: free, their grammar is the same.
         requests = [(some[0], False) for some in names]
         need = [self._grammar.need(r) if self._grammar else 0 for r in requests]
-        fits = positions_left(self.model, state, need)
-        room = [self._budget(s, n, f) for s, n, f in zip(seconds, need, fits, strict=True)]
+        fits = self.model.fits(state, need)
+        room = [*map(self._budget, seconds, need, fits)]
         make, heads = self._maker(requests, room, state), [Decoded()] * len(names)
         eos = self.model.tokenizer.eos_id
         if verbatim := self._way(state) == "verbatim":
             heads = self._verbatim(state, need)
-            limits = [self._budget(s, n, f, len(head.ids))
-                      for s, n, f, head in zip(seconds, need, fits, heads, strict=True)]
-            room = [limit - len(h.ids) for limit, h in zip(limits, heads, strict=True)]
+            lengths = [len(head.ids) for head in heads]
+            limits = [*map(self._budget, seconds, need, fits, lengths)]
+            room = [limit - n for limit, n in zip(limits, lengths, strict=True)]
             make = self._behind(requests, limits, heads, Ends([self._ids[SEPARATOR], eos]))
         ends = [[eos]] * len(names)
         ranked, _ = self._search(state, room, ends, make, None if verbatim else state)
@@ -162,8 +158,8 @@ class Engine:
         by_ctc, start = state.ctc_hypothesis, state.start
         requests: list[Request] = []
         room = []
-        most = [max(self._plans[n].need + self._plans[n].spare for n in some) for some in names]
-        fits = positions_left(self.model, state, most)
+        most = [max(sum(self._plans[name][:2]) for name in some) for some in names]
+        fits = self.model.fits(state, most)
         for some, length, fit in zip(names, seconds, fits, strict=True):
             # A transcript is closed in time for the task with the longest shortest answer, and
             # for the longest of the labels that are scored: what is left to it depends on the
@@ -173,8 +169,7 @@ class Engine:
             need = plans[longest].need
             reserve = max([p.need + p.spare - need for p in plans.values() if p.scored] + [0])
             requests.append((longest, True))
-            budget = self._budget(length, need, fit) - reserve
-            room.append(min(self._most, max(need, budget)))
+            room.append(min(self._most, max(need, self._budget(length, need, fit) - reserve)))
         eos, separator = self.model.tokenizer.eos_id, self._ids[SEPARATOR]
         stops = [[eos if some == [ASR] else separator, eos] for some in names]
         verbatim = self._way(state) == "verbatim"
@@ -274,8 +269,7 @@ class Engine:
     def _verbatim(self, state: State, need: Sequence[int]) -> list[Decoded]:
         """Read the hypotheses as transcripts, behind which each row needs some tokens."""
         kept = [self._kept(ids) for ids in self._hypotheses(state) or ()]
-        all_of = [n + len(text.ids) for n, text in zip(need, kept, strict=True)]
-        positions_left(self.model, state, all_of)
+        self.model.fits(state, [n + len(text.ids) for n, text in zip(need, kept, strict=True)])
         feed(self.model, state, [transcript.ids for transcript in kept])
         return kept
 
@@ -289,9 +283,8 @@ class Engine:
         """New tokens of an answer: by audio length, but with room for the shortest, and behind
         `verbatim` tokens of a hypothesis for as much as there is behind any; `fit` at most."""
         budget = min(self._most, max(self.options.bound(seconds), need))
-        if verbatim:
-            budget = max(budget, verbatim + need + self.options.bound(0))
-        return min(budget, fit)
+        behind = verbatim + need + self.options.bound(0) if verbatim else 0
+        return min(max(budget, behind), fit)
 
     @property
     def _bias(self) -> float:
@@ -304,8 +297,7 @@ class Engine:
         return state.ctc_hypothesis if state.hypothesis is None else state.hypothesis
 
     def _way(self, state: State) -> str:
-        """How transcripts are made: `rewrite` where there is no hypothesis, and no margin by beams.
-        """
+        """How transcripts are made: without a hypothesis `rewrite`, and by beams no margin."""
         if self._hypotheses(state) is None or (
                 self._transcript == "margin" and self.options.num_beams > 1):
             return "rewrite"

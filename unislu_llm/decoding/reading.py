@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from unislu_llm.decoding.search import padded
-from unislu_llm.errors import UserError
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.kv_cache import State
 
@@ -25,19 +23,3 @@ def feed(model: SLUModel, state: State, texts: Sequence[Sequence[int]]) -> Tenso
     behind = hidden.gather(1, last.clamp(min=0).expand(-1, 1, hidden.shape[2]))[:, 0]
     state.hidden = torch.where(last[:, 0] < 0, state.hidden, behind)
     return hidden
-
-
-def positions_left(model: SLUModel, state: State, need: Sequence[int]) -> list[int]:
-    """New tokens of each row for which the decoder has positions behind its prompt.
-
-    Raises UserError: fewer than it needs.
-    """
-    if model.positions is None:
-        return [sys.maxsize] * len(need)
-    prompts: list[int] = state.mask.sum(-1).tolist()
-    most = max(prompt + max(n, 1) for prompt, n in zip(prompts, need, strict=True))
-    if most > model.positions:
-        raise UserError(f"prompt, speech and answer need {most} positions or more, and the LLM "
-                        f"has {model.positions}; give a shorter clip or prompt, or take an LLM "
-                        "with more")
-    return [model.positions - prompt for prompt in prompts]

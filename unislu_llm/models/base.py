@@ -123,6 +123,18 @@ class SLUModel(nn.Module, ABC):
         """Hidden states `(..., dim)` to `(..., vocabulary)`."""
         return logits_of(self.lm, hidden)
 
+    def fits(self, state: State, need: Sequence[int]) -> list[int]:
+        """New tokens of each row for which there are positions; UserError: fewer than it needs."""
+        prompts: list[int] = state.mask.sum(-1).tolist() if self.positions else []
+        self.check_fit(max(map(sum, zip(prompts, need, strict=False)), default=0), "answer")
+        return [(self.positions or 0) - n for n in prompts] or [1 << 30] * len(need)
+
+    def check_fit(self, need: int, what: str) -> None:
+        """Raises UserError: more positions are needed than there are."""
+        if self.positions and need > self.positions:
+            raise UserError(f"prompt, speech and {what} need {need} positions or more, and the LLM "
+                            f"has {self.positions}; give less, or take an LLM with more")
+
     def collator(self) -> Collator:
         """Collator that makes this model's batches."""
         return Collator(self.tokenizer, self.n_mels, self.config.pad_to_30s)

@@ -14,9 +14,8 @@ from torch.utils.checkpoint import checkpoint
 # each chunk, and is faster with fewer.
 _LOGITS_ON_CPU, _LOGITS_ON_GPU = 1 << 24, 1 << 28
 
-# What models do to the logits of their output layer, by the names of their configurations; the
-# probe of each new model refuses what is none of these. Granite; Cohere; Falcon-H1; then Gemma 2,
-# RecurrentGemma and xLSTM.
+# What models do to the logits of their output layer, by names of configurations: Granite, Cohere,
+# Falcon-H1; Gemma 2, RecurrentGemma, xLSTM. The probe of a new model refuses what is none of these.
 _FACTORS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 

@@ -29,10 +29,7 @@ class _Marked(nn.Module):
         """The base's rows, for code that expects them on such a layer."""
         return self.base.weight  # type: ignore[return-value]
 
-    @property
-    def bias(self) -> Tensor | None:
-        """The base's bias, likewise."""
-        return getattr(self.base, "bias", None)
+    bias = property(lambda self: getattr(self.base, "bias", None))
 
 
 class MarkerEmbedding(_Marked):

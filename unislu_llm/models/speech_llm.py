@@ -31,7 +31,7 @@ from unislu_llm.models.encoder import SpeechEncoder, valid_mask
 from unislu_llm.models.kv_cache import State
 from unislu_llm.models.lora import inject_lora, quantization
 from unislu_llm.models.markers import install_markers
-from unislu_llm.models.probe import body_of, check_parts, probe
+from unislu_llm.models.probe import probe
 from unislu_llm.models.projector_base import Projected, Projector
 from unislu_llm.models.projectors import NONE, build_projector
 from unislu_llm.models.saved import Base
@@ -40,6 +40,7 @@ from unislu_llm.tokenizer import UnifiedTokenizer
 from unislu_llm.weights import from_pretrained
 
 _SPECIAL = re.compile(r"<\|[^|\s]+\|>|</?s>|<[a-z]+_of_[a-z]+>|</?think>|\[/?INST\]")
+_POSITIONS = ("max_position_embeddings", "max_seq_len")  # where configurations have them
 _ATTENTION = {"flash": "flash_attention_2", "flex": "flex_attention"}  # transformers' names
 
 Part = tuple[Tensor, Sequence[int]]
@@ -69,7 +70,8 @@ class SpeechLLM(SLUModel):
             self.n_mels = int(whisper.config.num_mel_bins)
             self.encoder = SpeechEncoder(whisper, config)
         self.llm = llm
-        check_parts(llm, config.llm)
+        if getattr(llm.get_output_embeddings(), "weight", None) is None:
+            raise UserError(f"model.llm {config.llm}: {type(llm).__name__} has no output layer")
         llm.requires_grad_(False)
         embeddings = llm.get_input_embeddings()
         if self.encoder is not None:
@@ -95,7 +97,8 @@ class SpeechLLM(SLUModel):
         if not (self.listens or self.prefix or self.suffix or self.hypothesis_prompt):
             raise UserError("model.projector none needs some prompt before an answer; set "
                             "model.hypothesis_prompt")
-        self.positions = _positions(llm.config)
+        sizes = (getattr(llm.config.get_text_config(), n, None) or 0 for n in _POSITIONS)
+        self.positions = next((n for n in sizes if n > 0), None)
         self._check_prompt()
         self._finish()
         self.rewinds = probe(self)
@@ -155,8 +158,8 @@ class SpeechLLM(SLUModel):
 
     @property
     def body(self) -> Any:
-        """The LLM without its output layer."""
-        return body_of(self.llm)
+        """The LLM without its output layer; Llama 4 has it by another name than it says."""
+        return self.llm.model if self.llm.base_model is self.llm else self.llm.base_model
 
     @property
     def lm(self) -> Any:
@@ -205,16 +208,10 @@ class SpeechLLM(SLUModel):
         read = [max(n - 1, 0) for n in batch.target_lengths]
         target = self.llm.get_input_embeddings()(batch.target_ids)
         embeds, _ = lay_out([*parts, (target, read)], "right")
-        self._check_fit(embeds.shape[1], "target")
+        self.check_fit(embeds.shape[1], "target")
         # Right padding under a causal mask: no valid position sees a padded one; no mask is needed.
         hidden = self.body(inputs_embeds=embeds, use_cache=False).last_hidden_state
         return self._target_losses(hidden, starts, batch)
-
-    def _check_fit(self, need: int, what: str) -> None:
-        if self.positions and need > self.positions:
-            raise UserError(f"prompt, speech and {what} need {need} positions or more, and the LLM "
-                            f"has {self.positions}; give a shorter clip or prompt, or take an LLM "
-                            "with more")
 
     def _prompt(self, batch: Batch, speech: Projected | None) -> list[Part]:
         """`[prefix][speech][hypothesis][suffix]` of every row."""
@@ -238,7 +235,7 @@ class SpeechLLM(SLUModel):
     def prefill(self, batch: Batch) -> State:
         speech = self.speech(batch, transcribe=True)
         embeds, totals = lay_out(self._prompt(batch, speech), "left")
-        self._check_fit(embeds.shape[1] + 1, "answer")
+        self.check_fit(embeds.shape[1] + 1, "answer")
         # On the left, so that the last position of every row foretells its first token.
         mask = valid_mask(totals, embeds.shape[1], embeds.device).flip(-1)
         state = State(DynamicCache(), mask[:, :0], embeds[:, -1],
@@ -248,51 +245,37 @@ class SpeechLLM(SLUModel):
         return state
 
     def _read(self, state: State, valid: Tensor, **inputs: Tensor) -> Tensor:
-        return (self.read_cached if self.rewinds else self._read_again)(state, valid, **inputs)
-
-    def read_cached(self, state: State, valid: Tensor, **inputs: Tensor) -> Tensor:
-        """:meth:`step` by an LLM whose cache can be cut and shared, also by `inputs_embeds`."""
-        body, positions = self.body, state.append(valid)
-        if "position_ids" in signature(body.forward).parameters:
-            inputs["position_ids"] = positions
-        return body(**inputs, attention_mask=state.mask.long(), past_key_values=state.cache,
-                    use_cache=True).last_hidden_state
-
-    def _read_again(self, state: State, valid: Tensor, *, input_ids: Tensor | None = None,
-                    inputs_embeds: Tensor | None = None) -> Tensor:
+        if self.rewinds:
+            return self.body(**inputs, **self.cached(state, valid)).last_hidden_state
         # A recurrent state cannot be taken back, and padding would get into it. So the State keeps
-        # what was read, in the place of keys, and all of it is read again at each step: slower,
-        # and right for every causal LM, as in training.
-        if inputs_embeds is None:
-            inputs_embeds = self.llm.get_input_embeddings()(input_ids)
+        # what was read in the place of keys, and all is read again: slower, and as in training.
+        embed = self.llm.get_input_embeddings()
+        new = inputs["inputs_embeds"] if "inputs_embeds" in inputs else embed(inputs["input_ids"])
         state.append(valid)
-        new, count = inputs_embeds[:, None], valid.shape[1]
-        read = state.cache.update(new, new[..., :0], 0)[0][:, 0]
+        read = state.cache.update(new[:, None], new[:, None, :, :0], 0)[0][:, 0]
         # Padding comes last, where no token that counts sees it.
         order = state.mask.long().argsort(dim=1, descending=True, stable=True)
         laid = read.gather(1, order[..., None].expand_as(read))
         hidden = self.body(inputs_embeds=laid, use_cache=False).last_hidden_state
-        places = order.argsort(dim=1)[:, -count:, None]
-        return hidden.gather(1, places.expand(-1, -1, hidden.shape[-1]))
+        back = order.argsort(dim=1)[:, -valid.shape[1]:, None]
+        return hidden.gather(1, back.expand(-1, -1, hidden.shape[-1]))
+
+    def cached(self, state: State, valid: Tensor) -> dict[str, Any]:
+        """Arguments by which the LLM reads tokens into a state, of which `valid` count."""
+        options = {"position_ids": state.append(valid), "attention_mask": state.mask.long(),
+                   "past_key_values": state.cache, "use_cache": True}
+        if "position_ids" not in signature(self.body.forward).parameters:
+            del options["position_ids"]
+        return options
 
     def _check_prompt(self) -> None:
         """Raises UserError: special tokens in the prompt's text that the LLM does not have."""
-        base, text = self.tokenizer.base, self.config.prompt_prefix + self.config.prompt_suffix
-        # Some models write their turns in plain text: what their own template has is right.
-        known = str(getattr(base, "chat_template", None) or "")
-        for token in _SPECIAL.findall(text):
-            if token not in base.get_vocab() and token not in known:
-                raise UserError(
-                    f"model.prompt_prefix, model.prompt_suffix: the tokenizer of {self.config.llm} "
-                    f"has no token '{token}'; write the prompt in this LLM's own format, or give "
-                    "its preset by --adapter")
-
-
-def _positions(config: Any) -> int | None:
-    """Positions that an LLM has or was trained on; None where its configuration names none."""
-    config = config.get_text_config()
-    found = (getattr(config, name, None) for name in ("max_position_embeddings", "max_seq_len"))
-    return next((int(n) for n in found if n and n > 0), None)
+        base: Any = self.tokenizer.base
+        for token in _SPECIAL.findall(self.config.prompt_prefix + self.config.prompt_suffix):
+            # Some models write their turns in plain text: what their own template has is right.
+            if token not in base.get_vocab() and token not in str(base.chat_template):
+                raise UserError("model.prompt_prefix, prompt_suffix: the tokenizer of "
+                                f"{self.config.llm} has no token '{token}'; write it in its format")
 
 
 @torch.no_grad()

@@ -113,37 +113,19 @@ def build_plan(config: Config, model: SLUModel, dataset: SpeechDataset, world: i
     kinds = [dataset.kind(example) for example in examples]
     seconds = [dataset.seconds(example) for example in examples]
     parts = world * train.accumulation
-    _check_positions(model, examples, seconds)
+    bound = (model.positions or 4096) < 4096  # into so many, all of 30 s of speech fits
+    # In tokens as this model reads them: projectors and tokenizers differ by factors.
+    collator, tokenizer = model.collator(), model.tokenizer
+    sizes = [model.token_counts(math.ceil(length * SAMPLE_RATE), len(tokenizer.target(example)),
+                                len(collator.hypothesis_ids(example)))
+             for length, example in zip(seconds, examples, strict=True)
+             if train.batch_tokens or bound]
+    for example, size in zip(examples, sizes, strict=False):
+        model.check_fit(sum(size) if bound else 0, f"target of {example.utterance.where}")
     if not train.batch_tokens:
         return BatchPlan(seconds, train.batch_size, parts, train.seed, mixture=mixture, kinds=kinds)
-    # In tokens as this model reads them: projectors and tokenizers differ by factors.
-    sizes = [_token_counts(model, example, length)
-             for length, example in zip(seconds, examples, strict=True)]
     return TokenPlan(np.array(sizes), train.batch_tokens, parts, train.seed, mixture=mixture,
                      kinds=kinds)
-
-
-def _token_counts(model: SLUModel, example: Example, seconds: float) -> tuple[int, int]:
-    return model.token_counts(math.ceil(seconds * SAMPLE_RATE),
-                              len(model.tokenizer.target(example)),
-                              len(model.collator().hypothesis_ids(example)))
-
-
-def _check_positions(model: SLUModel, examples: Sequence[Example],
-                     seconds: Sequence[float]) -> None:
-    """Raises UserError: examples that the decoder has no positions for."""
-    if model.positions is None:
-        return
-    for example, length in zip(examples, seconds, strict=True):
-        said = example.utterance
-        # No token is shorter than a byte; most examples need not be tokenised to see that they fit.
-        most = 4 * len(said.text) + 4 * len(said.hypothesis or said.text) + 512
-        if sum(model.token_counts(math.ceil(length * SAMPLE_RATE), most)) > model.positions and (
-                n := sum(_token_counts(model, example, length))) > model.positions:
-            raise UserError(
-                f"{said.where}: prompt, speech and target need {n} positions, and the LLM "
-                f"{model.config.llm} has {model.positions}; leave such rows out, let the projector "
-                "stack more frames (model.projector_options), or take an LLM with more")
 
 
 def deal(examples: Sequence[Example], rank: int, world: int) -> list[int]:

@@ -6,7 +6,6 @@ compared with its weights before memory is taken.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 from pathlib import Path
@@ -25,7 +24,7 @@ from unislu_llm.weights.resolve import weight_names
 _BUILT = ((re.compile(r"(layer|depth|block|stage)s?$"), 1 << 10),
           (re.compile(r"label|expert"), 1 << 16))
 _SIDE_FILE = 1 << 28  # bytes of a file beside the weights; tokenizers have up to 40 MB
-_TOKENIZERS = ("tokenizer*.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+_TOKENIZERS = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
 # Where multimodal checkpoints have their causal LM, and where it is by itself.
 _TEXT_MODEL = {r"^(model\.)?(language_model|text_model)\.(model\.)?(?!lm_head)": "model.",
                r"^(model\.)?(language_model|text_model)\.lm_head\.": "lm_head."}
@@ -47,8 +46,7 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
             if "quantization_config" not in described and not is_deepspeed_zero3_enabled():
                 _rehearse(kind, folder, options | safe)
         elif not any(next(folder.glob(name), None) for name in _TOKENIZERS):
-            raise UserError(f"{folder} has no tokenizer: none of {', '.join(_TOKENIZERS)}; copy "
-                            "the checkpoint's tokenizer files there")
+            raise UserError(f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)}); copy it there")
         return kind.from_pretrained(folder, **options, **safe)
     except (UserError, torch.OutOfMemoryError):
         raise
@@ -64,20 +62,17 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
 
 
 def _fitting(kind: Any, folder: Path) -> dict[str, Any]:
-    """Arguments that take the causal text model out of a checkpoint with others beside it.
-
-    Raises UserError: a checkpoint of another kind of model.
-    """
+    """Arguments that take the causal text model out of a multimodal checkpoint; raises UserError:
+    a checkpoint of another kind of model."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if (wanted := getattr(kind, "config_class", None)) and not isinstance(config, wanted):
         raise UserError(f"{folder / MODEL_FILE}: model_type is {config.model_type}, and a "
                         f"{wanted.model_type} is needed")
     if kind is not AutoModelForCausalLM:
         return {}
-    text, known = config.get_text_config(), MODEL_FOR_CAUSAL_LM_MAPPING
-    if getattr(config, "is_encoder_decoder", False) or type(text) not in known:
-        raise UserError(f"{folder / MODEL_FILE}: a {config.model_type} is no causal (decoder-only) "
-                        "LM; take one, such as Llama, Qwen or Gemma")
+    text = config.get_text_config()
+    if config.is_encoder_decoder or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{folder / MODEL_FILE}: a {config.model_type} is no causal LM; take one")
     if text is config:
         return {}
     if (packed := getattr(config, "quantization_config", None)) is not None:
@@ -88,14 +83,11 @@ def _fitting(kind: Any, folder: Path) -> dict[str, Any]:
 def _culprit(folder: Path) -> Path:
     """The file of a checkpoint that cannot be read; the folder where each can."""
     for file in sorted(folder.iterdir()):
-        with contextlib.suppress(OSError):
-            try:
-                if file.suffix == ".json":
-                    read_json(file)
-                elif file.suffix == ".safetensors":
-                    safe_open(file, "pt")
-            except (UserError, SafetensorError):
-                return file
+        try:
+            if file.suffix in (".json", ".safetensors"):
+                read_json(file) if file.suffix == ".json" else safe_open(file, "pt")
+        except (UserError, SafetensorError, OSError):
+            return file
     return folder
 
 
@@ -105,11 +97,8 @@ def _checked(folder: Path) -> dict[str, Any]:
         if file.suffix in (".json", ".txt", ".model", ".jinja") and (
                 not file.is_file() or file.stat().st_size > _SIDE_FILE):
             raise UserError(f"{file} is no file, or over {_SIDE_FILE >> 20} MB; fetch it again")
-        # Of a clone without its large files. (A pipe has no size, and is not opened.)
-        if file.is_file() and file.stat().st_size < 1000 and (
-                file.read_bytes().startswith(b"version https://git-lfs")):
-            raise UserError(f"{file} is a Git LFS pointer and not the file; run `git lfs pull` "
-                            "there, or fetch it again")
+        if file.is_file() and file.stat().st_size < 1000 and b"//git-lfs" in file.read_bytes():
+            raise UserError(f"{file} is a Git LFS pointer; run `git lfs pull`, or fetch it again")
     # PEFT would import modules that it names, and add weights that were not hashed.
     if (folder / "adapter_config.json").exists():
         raise UserError(f"{folder}/adapter_config.json: the folder holds an adapter of PEFT; merge "
@@ -139,10 +128,10 @@ def _rehearse(kind: Any, folder: Path, options: dict[str, Any]) -> None:
     _, found = kind.from_pretrained(folder, device_map="meta", output_loading_info=True,
                                     ignore_mismatched_sizes=True, **options)
     # transformers draws what is missing at random, and says so among warnings.
-    faults = [("missing_keys", "lack"), ("mismatched_keys", "have another shape of")]
-    if "key_mapping" not in options and kind is AutoModelForCausalLM:
-        faults.append(("unexpected_keys", "have, beyond what fits,"))
-    for keys, fault in faults:
+    if "key_mapping" in options or kind is not AutoModelForCausalLM:
+        found["unexpected_keys"] = []  # of a part that is left out
+    for keys, fault in (("missing_keys", "lack"), ("mismatched_keys", "have another shape of"),
+                        ("unexpected_keys", "have, beyond what fits,")):
         if wrong := sorted(map(str, found[keys])):
             raise UserError(f"{folder}: its weight files {fault} {len(wrong)} tensors of the model "
                             f"that config.json describes, {shorten(wrong[0], 80)} first; fetch it "
