@@ -32,7 +32,7 @@ from unislu_llm.decoding.greedy import Greedy
 from unislu_llm.errors import UserError, shorten
 from unislu_llm.io import LAST
 from unislu_llm.loss import weighted_loss
-from unislu_llm.models import load
+from unislu_llm.models import load, speech_llm
 from unislu_llm.models.base import SLUModel
 from unislu_llm.run_folder import read_metrics
 from unislu_llm.tasks import TaskRegistry
@@ -134,14 +134,12 @@ def near(found: Tensor, right: Tensor, what: str) -> None:
 
 @torch.no_grad()
 def own_loss(bench: Bench, model: Any) -> None:
-    seen: list[Tensor] = []
     batch = bench.batch(model, [0])
-    hook = model.llm.base_model.register_forward_pre_hook(
-        # A copy: CTRL scales what it is given in place.
-        lambda _, args, given: seen.append(given["inputs_embeds"].clone()), with_kwargs=True)
-    losses = model.losses(batch)[0]
-    hook.remove()
-    logits = model.llm(inputs_embeds=seen[0], use_cache=False).logits
+    with patch.object(speech_llm, "lay_out", wraps=speech_llm.lay_out) as spy:
+        losses = model.losses(batch)[0]
+    # Laid out anew: CTRL scales in place what it is given.
+    embeddings = speech_llm.lay_out(*spy.call_args.args)[0]
+    logits = model.llm(inputs_embeds=embeddings, use_cache=False).logits
     n = batch.target_lengths[0]
     own = logits[0, -n:].float().log_softmax(-1).gather(1, batch.target_ids[0, :, None])[:, 0]
     near(losses, -own, "losses and those of the model's own forward")
