@@ -56,7 +56,7 @@ def test_a_guess_that_fits_all_spans_is_written_by_fix(name: str, tmp_path: Path
 def test_characters_are_told_and_mended_with_their_spans(tmp_path: Path) -> None:
     text = "\ufeffanne\u2019s zu\u0308\u00adrich \u200b is old\u200e"
     segment = {"start": 0, "end": 9, "text": "it\u2019s", "ner": [["ORG", 3, 4]]}
-    row = {"text": text, "hypothesis": "it\u2019s", "segments": [segment], "note": "it\u2019s",
+    row = {"text": text, "hypothesis": "it\u2019s", "segments": [segment], "condition": "it\u2019s",
            "ner": [["PERSON", 1, 5], ["PLACE", text.index("z"), text.index("h") + 1]]}
     joined = {"text": "ok \U0001f468\u200d\U0001f469 \u0645\u06cc\u200c\u062e"}
     path, out = write(tmp_path / "m.jsonl", row, joined), tmp_path / "out.jsonl"

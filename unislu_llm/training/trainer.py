@@ -120,10 +120,7 @@ class Trainer(Steps):
         self._warn_of_data(examples)
         optimizer = build_optimizer(self.model.trainable_groups(), train)
 
-        if config.resume and (self.run / LAST).is_dir() and self.total_steps < (
-                done := checkpoint.read_progress(self.run / LAST).step):
-            raise UserError(f"--resume: {self.run} has taken {done} steps, and would end after "
-                            f"{self.total_steps}; give more train.max_steps or train.epochs")
+        self._check_length()
 
         # 4. The run folder: from here on something is written.
         self.run = self.notices.run = from_main(lambda: self._create(name, kind))
@@ -154,6 +151,12 @@ class Trainer(Steps):
     def _create(self, name: str, kind: str) -> Path:
         self.lock = lock_run(run := create_run(self.config, name, kind))
         return run
+
+    def _check_length(self) -> None:
+        if self.config.resume and (self.run / LAST).is_dir() and self.total_steps < (
+                done := checkpoint.read_progress(self.run / LAST).step):
+            raise UserError(f"--resume: {self.run} has taken {done} steps, and would end after "
+                            f"{self.total_steps}; give more train.max_steps or train.epochs")
 
     def _resume(self, last: Path) -> None:
         try:
