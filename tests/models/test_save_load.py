@@ -216,7 +216,6 @@ def test_other_base_weights_are_reported(make: Make, tmp_path: Path,
 def test_lora_takes_quantised_layers_for_what_they_are(make: Make, tmp_path: Path,
                                                        bits: str) -> None:
     """PEFT's plain adapters would be merged into packed bytes."""
-    pytest.importorskip("bitsandbytes")
     tokenizer, sizes = make_tokenizer(), {"hidden_size": 64, "intermediate_size": 128}
     for part in (tokenizer, make_llm("llama", tokenizer, head_dim=16, **sizes)):
         part.save_pretrained(tmp_path / "wide")  # 4 bits come in blocks of 64

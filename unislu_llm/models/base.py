@@ -43,6 +43,7 @@ class SLUModel(nn.Module, ABC):
     positions: int | None = None  # of prompt and answer together; None: no bound
     reads_hypothesis: bool = False  # whether a recogniser's transcript is part of the prompt
     listens: bool = True  # whether speech is
+    recomputes: bool = False  # activations, by gradient checkpointing
     ctc_tokens: tuple[int, ...] | None = None  # ids that a `ctc` projector predicts, once known
 
     def __init__(self, config: ModelConfig, tokenizer: UnifiedTokenizer) -> None:
@@ -208,7 +209,7 @@ class SLUModel(nn.Module, ABC):
 
     def enable_gradient_checkpointing(self) -> None:
         """Compute activations again in the backward pass instead of keeping them."""
-        parts = [self.lm]
+        parts, self.recomputes = [self.lm], True
         if self.encoder is not None and self.encoder.mode != "frozen":
             parts.append(self.encoder.whisper)
         for part in parts:

@@ -190,7 +190,7 @@ class CTCProjector(Projector):
         # Log-odds of blank do not saturate, as its posterior does near one.
         odds = logits[..., BLANK] - logits[..., 1:].logsumexp(-1)
         # How many positions there are depends on the data: the one wait for the device.
-        run, first = (found.cpu() for found in self._runs(logits, lengths, odds))
+        run, first = self._runs(logits, lengths, odds).cpu()
         counts = tuple(first.sum(-1).tolist())
         places = (run.flatten() >= 0).nonzero()[:, 0]
         runs = run.flatten()[places].to(logits.device, non_blocking=True)
@@ -214,8 +214,8 @@ class CTCProjector(Projector):
         return Projected(pad_sequence(list(mixed.split(list(counts))), batch_first=True), counts)
 
     @torch.no_grad()
-    def _runs(self, logits: Tensor, lengths: Sequence[int], odds: Tensor) -> tuple[Tensor, Tensor]:
-        """The run that each frame is in, -1 where dropped, and which start one: `(batch, T)`."""
+    def _runs(self, logits: Tensor, lengths: Sequence[int], odds: Tensor) -> Tensor:
+        """`(2, batch, T)`: the run that each frame is in, -1 where dropped, and 1 at its start."""
         inside = valid_mask(lengths, logits.shape[1], logits.device)
         keep = inside & (odds < 0)
         least = F.one_hot(odds.masked_fill(~inside, torch.inf).argmin(-1), odds.shape[1]).bool()
@@ -224,7 +224,7 @@ class CTCProjector(Projector):
         before = F.pad(top[:, :-1], (1, 0), value=-1)
         first = keep & (top != before)
         run = (first.flatten().cumsum(0) - 1).view_as(top).masked_fill(~keep, -1)
-        return run, first
+        return torch.stack([run, first.long()])
 
 
 def collapse(best: Tensor) -> list[int]:

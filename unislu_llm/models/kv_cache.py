@@ -13,6 +13,17 @@ from torch.nn import functional as F
 from transformers import Cache, DynamicCache, EncoderDecoderCache
 
 
+class NoCache(DynamicCache):
+    """A cache that keeps nothing, for a forward pass without one."""
+
+    # Given none, transformers looks in the positions for several texts packed in a row, and a GPU
+    # that is asked for the result is waited for.
+    def update(self, key_states: Tensor, value_states: Tensor, *_: Any,
+               **__: Any) -> tuple[Tensor, Tensor]:
+        """Keys and values as they come."""
+        return key_states, value_states
+
+
 @dataclass
 class State:
     """Keys and values of every row of a decoder, and what its prompt held.

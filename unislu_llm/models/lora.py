@@ -51,6 +51,16 @@ def inject_lora(module: Any, options: LoraConfig, what: str,
     return list(targets)
 
 
+def keep_gradients(llm: nn.Module) -> None:
+    """Let 4-bit layers on a CPU be trained through, also once they have decoded."""
+    # In eval mode bitsandbytes packs weights anew for a CPU kernel (AVX512-BF16), and never back:
+    # in later training steps that kernel lets no gradient through.
+    layers: list[Any] = list(llm.modules())
+    for layer in layers:
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            layer.support_avx512bf16_for_cpu = False
+
+
 def quantization(kind: Literal["none", "8bit", "4bit"]) -> dict[str, Any]:
     """Arguments of `from_pretrained`; UserError where bitsandbytes is missing."""
     if kind == "none":
@@ -59,7 +69,7 @@ def quantization(kind: Literal["none", "8bit", "4bit"]) -> dict[str, Any]:
         import bitsandbytes  # noqa: F401
     except ImportError as error:
         raise UserError(f"model.quantization '{kind}' needs bitsandbytes: pip install "
-                        "'unislu_llm[quantize]'") from error
+                        "bitsandbytes") from error
     # QLoRA's settings (arXiv 2305.14314): normal floats, whose scales are quantised as well.
     return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True) if kind == "8bit" else
             BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",

@@ -28,8 +28,8 @@ from unislu_llm.models.base import Objective, SLUModel
 from unislu_llm.models.ctc import CTCProjector, CtcVocabulary
 from unislu_llm.models.ctc_loss import SAMPLES, ctc_loss
 from unislu_llm.models.encoder import SpeechEncoder, valid_mask
-from unislu_llm.models.kv_cache import State
-from unislu_llm.models.lora import inject_lora, quantization
+from unislu_llm.models.kv_cache import NoCache, State
+from unislu_llm.models.lora import inject_lora, keep_gradients, quantization
 from unislu_llm.models.markers import install_markers
 from unislu_llm.models.probe import probe
 from unislu_llm.models.projector_base import Projected, Projector
@@ -73,6 +73,7 @@ class SpeechLLM(SLUModel):
         if getattr(llm.get_output_embeddings(), "weight", None) is None:
             raise UserError(f"model.llm {config.llm}: {type(llm).__name__} has no output layer")
         llm.requires_grad_(False)
+        keep_gradients(llm)
         embeddings = llm.get_input_embeddings()
         if self.encoder is not None:
             self.projector = build_projector(
@@ -210,7 +211,10 @@ class SpeechLLM(SLUModel):
         embeds, _ = lay_out([*parts, (target, read)], "right")
         self.check_fit(embeds.shape[1], "target")
         # Right padding under a causal mask: no valid position sees a padded one; no mask is needed.
-        hidden = self.body(inputs_embeds=embeds, use_cache=False).last_hidden_state
+        # Layers that are computed again take no cache, and recurrent ones have their own kinds.
+        cached = {} if self.recomputes or not self.rewinds else {
+            "past_key_values": NoCache()}
+        hidden = self.body(inputs_embeds=embeds, use_cache=False, **cached).last_hidden_state
         return self._target_losses(hidden, starts, batch)
 
     def _prompt(self, batch: Batch, speech: Projected | None) -> list[Part]:

@@ -124,7 +124,8 @@ class Steps:
         limit = self.config.train.max_grad_norm or math.inf
         # Reading the norm is the one time in a step that the host waits for the device. A loss
         # that is not finite has such a gradient, which must not reach weights and moments.
-        norm = float(self.accelerator.clip_grad_norm_(parameters, limit) or 0.0)
+        clipped = self.accelerator.clip_grad_norm_(parameters, limit)
+        norm = 0.0 if clipped is None else float(clipped)
         if not math.isfinite(norm):
             self._not_finite(micro)
             return
