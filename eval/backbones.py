@@ -133,14 +133,15 @@ def page(found: Mapping[str, Mapping[str, Cells]]) -> str:
     return "\n".join(lines)
 
 
-def write_page(text: str, path: Path = README) -> None:
-    """Put a text between the marks of a page; UserError: it has not both of them."""
-    before, mark, rest = path.read_text(encoding="utf-8").partition(BEGIN)
+def write_page(text: str, path: Path = README, script: str = "eval/backbones.py") -> None:
+    """Put a text between a script's marks on a page; UserError: it has not both of them."""
+    begin = BEGIN.replace("eval/backbones.py", script)
+    before, mark, rest = path.read_text(encoding="utf-8").partition(begin)
     _, end, behind = rest.partition(END)
     if not (mark and end):
-        raise UserError(f"{path} lacks the lines '{BEGIN}' and '{END}', between which the tables "
+        raise UserError(f"{path} lacks the lines '{begin}' and '{END}', between which the tables "
                         "go; put them there")
-    write_text(path, f"{before}{BEGIN}\n\n{text}\n{END}{behind}")
+    write_text(path, f"{before}{begin}\n\n{text}\n{END}{behind}")
 
 
 def main(options: Options) -> None:

@@ -72,7 +72,8 @@ LLMS = {"tiny": (32, 64, 2, 4, 2, 8, 400),
         "smollm2-135m": (576, 1536, 30, 9, 3, 64, 49_152),
         "qwen2.5-0.5b": (896, 4864, 24, 14, 2, 64, 151_936),
         "1b": (2048, 8192, 16, 32, 8, 64, 128_256),
-        "qwen2.5-7b": (3584, 18_944, 28, 28, 4, 128, 152_064)}
+        "qwen2.5-7b": (3584, 18_944, 28, 28, 4, 128, 152_064),
+        "llama-70b": (8192, 28_672, 80, 64, 8, 128, 128_256)}
 _LLM_FIELDS = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
                "num_key_value_heads", "head_dim", "vocab_size")
 WORDS = ("the", "council", "met", "in", "paris", "on", "monday", "and", "we", "thank", "them",

@@ -27,7 +27,7 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "eval" / "README.
          ROOT / "eval" / "results" / "README.md", ROOT / "adapters" / "README.md",
          *sorted((ROOT / "adapters").glob("*/README.md")), ROOT / "recipes/data/mini/README.md"]
 PROGRAMS = ("unislu", "accelerate", "torchrun", "python")
-RECIPE_FLAGS = {"config", "adapter", "llm", "encoder", "projector", "tasks_file",
+RECIPE_FLAGS = {"plan", "config", "adapter", "llm", "encoder", "projector", "tasks_file",
                 "decoder", "nproc_per_node"}
 QUICK_START = ("python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt -e "
                "'.[dev]' && accelerate launch recipes/train_llm.py")

@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from unislu_llm.models.speech_llm import SpeechLLM
     from unislu_llm.models.whisper_slu import WhisperSLU
     from unislu_llm.run_folder import load
+
+# It misses kernels for a CPU as soon as something imports it, and most models never run it.
+logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 
 __all__ = ["Answer", "SpeechLLM", "WhisperSLU", "load", "understand"]
 

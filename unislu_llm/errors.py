@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import difflib
 import errno
-import logging
 import os
 import re
 import sys
@@ -133,8 +132,6 @@ def quiet_libraries() -> None:
     """Switch off what libraries say at a start that no user can act on."""
     # The tokenizer's threads do not survive a fork, and it warns at every one.
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # Where it is installed it is imported, and misses kernels for a CPU, which never runs it.
-    logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
 
 
 def launched() -> bool:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -62,7 +61,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_a_step_waits_for_the_device_twice_at_most(
-        case: str, tiny_config: Callable[..., Config], monkeypatch: pytest.MonkeyPatch) -> None:
+        case: str, tiny_config: Callable[..., Config]) -> None:
     """For the norm of its gradient, which says whether it may be taken, and for its losses."""
     config = tiny_config(model=CASES[case], train={"accumulation": 2})
     rows = [u.__class__(**{**vars(u), "hypothesis": u.text})
@@ -75,9 +74,6 @@ def test_a_step_waits_for_the_device_twice_at_most(
     trainer.optimizer = build_optimizer(trainer.model.trainable_groups(), config.train)
     trainer.window = Window(trainer.objective, META)
     micro = next(trainer.batches(0))
-    # Autocast does not know of `meta`.
-    monkeypatch.setattr(torch, "is_autocast_enabled", lambda _: False)
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     assert len(micro) == 2
     with Waits() as waits:
         trainer.step(micro)

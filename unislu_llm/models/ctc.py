@@ -154,7 +154,8 @@ class CTCProjector(Projector):
     def logits(self, states: Tensor, classes: Tensor | None = None) -> Tensor:
         """`(..., hidden)` to `(..., 1 + n)`, fp32: blank, then `classes` (default: all)."""
         # bf16 would leave two tokens of near-equal score to rounding.
-        with torch.autocast(states.device.type, enabled=False):
+        where = "cpu" if states.is_meta else states.device.type  # autocast knows no shapes
+        with torch.autocast(where, enabled=False):
             rows = self.rows(classes) / self.norm.scale
             keys = torch.cat([self.blank[None], rows])
             scores = self.to_token(states.float()) @ keys.T / len(self.blank) ** 0.5

@@ -108,8 +108,7 @@ class SpeechEncoder(nn.Module):
 
     def _run(self, mel: Tensor, mel_lengths: Sequence[int]) -> Tensor:
         net: Any = self.whisper
-        if not torch.is_autocast_enabled(mel.device.type):
-            mel = mel.to(net.conv1.weight.dtype)
+        mel = mel.to(net.conv1.weight.dtype)
         outside = ~valid_mask(mel_lengths, mel.shape[-1], mel.device)[:, None, :]
         x = F.gelu(net.conv1(mel.masked_fill(outside, 0.0)))
         x = F.gelu(net.conv2(x.masked_fill(outside, 0.0))).transpose(1, 2)

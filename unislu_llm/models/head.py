@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 # Logits that exist at one time, 64 MiB and 1 GiB in fp32. A GPU reads the whole output layer for
 # each chunk, and is faster with fewer.
-_LOGITS_ON_CPU, _LOGITS_ON_GPU = 1 << 24, 1 << 28
+LOGITS_ON_CPU, LOGITS_ON_GPU = 1 << 24, 1 << 28
 
 # What models do to the logits of their output layer, by names of configurations: Granite, Cohere,
 # Falcon-H1; Gemma 2, RecurrentGemma, xLSTM. The probe of a new model refuses what is none of these.
@@ -45,7 +45,7 @@ def token_losses(model: Any, hidden: Tensor, targets: Tensor, chunk: int = 0) ->
     def losses(h: Tensor, t: Tensor) -> Tensor:
         return F.cross_entropy(logits_of(model, h).float(), t, reduction="none")
 
-    most = _LOGITS_ON_CPU if hidden.device.type == "cpu" else _LOGITS_ON_GPU
+    most = LOGITS_ON_CPU if hidden.device.type == "cpu" else LOGITS_ON_GPU
     # By the configuration: a sharded output layer does not know its own size.
     chunk = chunk or max(16, most // int(model.config.get_text_config().vocab_size))
     keep = len(hidden) <= chunk or not torch.is_grad_enabled()

@@ -8,6 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any, Literal, Self
 
+import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from unislu_llm import weights
@@ -32,6 +33,8 @@ class Base(BaseModel):
     @classmethod
     def resolve(cls, part: str, name: str, stored: Base | None) -> tuple[Path, Base]:
         """Folder of a checkpoint, and what it is; warns where its weights are not `stored`'s."""
+        if torch.get_default_device().type == "meta":
+            return weights.described(name).path, cls(name=name)
         # The commit that a model was trained on, not what has become of the name since.
         found = weights.resolve(name, revision=stored.revision if stored else None)
         digest = weights.weights_hash(found.path)

@@ -87,7 +87,7 @@ class WhisperSLU(SLUModel):
         """Frames of a batch, the mask of the attention to them, and the prompt `(batch, n)`."""
         frames, lengths = self._frames(batch)
         # A cache keeps fp16.
-        autocast = torch.is_autocast_enabled(frames.device.type)
+        autocast = not frames.is_meta and torch.is_autocast_enabled(frames.device.type)
         own = self.encoder.whisper.layer_norm.weight.dtype
         frames = frames.to(torch.float32 if autocast else own)
         prompt = torch.tensor(self.prompt).to(frames.device, non_blocking=True)

