@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from unislu_llm.data.manifest import Row
+from unislu_llm.data.mending import composed
 from unislu_llm.data.mixture import Mixture
 from unislu_llm.data.row_reader import FIELDS, lookalike
+from unislu_llm.errors import shorten
 from unislu_llm.tasks import TaskRegistry
-from unislu_llm.tokenizer import Example
+from unislu_llm.tokenizer import Example, UnifiedTokenizer
 
 
 class Unread(NamedTuple):
@@ -77,6 +79,20 @@ def run_findings(train: Sequence[Example], dev: Sequence[Example], mixture: Mixt
                  in zip(mixture.names, mixture.shares, mixture.members, kept, strict=True)
                  if not there]
     return [*found, *_twice(drawn), *_leaks(drawn, dev), *_tasks(drawn, dev)]
+
+
+def unspelled(train: Sequence[Example], tokenizer: UnifiedTokenizer) -> Iterator[str]:
+    """What a tokenizer does not give back of the training texts."""
+    texts = {composed(e.utterance.text): e.utterance.where for e in train}
+    lost = [(text, back) for text in texts
+            if (back := composed(tokenizer.decode(tokenizer.text_ids(text)))) != text]
+    for text, back in lost[:1]:
+        # Long texts are told where they differ.
+        at = next((i for i, c in enumerate(text) if back[i:i + 1] != c), len(text))
+        has, gets = (shorten(some[max(at - 15, 0):]) for some in (text, back))
+        yield (f"data.train: the tokenizer does not keep {len(lost)} of {_count(len(texts), 'text')}"
+               f", which the model will not write as they are: {texts[text]}, the first, has "
+               f"'{has}' and it gives '{gets}' back; write them otherwise, or take another LLM")
 
 
 def _twice(train: Sequence[Example]) -> Iterator[str]:

@@ -115,7 +115,7 @@ class Grammar:
         root = self._states[state].edges[self._ids[task.open]] = self._new()
         for label, following in after.items():
             node = root
-            for token in label_ids(self.tokenizer, task, label):
+            for token in self.tokenizer.label_ids(task, label):
                 if token not in self._states[node].edges:
                     self._states[node].edges[token] = self._new()
                 node = self._states[node].edges[token]
@@ -145,19 +145,6 @@ class Grammar:
          self.empty, self.phrase) = (t.to(self.device) for t in (
              table[..., 0].contiguous(), table[..., 1].contiguous(), blank, solid, need, groups,
              empty, empty | inside))
-
-
-def label_ids(tokenizer: UnifiedTokenizer, task: LabelTask, label: str) -> list[int]:
-    """Ids of a label as it stands between its markers.
-
-    Raises:
-        UserError: they decode to something else.
-    """
-    ids = tokenizer.text_ids(label)
-    if tokenizer.decode(ids) != label:
-        raise UserError(f"task '{task.name}': the tokenizer gives label '{label}' back as "
-                        f"'{tokenizer.decode(ids)}'; rename it")
-    return ids
 
 
 class GrammarProcessor:

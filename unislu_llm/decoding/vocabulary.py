@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from unicodedata import category
 
 import torch
 
+from unislu_llm.scoring.text import is_letter
 from unislu_llm.tokenizer import UnifiedTokenizer
 
 BROKEN = "\ufffd"  # what a part of a character decodes to
@@ -39,7 +41,9 @@ class Vocabulary:
         self.whole = [not (BROKEN in text or (name and _BYTE.fullmatch(name)))
                       for text, name in zip(self.texts, names, strict=True)]
         visible = torch.tensor([bool(text.replace(BROKEN, "").strip()) for text in self.texts])
-        letters = torch.tensor([any(c.isalnum() or c == BROKEN for c in t) for t in self.texts])
+        # Marks too: accents by themselves, and the vowels of many scripts.
+        letters = torch.tensor([any(c == BROKEN or category(c)[0] in "LNM" for c in t)
+                                for t in self.texts])
         self.plain = torch.tensor([bool(text) and "[" not in text for text in self.texts])
         self.solid = self.plain & visible
         self.words = torch.tensor([bool(text) for text in self.texts]) & (letters | ~visible)
@@ -49,27 +53,22 @@ class Vocabulary:
         if not (self.whole[left] and self.whole[right]):
             return not (self.texts[right][:1].isspace() and self.whole[right])
         a, b = self.texts[left][-1:], self.texts[right][:1]
-        return a.isalnum() and b.isalnum() and not (_unspaced(a) or _unspaced(b))
-
-
-def _unspaced(char: str) -> bool:
-    """Of a script without blanks between words: Thai to Khmer, the Chinese and Japanese ones."""
-    return ("\u0e00" <= char <= "\u0eff" or "\u1780" <= char <= "\u17ff"
-            or "\u2e80" <= char <= "\u9fff" or char > "\U0001ffff")
+        return bool(a and b) and is_letter(a) and is_letter(b)
 
 
 def _texts(tokenizer: UnifiedTokenizer, size: int) -> list[str]:
-    """Each token's characters as decoded; tokens that decoding drops have none."""
+    """Each token's characters as decoded; of special tokens they mean nothing."""
     # Behind a letter, because tokenizers hide the blank of a text's first word.
     anchor = tokenizer.text_ids("a")[-1]
-    pairs = [[anchor, i] for i in (*range(size), anchor)]
+    pairs = [[anchor], *([anchor, i] for i in range(size))]
     if backend := getattr(tokenizer.base, "backend_tokenizer", None):  # many times faster
         decoded: Sequence[str] = backend.decode_batch(pairs, skip_special_tokens=True)
     else:
         decoded = [str(tokenizer.base.decode(pair, skip_special_tokens=True,
                                              clean_up_tokenization_spaces=False)) for pair in pairs]
-    lead = decoded[-1].index("a") + 1  # the anchor's own characters
-    return [text[lead:] for text in decoded[:-1]]
+    found = [text.removeprefix(decoded[0]) for text in decoded[1:]]
+    # These others give nothing for a byte of a character alone.
+    return found if backend else [text or BROKEN for text in found]
 
 
 vocabulary_of = lru_cache(maxsize=4)(Vocabulary)
