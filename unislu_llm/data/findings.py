@@ -90,9 +90,9 @@ def unspelled(train: Sequence[Example], tokenizer: UnifiedTokenizer) -> Iterator
         # Long texts are told where they differ.
         at = next((i for i, c in enumerate(text) if back[i:i + 1] != c), len(text))
         has, gets = (shorten(some[max(at - 15, 0):]) for some in (text, back))
-        yield (f"data.train: the tokenizer does not keep {len(lost)} of {_count(len(texts), 'text')}"
-               f", which the model will not write as they are: {texts[text]}, the first, has "
-               f"'{has}' and it gives '{gets}' back; write them otherwise, or take another LLM")
+        yield (f"data.train: {_count(len(lost), 'text')} of {len(texts)} cannot be written by the "
+               f"tokenizer as they are, so that the model will not: {texts[text]}, the first, has "
+               f"'{has}', which becomes '{gets}'; write them otherwise, or take another LLM")
 
 
 def _twice(train: Sequence[Example]) -> Iterator[str]:
