@@ -169,46 +169,41 @@ def test_pieces_of_a_unigram_model_are_text_as_well() -> None:
         kind.Metaspace(prepend_scheme="first") for kind in (pre_tokenizers, decoders))
     base = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
     tokenizer = UnifiedTokenizer(base, REGISTRY)
-    for text in ("he is </s> there", "</s>", "a <pad></s>"):
+    for text in ("he is </s> there", "</s>", "a <pad></s>", "he 東 is"):
         ids = tokenizer.text_ids(text)
-        assert not {0, 1} & {*ids}, "</s> is unknown letters' token too"
-        assert tokenizer.decode(ids) == text
-    assert 0 not in tokenizer.text_ids("he 東 is")
+        assert not {0, 1} & {*ids}, "</s> is the token of unknown letters too"
+        assert tokenizer.decode(ids) == text or "東" in text
 
 
 LOSSY = {"capital letters": normalizers.Lowercase(), "blanks": normalizers.Replace(" ", ""),
          "digits": normalizers.Replace(Regex("[0-9]"), "0"),
          "punctuation": normalizers.Replace("'", " ' "),
          "accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
-         "letters of other scripts": normalizers.BertNormalizer(
-             clean_text=False, handle_chinese_chars=True, strip_accents=False, lowercase=False)}
+         "letters of other scripts": normalizers.BertNormalizer(False, True, False, False)}
 
 
 @pytest.mark.parametrize("kept", LOSSY)
-def test_a_tokenizer_that_changes_texts_is_named(tiny_tokenizer: Callable[..., Any],
-                                                 kept: str) -> None:
+def test_what_changes_texts_is_refused(tiny_tokenizer: Callable[..., Any], kept: str) -> None:
     base = tiny_tokenizer()
     base.backend_tokenizer.normalizer = LOSSY[kept]
-    with pytest.raises(UserError, match=f"^model.llm X: its tokenizer does not keep {kept}: it "
-                                        "gives '.*' back for '.*'; take an LLM"):
-        UnifiedTokenizer(base, REGISTRY).check("model.llm X")
+    with pytest.raises(UserError, match=f"^X: its tokenizer does not keep {kept}: it gives '"):
+        UnifiedTokenizer(base, REGISTRY).check("X")
 
 
 def test_what_is_spelled_otherwise_is_composed_and_what_is_lacking_does_not_refuse(
         tokenizer: UnifiedTokenizer, tiny_tokenizer: Callable[..., Any]) -> None:
-    tokenizer.check("model.llm X")
-    base = tiny_tokenizer()
-    base.backend_tokenizer.normalizer = normalizers.NFD()
-    composed = UnifiedTokenizer(base, TaskRegistry([ACTS]))
-    composed.check("model.llm X")
+    tokenizer.check("X")
+    apart, english, other = (tiny_tokenizer() for _ in range(3))
+    apart.backend_tokenizer.normalizer = normalizers.NFD()
+    composed = UnifiedTokenizer(apart, TaskRegistry([ACTS]))
+    composed.check("X")
     assert composed.decode(composed.text_ids("in Zürich")) == "in Zürich"
     # No letter beyond ASCII: transcripts in English can be right, and such a label cannot.
-    english, other = tiny_tokenizer(), tiny_tokenizer()
     for base in (english, other):
         base.backend_tokenizer.normalizer = normalizers.Replace(Regex("[^ -~]"), "")
-    UnifiedTokenizer(english, TaskRegistry([SA])).check("model.llm X")
+    UnifiedTokenizer(english, TaskRegistry([SA])).check("X")
     with pytest.raises(UserError, match="'acts': the tokenizer gives label 'naïve 東' back as"):
-        UnifiedTokenizer(other, TaskRegistry([ACTS])).check("model.llm X")
+        UnifiedTokenizer(other, TaskRegistry([ACTS])).check("X")
 
 
 def test_prompts_may_hold_special_tokens(tokenizer: UnifiedTokenizer) -> None:

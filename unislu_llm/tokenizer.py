@@ -24,8 +24,7 @@ from unislu_llm.utterance import Utterance
 
 _PROBES = {"capital letters": "Anna", "blanks": "he was here", "digits": "on 12 May 2004",
            "punctuation": "O'Neil's 1,250 re-opened.", "accents": "naïve, Zürich",
-           "letters of other scripts": "東京Москва"}
-"""What a tokenizer has to keep of a text, with a text that has it."""
+           "letters of other scripts": "東京Москва"}  # by what each of them has
 
 
 @dataclass(frozen=True)
@@ -69,8 +68,7 @@ class UnifiedTokenizer:
         registry: tasks whose markers it learns.
         eos_id: id that ends a target; default: the tokenizer's end-of-text token.
 
-    Raises:
-        UserError: no end-of-text token, or a marker that the tokenizer has with another meaning.
+    Raises UserError: no end-of-text token, or a marker that the tokenizer has in another meaning.
     """
 
     def __init__(self, base: PreTrainedTokenizerBase, registry: TaskRegistry,
@@ -88,15 +86,13 @@ class UnifiedTokenizer:
         # SentencePiece puts the blank before a word by itself.
         word = base.convert_ids_to_tokens(base("word", add_special_tokens=False)["input_ids"])
         self._lead = "" if "".join(word).startswith("▁") else " "
-        # Text has no special token but "unknown", and never the end. Pieces of a unigram model are
-        # found in a text whatever they are called: they are spelled by letters.
-        known, unknown = base.get_vocab(), base.unk_token_id
-        special = {*base.all_special_ids, self.eos_id} - ({unknown} - {self.eos_id})
+        # Pieces of a unigram model are found in a text whatever they are called: there they are
+        # letters, and what is unknown, which may share its token with the end, is left out.
+        known, end, unknown = base.get_vocab(), self.eos_id, base.unk_token_id
         self._spelled = {i: [known[c] for c in str(base.convert_ids_to_tokens(i))
-                             if i != unknown and known.get(c, self.eos_id) != self.eos_id]
-                         for i in special}
-        self._decomposes = False
-        self._decomposes = self.decode(self.text_ids("é")) == "e\u0301"
+                             if i != unknown and known.get(c, end) != end]
+                         for i in {*base.all_special_ids, end}}
+        self._decomposes = "\u0301" in base.decode(base("é", add_special_tokens=False)["input_ids"])
 
     def check(self, llm: str) -> None:
         """Raises UserError: text, or a label, comes back otherwise than it is written (in NFC)."""
@@ -165,16 +161,14 @@ class UnifiedTokenizer:
 
 def _add_markers(tokenizer: PreTrainedTokenizerBase, registry: TaskRegistry) -> list[int]:
     """Give every marker one id, contiguous and in the registry's order; twice changes nothing."""
-    vocabulary = tokenizer.get_vocab()
-    known = [m for m in registry.markers if m in vocabulary]
+    known = sorted(tokenizer.get_vocab().keys() & {*registry.markers})
     if known and len(known) != len(registry.markers):
         raise UserError(f"the tokenizer already has a token '{known[0]}'; rename this marker in "
                         "the task registry")
     if not known:
         tokenizer.add_tokens([AddedToken(m, normalized=False, special=False)
                               for m in registry.markers])
-        vocabulary = tokenizer.get_vocab()
-    ids = [vocabulary[m] for m in registry.markers]
+    ids = list(map(tokenizer.get_vocab().__getitem__, registry.markers))
     if ids != list(range(ids[0], ids[0] + len(ids))):
         raise UserError("the tokenizer holds the markers in another order than the task registry; "
                         "use the tokenizer and the tasks of one run together")

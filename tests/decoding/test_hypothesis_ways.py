@@ -137,10 +137,8 @@ def test_word_for_word(build: Build, free: bool, monkeypatch: pytest.MonkeyPatch
     logits = model.logits
     monkeypatch.setattr(model, "logits", lambda hidden: (
         seen.append(hidden[..., 0].numel()), logits(hidden))[1])
-    kept = []
-    for text in TEXTS:
-        said = model.tokenizer.text_ids(text)
-        kept.append(model.tokenizer.decode(said[:loop_start(said)]).replace("[", ""))
+    said = [model.tokenizer.text_ids(text) for text in TEXTS]
+    kept = [model.tokenizer.decode(ids[:loop_start(ids)]).replace("[", "") for ids in said]
     assert kept[:2] == TEXTS[:2]
     assert len(kept[2]) < len(TEXTS[2]) / 3
     assert "[" in TEXTS[4]
@@ -173,7 +171,7 @@ def test_of_a_token_with_a_bracket_the_letters_stay(
     model = build("llm", tokenizer=base, separator=2.0, hypothesis="manifest", transcript=way)
     said = model.tokenizer.text_ids("3.5 [no] [[ (yes)")
     assert {" [no", "[["} <= {*base.convert_ids_to_tokens(said)}
-    # The bias and the margin outweigh whatever a random model would rather say.
+    # The bias outweighs whatever a random model would rather say.
     answer, = decode(model, noise(1), [["ner"]], ["3.5 [no] [[ (yes)"], hypothesis_bias=500.0)
     assert re.sub(r"[^a-z0-9 ]", "", answer.transcript).split() == ["35", "no", "yes"]
     assert way != "verbatim" or answer.transcript == "3.5 no] (yes)"

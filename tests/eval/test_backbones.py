@@ -20,9 +20,7 @@ KINDS = ("GPT-2: one token begins, ends and fills", "no padding token", "charact
          "byte-level BPE, NFD", "bytes, without a backend (ByT5)")
 REFUSED = {
     "no end token": "no end-of-text token; name one as eos_token in the folder's tokenizer_config",
-    "WordPiece": "does not keep punctuation: it gives 'O ' Neil ' s 1, 250 re - opened.' back for "
-                 "'O'Neil's 1,250 re-opened.'; take an LLM",
-    "words that end in </w>, lower case (GPT)": "does not keep capital letters: it gives 'anna'",
+    "WordPiece": "does not keep punctuation: it gives 'O ' Neil ' s 1, 250 re - opened.' back for",
     "whole words": "does not keep capital letters: it gives '' back for 'Anna'"}
 
 

@@ -87,12 +87,11 @@ def unspelled(train: Sequence[Example], tokenizer: UnifiedTokenizer) -> Iterator
     lost = [(text, back) for text in texts
             if (back := composed(tokenizer.decode(tokenizer.text_ids(text)))) != text]
     for text, back in lost[:1]:
-        # Long texts are told where they differ.
         at = next((i for i, c in enumerate(text) if back[i:i + 1] != c), len(text))
-        has, gets = (shorten(some[max(at - 15, 0):]) for some in (text, back))
-        yield (f"data.train: {_count(len(lost), 'text')} of {len(texts)} cannot be written by the "
-               f"tokenizer as they are, so that the model will not: {texts[text]}, the first, has "
-               f"'{has}', which becomes '{gets}'; write them otherwise, or take another LLM")
+        at = text.rfind(" ", 0, at) + 1  # long texts are told from the word on where they differ
+        yield (f"data.train: the tokenizer cannot write {_count(len(lost), 'text')} of {len(texts)}"
+               f" as they are; in {texts[text]}, the first, '{shorten(text[at:])}' becomes "
+               f"'{shorten(back[at:])}': write it otherwise, or take another LLM")
 
 
 def _twice(train: Sequence[Example]) -> Iterator[str]:

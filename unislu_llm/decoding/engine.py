@@ -18,14 +18,7 @@ from unislu_llm.decoding.hypothesis_bias import HypothesisBias
 from unislu_llm.decoding.loops import loop_start
 from unislu_llm.decoding.no_speech import evidence_of
 from unislu_llm.decoding.reading import feed
-from unislu_llm.decoding.search import (
-    Decoded,
-    Ends,
-    Processor,
-    beam_search,
-    padded,
-    score_labels,
-)
+from unislu_llm.decoding.search import Decoded, Ends, Processor, beam_search, padded, score_labels
 from unislu_llm.decoding.vocabulary import vocabulary_of
 from unislu_llm.errors import UserError
 from unislu_llm.models.base import SLUModel
@@ -273,19 +266,14 @@ class Engine:
         feed(self.model, state, [transcript.ids for transcript in kept])
         return kept
 
-    def _kept(self, hypothesis: Sequence[int]) -> Decoded:
-        """A hypothesis as a transcript, of which nothing is known but what it says."""
-        ids = self._plain(hypothesis[:loop_start(hypothesis)])  # copied, it would be one of ours
-        return Decoded(ids, [math.nan] * len(ids))
-
-    def _plain(self, hypothesis: Sequence[int]) -> list[int]:
-        """A hypothesis as a transcript may have it: without `[`, with which markers begin."""
-        tokenizer, ids = self.model.tokenizer, list(hypothesis)
-        plain = vocabulary_of(tokenizer).plain
+    def _kept(self, hypothesis: Sequence[int], loops: bool = False) -> Decoded:
+        """A hypothesis as a transcript may have it, of which nothing is known but what it says."""
+        ids = list(hypothesis[:None if loops else loop_start(hypothesis)])  # copied, it is ours
+        tokenizer, plain = self.model.tokenizer, vocabulary_of(self.model.tokenizer).plain
         if not plain[ids].all():  # tokens may have letters beside the bracket
             text = " ".join(tokenizer.decode(ids).replace("[", "").split())
             ids = [i for i in tokenizer.text_ids(text) if plain[i]]
-        return ids
+        return Decoded(ids, [math.nan] * len(ids))
 
     def _budget(self, seconds: float, need: int, fit: int, verbatim: int = 0) -> int:
         """New tokens of an answer: by audio length, but with room for the shortest, and behind
@@ -314,8 +302,8 @@ class Engine:
     def _maker(self, requests: Sequence[Request], budgets: Sequence[int], state: State) -> Make:
         """What makes the processors of transcripts: the grammar, and before it the bias."""
         read, margin = self._hypotheses(state), self._way(state) == "margin"
-        if read is not None:  # copied, a loop would be one of ours
-            read = [self._plain(ids[:loop_start(ids) if margin else None]) for ids in read]
+        if read is not None:
+            read = [self._kept(ids, loops=not margin).ids for ids in read]
 
         def make() -> list[Processor]:
             grammar = self._processors(requests, budgets)

@@ -53,8 +53,7 @@ class Grammar:
         phrase: `(states,)` bool, in a phrase.
         kinds: `(3, tokens + 1)` bool, ids of no token, of visible text, and of all text.
 
-    Raises:
-        UserError: the tokenizer does not give a label back as it is written.
+    Raises UserError: the tokenizer does not give a label back as it is written.
     """
 
     def __init__(self, tokenizer: UnifiedTokenizer, device: torch.device | str = "cpu") -> None:
@@ -154,8 +153,7 @@ class GrammarProcessor:
     ended. With `grounded`, phrases of span tasks are whole words of the row's transcript; without,
     nothing in it waits for the device.
 
-    Raises:
-        UserError: a budget is below the shortest answer.
+    Raises UserError: a budget is below the shortest answer.
     """
 
     def __init__(self, grammar: Grammar, requests: Sequence[Request], budgets: Sequence[int],

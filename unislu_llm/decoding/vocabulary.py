@@ -26,8 +26,8 @@ class Vocabulary:
         plain: what text may hold with the grammar: no marker, no special token, and no `[`. No run
             of such tokens spells a marker, which a decoded string could not tell from a real one.
         solid: plain ones that are more than blanks whatever stands around them.
-        words: those with a letter or digit (or a part of one), and blanks: what a hypothesis is
-            aligned by. Other tokens of text are punctuation.
+        words: those with a letter, an accent or a digit (or a part of one), and blanks: what a
+            hypothesis is aligned by. Other tokens of text are punctuation.
     """
 
     def __init__(self, tokenizer: UnifiedTokenizer) -> None:
@@ -41,9 +41,8 @@ class Vocabulary:
         self.whole = [not (BROKEN in text or (name and _BYTE.fullmatch(name)))
                       for text, name in zip(self.texts, names, strict=True)]
         visible = torch.tensor([bool(text.replace(BROKEN, "").strip()) for text in self.texts])
-        # Marks too: accents by themselves, and the vowels of many scripts.
-        letters = torch.tensor([any(c == BROKEN or category(c)[0] in "LNM" for c in t)
-                                for t in self.texts])
+        letters = torch.tensor([any(c == BROKEN or category(c)[0] in "LMN" for c in text)
+                                for text in self.texts])
         self.plain = torch.tensor([bool(text) and "[" not in text for text in self.texts])
         self.solid = self.plain & visible
         self.words = torch.tensor([bool(text) for text in self.texts]) & (letters | ~visible)
@@ -59,16 +58,15 @@ class Vocabulary:
 def _texts(tokenizer: UnifiedTokenizer, size: int) -> list[str]:
     """Each token's characters as decoded; of special tokens they mean nothing."""
     # Behind a letter, because tokenizers hide the blank of a text's first word.
-    anchor = tokenizer.text_ids("a")[-1]
-    pairs = [[anchor], *([anchor, i] for i in range(size))]
+    anchor = tokenizer.text_ids("a")[-1:]
+    pairs = [anchor, *([*anchor, i] for i in range(size))]
     if backend := getattr(tokenizer.base, "backend_tokenizer", None):  # many times faster
         decoded: Sequence[str] = backend.decode_batch(pairs, skip_special_tokens=True)
     else:
         decoded = [str(tokenizer.base.decode(pair, skip_special_tokens=True,
                                              clean_up_tokenization_spaces=False)) for pair in pairs]
-    found = [text.removeprefix(decoded[0]) for text in decoded[1:]]
-    # These others give nothing for a byte of a character alone.
-    return found if backend else [text or BROKEN for text in found]
+    # Python's tokenizers give nothing for a part of a character.
+    return [text.removeprefix(decoded[0]) or ("" if backend else BROKEN) for text in decoded[1:]]
 
 
 vocabulary_of = lru_cache(maxsize=4)(Vocabulary)

@@ -173,10 +173,9 @@ class Trainer(Steps):
 
     def _warn_of_data(self, examples: Sequence[Example]) -> None:
         mixture = self.plan.mixture
-        drawn = mixture.size if mixture else len(examples)
+        drawn = (mixture.size if mixture else len(examples)) * self.total_steps
         for line in [*unspelled(examples, self.model.tokenizer), *run_findings(
-                examples, self.dev, mixture,
-                drawn * self.total_steps // max(self.plan.steps(1), 1))]:
+                examples, self.dev, mixture, drawn // max(self.plan.steps(1), 1))]:
             log.warning(line)
 
     def _fill_cache(self) -> None:

@@ -15,7 +15,6 @@ import torch
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.models.auto.tokenization_auto import tokenizer_class_from_name
 
 from unislu_llm.errors import UserError, shorten
 from unislu_llm.io import MODEL_FILE, read_json
@@ -46,7 +45,9 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
             options |= _fitting(kind, folder)
             if "quantization_config" not in described and not is_deepspeed_zero3_enabled():
                 _rehearse(kind, folder, options | safe)
-        elif not (any(next(folder.glob(name), None) for name in _TOKENIZERS) or _fileless(folder)):
+        elif not (any(next(folder.glob(name), None) for name in _TOKENIZERS) or any(
+                b"ByT5Tokenizer" in path.read_bytes()  # its tokens are bytes and need no file
+                for path in folder.glob("tokenizer_config.json"))):
             raise UserError(f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)}); copy it there")
         return kind.from_pretrained(folder, **options, **safe)
     except (UserError, torch.OutOfMemoryError):
@@ -60,13 +61,6 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
                             ) from error
         raise UserError(f"{_culprit(folder)} cannot be loaded as {kind.__name__}: "
                         f"{shorten(said, 200) or type(error).__name__}") from error
-
-
-def _fileless(folder: Path) -> bool:
-    """Whether a tokenizer needs no file, since its tokens are bytes (ByT5) or code points."""
-    path = folder / "tokenizer_config.json"
-    name = read_json(path).get("tokenizer_class") if path.is_file() else None
-    return getattr(tokenizer_class_from_name(str(name)), "vocab_files_names", None) == {}
 
 
 def _fitting(kind: Any, folder: Path) -> dict[str, Any]:
