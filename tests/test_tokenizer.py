@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders
-from transformers import AddedToken, AutoTokenizer
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
 from unislu_llm import weights
 from unislu_llm.errors import UserError
@@ -159,6 +159,51 @@ def test_a_special_token_typed_in_a_transcript_is_text(tokenizer: UnifiedTokeniz
     target = tokenizer.target(Example(utterance, "sa"))
     assert target.ids.count(tokenizer.eos_id) == 1
     assert tokenizer.decode(target.ids) == f"he typed {special} and left[T/L][SA][S]Neutral[/S]"
+
+
+def test_pieces_of_a_unigram_model_are_text_as_well() -> None:
+    """They are found in a text whatever they are called; of unknown letters nothing is the end."""
+    pieces = ["</s>", "<pad>", "<unk>", "▁", "▁he", *"<>/sabcdeéo'ANR.,-0123459Wzrihtwnpu"]
+    backend = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], 0))
+    backend.pre_tokenizer, backend.decoder = (
+        kind.Metaspace(prepend_scheme="first") for kind in (pre_tokenizers, decoders))
+    base = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", pad_token="<pad>")
+    tokenizer = UnifiedTokenizer(base, REGISTRY)
+    for text in ("he is </s> there", "</s>", "a <pad></s>", "he 東 is"):
+        ids = tokenizer.text_ids(text)
+        assert not {0, 1} & {*ids}, "</s> is the token of unknown letters too"
+        assert tokenizer.decode(ids) == text or "東" in text
+
+
+LOSSY = {"capital letters": normalizers.Lowercase(), "blanks": normalizers.Replace(" ", ""),
+         "digits": normalizers.Replace(Regex("[0-9]"), "0"),
+         "punctuation": normalizers.Replace("'", " ' "),
+         "accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+         "letters of other scripts": normalizers.BertNormalizer(False, True, False, False)}
+
+
+@pytest.mark.parametrize("kept", LOSSY)
+def test_what_changes_texts_is_refused(tiny_tokenizer: Callable[..., Any], kept: str) -> None:
+    base = tiny_tokenizer()
+    base.backend_tokenizer.normalizer = LOSSY[kept]
+    with pytest.raises(UserError, match=f"^X: its tokenizer does not keep {kept}: it gives '"):
+        UnifiedTokenizer(base, REGISTRY).check("X")
+
+
+def test_what_is_spelled_otherwise_is_composed_and_what_is_lacking_does_not_refuse(
+        tokenizer: UnifiedTokenizer, tiny_tokenizer: Callable[..., Any]) -> None:
+    tokenizer.check("X")
+    apart, english, other = (tiny_tokenizer() for _ in range(3))
+    apart.backend_tokenizer.normalizer = normalizers.NFD()
+    composed = UnifiedTokenizer(apart, TaskRegistry([ACTS]))
+    composed.check("X")
+    assert composed.decode(composed.text_ids("in Zürich")) == "in Zürich"
+    # No letter beyond ASCII: transcripts in English can be right, and such a label cannot.
+    for base in (english, other):
+        base.backend_tokenizer.normalizer = normalizers.Replace(Regex("[^ -~]"), "")
+    UnifiedTokenizer(english, TaskRegistry([SA])).check("X")
+    with pytest.raises(UserError, match="'acts': the tokenizer gives label 'naïve 東' back as"):
+        UnifiedTokenizer(other, TaskRegistry([ACTS])).check("X")
 
 
 def test_prompts_may_hold_special_tokens(tokenizer: UnifiedTokenizer) -> None:

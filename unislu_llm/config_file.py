@@ -68,8 +68,7 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
     flags = {key: value for key in ("llm", "projector")
              if (value := getattr(chosen, key)) is not None}
     told, init = f"config: {file}", values.get("train", {}).get("init")
-    shown = {"config": (Path, Field(file, description="Config file (YAML).")),
-             **(extra or {})}
+    shown = {"config": (Path, Field(file, description="Config file (YAML).")), **(extra or {})}
     if presets is not None and not run:
         llm = flags.get("llm") or values.get("model", {}).get("llm") or ModelConfig().llm
         preset = chosen.adapter or find_preset(presets, llm)

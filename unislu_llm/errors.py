@@ -160,8 +160,7 @@ def dotted(place: Place) -> str:
     return text.removeprefix(".")
 
 
-def explain(error: ValidationError, model: type[Any],
-            where: Callable[[Place], str]) -> UserError:
+def explain(error: ValidationError, model: type[Any], where: Callable[[Place], str]) -> UserError:
     """What pydantic found, as one message: a line a fault, with the nearest known name.
 
     Args:

@@ -22,13 +22,7 @@ from unislu_llm.decoding.predict import predict
 from unislu_llm.errors import UserError, dotted, explain
 from unislu_llm.evaluate_options import Options
 from unislu_llm.io import MODEL_FILE, WEIGHTS_FILE, portable, read_json, sha256, write_text
-from unislu_llm.prediction_file import (
-    PredictionFile,
-    Rows,
-    decoding_of,
-    differences,
-    key_of,
-)
+from unislu_llm.prediction_file import PredictionFile, Rows, decoding_of, differences, key_of
 from unislu_llm.run_folder import Run, find_run, load_model, versions
 from unislu_llm.scoring.calibration import calibrate
 from unislu_llm.scoring.predictions import check_predictions
@@ -192,8 +186,7 @@ def _about(job: Job, key: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[st
         "command": " ".join(_without_paths(sys.argv)), **_made()})
 
 
-def _decode(job: Job, examples: list[Example],
-            file: PredictionFile) -> tuple[Rows, dict[str, Any]]:
+def _decode(job: Job, examples: list[Example], file: PredictionFile) -> tuple[Rows, dict[str, Any]]:
     """Decode what an interrupted evaluation left to do; every finished batch is kept at once."""
     done, seconds = file.resume()
     left = [example for example in examples if example.key not in done]

@@ -12,14 +12,19 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import groupby, takewhile
+from unicodedata import normalize
 
 from transformers import AddedToken, PreTrainedTokenizerBase
 
 from unislu_llm.errors import UserError
 from unislu_llm.loss import ASR_PART, TASK_PART
-from unislu_llm.tasks import ASR, TaskRegistry
+from unislu_llm.tasks import ASR, LabelTask, Task, TaskRegistry
 from unislu_llm.unified import encode
 from unislu_llm.utterance import Utterance
+
+_PROBES = {"capital letters": "Anna", "blanks": "he was here", "digits": "on 12 May 2004",
+           "punctuation": "O'Neil's 1,250 re-opened.", "accents": "naïve, Zürich",
+           "letters of other scripts": "東京Москва"}  # by what each of them has
 
 
 @dataclass(frozen=True)
@@ -63,8 +68,7 @@ class UnifiedTokenizer:
         registry: tasks whose markers it learns.
         eos_id: id that ends a target; default: the tokenizer's end-of-text token.
 
-    Raises:
-        UserError: no end-of-text token, or a marker that the tokenizer has with another meaning.
+    Raises UserError: no end-of-text token, or a marker that the tokenizer has in another meaning.
     """
 
     def __init__(self, base: PreTrainedTokenizerBase, registry: TaskRegistry,
@@ -74,18 +78,48 @@ class UnifiedTokenizer:
         self._markers = {i: m for m, i in self.marker_ids.items()}
         eos = base.eos_token_id if eos_id is None else eos_id
         if eos is None:
-            raise UserError("the tokenizer has no end-of-text token; pass eos_id")
+            raise UserError(f"{base.name_or_path}: the tokenizer has no end-of-text token; name "
+                            "one as eos_token in the folder's tokenizer_config.json")
         self.eos_id = int(eos)
         # Filler of batches; supervision never depends on it.
         self.pad_id = self.eos_id if base.pad_token_id is None else int(base.pad_token_id)
         # SentencePiece puts the blank before a word by itself.
-        first = base.convert_ids_to_tokens(base("word", add_special_tokens=False)["input_ids"])[0]
-        self._lead = "" if first.startswith("▁") else " "
+        word = base.convert_ids_to_tokens(base("word", add_special_tokens=False)["input_ids"])
+        self._lead = "" if "".join(word).startswith("▁") else " "
+        # Pieces of a unigram model are found in a text whatever they are called: there they are
+        # letters, and what is unknown, which may share its token with the end, is left out.
+        known, end, unknown = base.get_vocab(), self.eos_id, base.unk_token_id
+        self._spelled = {i: [known[c] for c in str(base.convert_ids_to_tokens(i))
+                             if i != unknown and known.get(c, end) != end]
+                         for i in {*base.all_special_ids, end}}
+        self._decomposes = "\u0301" in base.decode(base("é", add_special_tokens=False)["input_ids"])
+
+    def check(self, llm: str) -> None:
+        """Raises UserError: text, or a label, comes back otherwise than it is written (in NFC)."""
+        lacking = self.decode(self.text_ids("\U0010fffd"))  # a letter that no vocabulary has
+        for kept, text in _PROBES.items():
+            # Letters that a vocabulary merely lacks may be of no use to it: see `data.findings`.
+            back = self.decode(self.text_ids(text)).replace(lacking, "")
+            if [c for c in back if c.isascii()] != [c for c in text if c.isascii()]:
+                raise UserError(f"{llm}: its tokenizer does not keep {kept}: it gives '{back}' back"
+                                f" for '{text}'; take an LLM whose tokenizer keeps what is written")
+        for task in self.registry:
+            for label in task.labels if isinstance(task, LabelTask) else ():
+                self.label_ids(task, label)
+
+    def label_ids(self, task: Task, label: str) -> list[int]:
+        """Ids of a label between its markers; UserError: they decode to something else."""
+        ids = self.text_ids(label)
+        if (back := self.decode(ids)) != label:
+            raise UserError(f"task '{task.name}': the tokenizer gives label '{label}' back as "
+                            f"'{back}'; rename it")
+        return ids
 
     def text_ids(self, text: str) -> list[int]:
         """Ids of plain text inside a sentence; a special token written in it is text as well."""
-        encoded = self.base(self._lead + text, add_special_tokens=False, split_special_tokens=True)
-        return list(encoded["input_ids"])
+        ids = self.base(self._lead + text, add_special_tokens=False,
+                        split_special_tokens=True)["input_ids"] if text else []
+        return [j for i in ids for j in self._spelled.get(i, (i,))]
 
     def prompt_ids(self, text: str, *, first: bool = False) -> list[int]:
         """Ids of a part of a prompt, in which special tokens may be written out.
@@ -117,9 +151,9 @@ class UnifiedTokenizer:
         said = takewhile(lambda i: i != self.eos_id, ids)
         for marker, run in groupby(said, key=self._markers.get):
             if marker is None:
-                text = self.base.decode([int(i) for i in run], skip_special_tokens=True,
-                                        clean_up_tokenization_spaces=False)
-                chunks.append(str(text).strip())
+                text = str(self.base.decode([int(i) for i in run], skip_special_tokens=True,
+                                            clean_up_tokenization_spaces=False)).strip()
+                chunks.append(normalize("NFC", text) if self._decomposes else text)
             else:
                 chunks += [marker for _ in run]
         return "".join(chunks)
@@ -127,16 +161,14 @@ class UnifiedTokenizer:
 
 def _add_markers(tokenizer: PreTrainedTokenizerBase, registry: TaskRegistry) -> list[int]:
     """Give every marker one id, contiguous and in the registry's order; twice changes nothing."""
-    vocabulary = tokenizer.get_vocab()
-    known = [m for m in registry.markers if m in vocabulary]
+    known = sorted(tokenizer.get_vocab().keys() & {*registry.markers})
     if known and len(known) != len(registry.markers):
         raise UserError(f"the tokenizer already has a token '{known[0]}'; rename this marker in "
                         "the task registry")
     if not known:
         tokenizer.add_tokens([AddedToken(m, normalized=False, special=False)
                               for m in registry.markers])
-        vocabulary = tokenizer.get_vocab()
-    ids = [vocabulary[m] for m in registry.markers]
+    ids = list(map(tokenizer.get_vocab().__getitem__, registry.markers))
     if ids != list(range(ids[0], ids[0] + len(ids))):
         raise UserError("the tokenizer holds the markers in another order than the task registry; "
                         "use the tokenizer and the tasks of one run together")

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tokenizers import normalizers
 
-from unislu_llm.data.findings import run_findings
+from unislu_llm.data.findings import run_findings, unspelled
 from unislu_llm.data.loading import load_examples
 from unislu_llm.data.mixture import Mixture
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import TaskRegistry
-from unislu_llm.tokenizer import Example
+from unislu_llm.tokenizer import Example, UnifiedTokenizer
 from unislu_llm.utterance import Utterance
 
 REGISTRY = TaskRegistry()
@@ -108,6 +110,21 @@ def test_what_train_and_dev_lack_is_said(train: list[Example], dev: list[Example
     found = run_findings(train, dev, None, 100)
     assert len(found) == len(said), found
     assert all(text in line for text, line in zip(said, found, strict=True))
+
+
+def test_texts_that_the_tokenizer_does_not_keep_are_counted(
+        tiny_tokenizer: Callable[..., Any]) -> None:
+    base = tiny_tokenizer()
+    base.backend_tokenizer.normalizer = normalizers.NFKC()
+    tokenizer = UnifiedTokenizer(base, REGISTRY)
+    kept = [Example(Utterance(str(i), None, text), None) for i, text in enumerate(
+        ("Zürich", "Zu\u0308rich", "a  b", "東京", "he said </s>"))]
+    assert not list(unspelled(kept, tokenizer))
+    lost = [Example(Utterance(text, None, text, source=f"m.jsonl:{i}"), None)
+            for i, text in enumerate(("so " * 30 + "½ a cup", "½ a cup", "½ a cup", "①"), 1)]
+    line, = unspelled([*kept, *lost], tokenizer)
+    assert line.startswith("data.train: the tokenizer cannot write 3 texts of 7 as they are")
+    assert "; in m.jsonl:1, the first, '½ a cup' becomes '1" in line
 
 
 @pytest.mark.parametrize(("share", "samples", "says"), [

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -136,11 +137,8 @@ def test_word_for_word(build: Build, free: bool, monkeypatch: pytest.MonkeyPatch
     logits = model.logits
     monkeypatch.setattr(model, "logits", lambda hidden: (
         seen.append(hidden[..., 0].numel()), logits(hidden))[1])
-    kept = []
-    for text in TEXTS:  # as tokens, of which no `[` is one that may stand
-        said = model.tokenizer.text_ids(text) if text else []
-        plain = [i for i in said[:loop_start(said)] if vocabulary_of(model.tokenizer).plain[i]]
-        kept.append(model.tokenizer.decode(plain))
+    said = [model.tokenizer.text_ids(text) for text in TEXTS]
+    kept = [model.tokenizer.decode(ids[:loop_start(ids)]).replace("[", "") for ids in said]
     assert kept[:2] == TEXTS[:2]
     assert len(kept[2]) < len(TEXTS[2]) / 3
     assert "[" in TEXTS[4]
@@ -163,6 +161,20 @@ def test_word_for_word(build: Build, free: bool, monkeypatch: pytest.MonkeyPatch
             if other.transcript == answer.transcript:
                 assert answer.outputs == other.outputs
         assert sum(a.transcript == b.transcript for a, b in zip(answers, drawn, strict=True)) > 1
+
+
+@pytest.mark.parametrize("way", ["verbatim", "margin", "rewrite"])
+def test_of_a_token_with_a_bracket_the_letters_stay(
+        build: Build, tokenizer_of: Callable[[str | None], Any], way: str) -> None:
+    base = tokenizer_of(None)
+    base.add_tokens([" [no", "[["])
+    model = build("llm", tokenizer=base, separator=2.0, hypothesis="manifest", transcript=way)
+    said = model.tokenizer.text_ids("3.5 [no] [[ (yes)")
+    assert {" [no", "[["} <= {*base.convert_ids_to_tokens(said)}
+    # The bias outweighs whatever a random model would rather say.
+    answer, = decode(model, noise(1), [["ner"]], ["3.5 [no] [[ (yes)"], hypothesis_bias=500.0)
+    assert re.sub(r"[^a-z0-9 ]", "", answer.transcript).split() == ["35", "no", "yes"]
+    assert way != "verbatim" or answer.transcript == "3.5 no] (yes)"
 
 
 def test_a_transcript_alone_needs_no_llm(build: Build) -> None:

@@ -141,8 +141,10 @@ def test_training_on_annotations_of_an_unknown_task_alone_is_refused(tiny_config
 
 
 def test_a_corpus_with_a_share_of_nothing_is_named_and_kept_in_the_log(
-        tiny_config: Make, make_utterances: Any, tmp_path: Path) -> None:
+        tiny_config: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = tiny_config().data.train[0]
+    monkeypatch.setattr("unislu_llm.training.trainer.unspelled",
+                        lambda some, tokenizer: [f"{tokenizer.registry.names}: {len(some)} texts"])
     write_manifest(tmp_path / "other.jsonl", read_manifest(corpus, REGISTRY)[:2])
     path = tmp_path / "other.jsonl"
     path.write_text(path.read_text().replace('"corpus": "tiny"', '"corpus": "other"'))
@@ -150,4 +152,5 @@ def test_a_corpus_with_a_share_of_nothing_is_named_and_kept_in_the_log(
         "train": [corpus, str(path)], "dev": [], "weights": {"tiny": 1.0, "other": 0.0}}))
     log = (trainer.run / "log.txt").read_text()
     assert "warning: data.weights: none of the 2 examples of 'other' trains" in log
+    assert log.count("warning: ('ner', 'sa'): 14 texts") == 1
     assert "dev: none; the last checkpoint is the model" in log

@@ -108,7 +108,7 @@ class Collator:
         text = example.utterance.hypothesis
         if self.hypothesis_prompt is None or text is None:
             return []
-        return [*self.hypothesis_prompt, *(self.tokenizer.text_ids(text) if text else [])]
+        return [*self.hypothesis_prompt, *self.tokenizer.text_ids(text)]
 
     def from_waves(self, examples: Sequence[Example], waves: Sequence[Tensor]) -> Batch:
         """A batch of samples `(S,)` at 16 kHz of each example, for decoding."""

@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from unislu_llm.data.manifest import Row
+from unislu_llm.data.mending import composed
 from unislu_llm.data.mixture import Mixture
 from unislu_llm.data.row_reader import FIELDS, lookalike
+from unislu_llm.errors import shorten
 from unislu_llm.tasks import TaskRegistry
-from unislu_llm.tokenizer import Example
+from unislu_llm.tokenizer import Example, UnifiedTokenizer
 
 
 class Unread(NamedTuple):
@@ -77,6 +79,19 @@ def run_findings(train: Sequence[Example], dev: Sequence[Example], mixture: Mixt
                  in zip(mixture.names, mixture.shares, mixture.members, kept, strict=True)
                  if not there]
     return [*found, *_twice(drawn), *_leaks(drawn, dev), *_tasks(drawn, dev)]
+
+
+def unspelled(train: Sequence[Example], tokenizer: UnifiedTokenizer) -> Iterator[str]:
+    """What a tokenizer does not give back of the training texts."""
+    texts = {composed(e.utterance.text): e.utterance.where for e in train}
+    lost = [(text, back) for text in texts
+            if (back := composed(tokenizer.decode(tokenizer.text_ids(text)))) != text]
+    for text, back in lost[:1]:
+        at = next((i for i, c in enumerate(text) if back[i:i + 1] != c), len(text))
+        at = text.rfind(" ", 0, at) + 1  # long texts are told from the word on where they differ
+        yield (f"data.train: the tokenizer cannot write {_count(len(lost), 'text')} of {len(texts)}"
+               f" as they are; in {texts[text]}, the first, '{shorten(text[at:])}' becomes "
+               f"'{shorten(back[at:])}': write it otherwise, or take another LLM")
 
 
 def _twice(train: Sequence[Example]) -> Iterator[str]:

@@ -12,20 +12,13 @@ from torch import Tensor
 from unislu_llm.config import DecodeConfig
 from unislu_llm.data.batch import Batch
 from unislu_llm.decoding.answer import Answer, fill
-from unislu_llm.decoding.grammar import GrammarProcessor, Request, grammar_of, label_ids
+from unislu_llm.decoding.grammar import GrammarProcessor, Request, grammar_of
 from unislu_llm.decoding.greedy import Greedy, Make, Margin
 from unislu_llm.decoding.hypothesis_bias import HypothesisBias
 from unislu_llm.decoding.loops import loop_start
 from unislu_llm.decoding.no_speech import evidence_of
 from unislu_llm.decoding.reading import feed
-from unislu_llm.decoding.search import (
-    Decoded,
-    Ends,
-    Processor,
-    beam_search,
-    padded,
-    score_labels,
-)
+from unislu_llm.decoding.search import Decoded, Ends, Processor, beam_search, padded, score_labels
 from unislu_llm.decoding.vocabulary import vocabulary_of
 from unislu_llm.errors import UserError
 from unislu_llm.models.base import SLUModel
@@ -79,7 +72,7 @@ class Engine:
         if not (self._grammar and isinstance(task, LabelTask) and not task.multi
                 and len(task.labels) <= _MOST_LABELS):
             return _Plan(need)
-        lengths = [len(label_ids(self.model.tokenizer, task, label)) for label in task.labels]
+        lengths = [len(self.model.tokenizer.label_ids(task, label)) for label in task.labels]
         spare = max(lengths) - min(lengths)
         return _Plan(need, spare, need + spare <= self._most)
 
@@ -273,10 +266,13 @@ class Engine:
         feed(self.model, state, [transcript.ids for transcript in kept])
         return kept
 
-    def _kept(self, hypothesis: Sequence[int]) -> Decoded:
-        """A hypothesis as a transcript, of which nothing is known but what it says."""
-        plain, start = vocabulary_of(self.model.tokenizer).plain, loop_start(hypothesis)
-        ids = [i for i in hypothesis[:start] if plain[i]]  # copied, a loop would be one of ours
+    def _kept(self, hypothesis: Sequence[int], loops: bool = False) -> Decoded:
+        """A hypothesis as a transcript may have it, of which nothing is known but what it says."""
+        ids = list(hypothesis[:None if loops else loop_start(hypothesis)])  # copied, it is ours
+        tokenizer, plain = self.model.tokenizer, vocabulary_of(self.model.tokenizer).plain
+        if not plain[ids].all():  # tokens may have letters beside the bracket
+            text = " ".join(tokenizer.decode(ids).replace("[", "").split())
+            ids = [i for i in tokenizer.text_ids(text) if plain[i]]
         return Decoded(ids, [math.nan] * len(ids))
 
     def _budget(self, seconds: float, need: int, fit: int, verbatim: int = 0) -> int:
@@ -306,8 +302,8 @@ class Engine:
     def _maker(self, requests: Sequence[Request], budgets: Sequence[int], state: State) -> Make:
         """What makes the processors of transcripts: the grammar, and before it the bias."""
         read, margin = self._hypotheses(state), self._way(state) == "margin"
-        if read is not None and margin:  # copied, a loop would be one of ours
-            read = [ids[:loop_start(ids)] for ids in read]
+        if read is not None:
+            read = [self._kept(ids, loops=not margin).ids for ids in read]
 
         def make() -> list[Processor]:
             grammar = self._processors(requests, budgets)

@@ -53,8 +53,7 @@ class Grammar:
         phrase: `(states,)` bool, in a phrase.
         kinds: `(3, tokens + 1)` bool, ids of no token, of visible text, and of all text.
 
-    Raises:
-        UserError: the tokenizer does not give a label back as it is written.
+    Raises UserError: the tokenizer does not give a label back as it is written.
     """
 
     def __init__(self, tokenizer: UnifiedTokenizer, device: torch.device | str = "cpu") -> None:
@@ -115,7 +114,7 @@ class Grammar:
         root = self._states[state].edges[self._ids[task.open]] = self._new()
         for label, following in after.items():
             node = root
-            for token in label_ids(self.tokenizer, task, label):
+            for token in self.tokenizer.label_ids(task, label):
                 if token not in self._states[node].edges:
                     self._states[node].edges[token] = self._new()
                 node = self._states[node].edges[token]
@@ -147,19 +146,6 @@ class Grammar:
              empty, empty | inside))
 
 
-def label_ids(tokenizer: UnifiedTokenizer, task: LabelTask, label: str) -> list[int]:
-    """Ids of a label as it stands between its markers.
-
-    Raises:
-        UserError: they decode to something else.
-    """
-    ids = tokenizer.text_ids(label)
-    if tokenizer.decode(ids) != label:
-        raise UserError(f"task '{task.name}': the tokenizer gives label '{label}' back as "
-                        f"'{tokenizer.decode(ids)}'; rename it")
-    return ids
-
-
 class GrammarProcessor:
     """Processor that sets the score of everything that the grammar forbids to minus infinity.
 
@@ -167,8 +153,7 @@ class GrammarProcessor:
     ended. With `grounded`, phrases of span tasks are whole words of the row's transcript; without,
     nothing in it waits for the device.
 
-    Raises:
-        UserError: a budget is below the shortest answer.
+    Raises UserError: a budget is below the shortest answer.
     """
 
     def __init__(self, grammar: Grammar, requests: Sequence[Request], budgets: Sequence[int],

@@ -168,7 +168,7 @@ class ModelRecogniser:
             said = [(ids, None if ids else Evidence(1.0))
                     for ids in model.ctc_transcripts(batch.to(model.device))]
         else:
-            said = [(model.tokenizer.text_ids(a.transcript) if a.transcript else [], a.evidence)
+            said = [(model.tokenizer.text_ids(a.transcript), a.evidence)
                     for a in engine.answer(batch, [()] * len(waves))]
         return [_cut(ids, model.tokenizer.base, evidence) for ids, evidence in said]
 

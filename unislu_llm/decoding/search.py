@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from unislu_llm.decoding.grammar import label_ids
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.kv_cache import State
 from unislu_llm.tasks import SEPARATOR, LabelTask
@@ -177,7 +176,7 @@ def score_labels(model: SLUModel, state: State, chosen: Sequence[int], hidden: T
     tokenizer, rows, device = model.tokenizer, len(chosen), state.mask.device
     ids = tokenizer.marker_ids
     head = [ids[m] for m in (SEPARATOR, task.marker, task.open)]
-    tails = [[*label_ids(tokenizer, task, label), ids[task.close]] for label in task.labels]
+    tails = [[*tokenizer.label_ids(task, label), ids[task.close]] for label in task.labels]
     opening = model.logits(hidden).float().log_softmax(-1)
     # The first token of a label follows the opening marker. The others, and the end of text
     # behind the closing marker, follow tokens of the label itself.

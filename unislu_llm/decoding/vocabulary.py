@@ -5,9 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from unicodedata import category
 
 import torch
 
+from unislu_llm.scoring.text import is_letter
 from unislu_llm.tokenizer import UnifiedTokenizer
 
 BROKEN = "\ufffd"  # what a part of a character decodes to
@@ -24,8 +26,8 @@ class Vocabulary:
         plain: what text may hold with the grammar: no marker, no special token, and no `[`. No run
             of such tokens spells a marker, which a decoded string could not tell from a real one.
         solid: plain ones that are more than blanks whatever stands around them.
-        words: those with a letter or digit (or a part of one), and blanks: what a hypothesis is
-            aligned by. Other tokens of text are punctuation.
+        words: those with a letter, an accent or a digit (or a part of one), and blanks: what a
+            hypothesis is aligned by. Other tokens of text are punctuation.
     """
 
     def __init__(self, tokenizer: UnifiedTokenizer) -> None:
@@ -39,7 +41,8 @@ class Vocabulary:
         self.whole = [not (BROKEN in text or (name and _BYTE.fullmatch(name)))
                       for text, name in zip(self.texts, names, strict=True)]
         visible = torch.tensor([bool(text.replace(BROKEN, "").strip()) for text in self.texts])
-        letters = torch.tensor([any(c.isalnum() or c == BROKEN for c in t) for t in self.texts])
+        letters = torch.tensor([any(c == BROKEN or category(c)[0] in "LMN" for c in text)
+                                for text in self.texts])
         self.plain = torch.tensor([bool(text) and "[" not in text for text in self.texts])
         self.solid = self.plain & visible
         self.words = torch.tensor([bool(text) for text in self.texts]) & (letters | ~visible)
@@ -49,27 +52,21 @@ class Vocabulary:
         if not (self.whole[left] and self.whole[right]):
             return not (self.texts[right][:1].isspace() and self.whole[right])
         a, b = self.texts[left][-1:], self.texts[right][:1]
-        return a.isalnum() and b.isalnum() and not (_unspaced(a) or _unspaced(b))
-
-
-def _unspaced(char: str) -> bool:
-    """Of a script without blanks between words: Thai to Khmer, the Chinese and Japanese ones."""
-    return ("\u0e00" <= char <= "\u0eff" or "\u1780" <= char <= "\u17ff"
-            or "\u2e80" <= char <= "\u9fff" or char > "\U0001ffff")
+        return bool(a and b) and is_letter(a) and is_letter(b)
 
 
 def _texts(tokenizer: UnifiedTokenizer, size: int) -> list[str]:
-    """Each token's characters as decoded; tokens that decoding drops have none."""
+    """Each token's characters as decoded; of special tokens they mean nothing."""
     # Behind a letter, because tokenizers hide the blank of a text's first word.
-    anchor = tokenizer.text_ids("a")[-1]
-    pairs = [[anchor, i] for i in (*range(size), anchor)]
+    anchor = tokenizer.text_ids("a")[-1:]
+    pairs = [anchor, *([*anchor, i] for i in range(size))]
     if backend := getattr(tokenizer.base, "backend_tokenizer", None):  # many times faster
         decoded: Sequence[str] = backend.decode_batch(pairs, skip_special_tokens=True)
     else:
         decoded = [str(tokenizer.base.decode(pair, skip_special_tokens=True,
                                              clean_up_tokenization_spaces=False)) for pair in pairs]
-    lead = decoded[-1].index("a") + 1  # the anchor's own characters
-    return [text[lead:] for text in decoded[:-1]]
+    # Python's tokenizers give nothing for a part of a character.
+    return [text.removeprefix(decoded[0]) or ("" if backend else BROKEN) for text in decoded[1:]]
 
 
 vocabulary_of = lru_cache(maxsize=4)(Vocabulary)

@@ -89,8 +89,7 @@ class State:
             order = self.mask.long().argsort(dim=1, stable=True)[:, width - length:]
             self.mask = self.mask.gather(1, order)
             order = order[:, None, :, None]
-            _change(self.cache, lambda t: t.gather(2, order.expand(-1, t.shape[1], -1,
-                                                                   t.shape[3])))
+            _change(self.cache, lambda t: t.gather(2, order.expand(-1, t.shape[1], -1, t.shape[3])))
 
     @staticmethod
     def join(states: Sequence[State], rows: Sequence[Sequence[int]]) -> State:

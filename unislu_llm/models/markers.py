@@ -89,7 +89,7 @@ def install_markers(model: Any, tokenizer: UnifiedTokenizer) -> None:
 @torch.no_grad()
 def _starting_rows(weight: Tensor, tokenizer: UnifiedTokenizer) -> Tensor:
     meanings = [tokenizer.text_ids(tokenizer.registry.meaning(m)) for m in tokenizer.marker_ids]
-    if (largest := max(i for ids in meanings for i in ids)) >= len(weight):
+    if (largest := max((i for ids in meanings for i in ids), default=0)) >= len(weight):
         raise UserError(f"the tokenizer has a token {largest}, and the model {len(weight)} rows: "
                         "they do not belong together; fetch the checkpoint again")
     return torch.stack([weight[ids].float().mean(0) for ids in meanings])

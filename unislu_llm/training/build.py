@@ -73,6 +73,7 @@ def build_model(kind: str, config: Config, registry: TaskRegistry,
         tokens = next(filter(None, saved), None)
     model = KINDS[kind].build(config.model, registry, torch.bfloat16 if half else torch.float32,
                               ctc_tokens=tokens)
+    model.tokenizer.check(config.model.llm if kind == "speech_llm" else config.model.encoder)
     if isinstance(model, SpeechLLM) and config.model.projector == "ctc" and tokens is None:
         model.learn_vocabulary(dict.fromkeys(texts))
     if train.init:

@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
 from unislu_llm.config import Config
-from unislu_llm.data.findings import run_findings
+from unislu_llm.data.findings import run_findings, unspelled
 from unislu_llm.data.frame_cache import build_frames
 from unislu_llm.data.loading import load_examples
 from unislu_llm.errors import Stopped, UserError
@@ -173,9 +173,9 @@ class Trainer(Steps):
 
     def _warn_of_data(self, examples: Sequence[Example]) -> None:
         mixture = self.plan.mixture
-        drawn = mixture.size if mixture else len(examples)
-        for line in run_findings(examples, self.dev, mixture,
-                                 drawn * self.total_steps // max(self.plan.steps(1), 1)):
+        drawn = (mixture.size if mixture else len(examples)) * self.total_steps
+        for line in [*unspelled(examples, self.model.tokenizer), *run_findings(
+                examples, self.dev, mixture, drawn // max(self.plan.steps(1), 1))]:
             log.warning(line)
 
     def _fill_cache(self) -> None:

