@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from unislu_llm.models.whisper_slu import WhisperSLU
     from unislu_llm.run_folder import load
 
-# It misses kernels for a CPU as soon as something imports it, and most models never run it.
-logging.getLogger("bitsandbytes.backends.cpu").setLevel(logging.ERROR)
+# On a CPU it tells of missing kernels when something imports it, and of a cast in every layer.
+logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
 __all__ = ["Answer", "SpeechLLM", "WhisperSLU", "load", "understand"]
 
