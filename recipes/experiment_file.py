@@ -4,18 +4,57 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import dry_run
 from experiment_table import Published
 from pydantic import BaseModel, FilePath, ValidationError
 
-from unislu_llm.config import Stage
-from unislu_llm.config_file import YamlFile, check, config_from_dict
-from unislu_llm.errors import UserError, dotted, explain, hint
+from unislu_llm.config import Config, Stage
+from unislu_llm.config_file import YamlFile, check
+from unislu_llm.errors import Place, UserError, dotted, explain, hint
 
 Values = dict[str, Any]
+
+
+class Lines:
+    """Where a value stands in an experiment file, or in the one that it is laid over."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.files = path, [YamlFile.read(path)]
+        while base := self.files[-1].values.get("base"):
+            self.files.append(YamlFile.read(self.files[-1].path.parent / str(base)))
+
+    def __call__(self, *places: Place, said: str = "") -> str:
+        """`file:line: said` of the first of some places that a file has, the topmost file first.
+
+        In a place a system has its name, where the file has a number. Without `said`: the place.
+        """
+        for place in places:
+            for file in self.files:
+                own, value = [*place], cast(Any, file.values)
+                try:
+                    if own[0] == "systems" and isinstance(own[1], str):
+                        own[1] = [s.get("name") for s in value["systems"]].index(own[1])
+                    for part in own:
+                        value = value[part]
+                except (KeyError, IndexError, ValueError, TypeError, AttributeError):
+                    continue
+                found = tuple(own)
+                return file.where(found).removesuffix(dotted(found)) + (said or dotted(found))
+        if len(places[0]) > 1:  # what is missing has the line of what should hold it
+            return self(*(place[:-1] for place in places), said=said or dotted(places[0]))
+        return f"{self.path}: {said or dotted(places[0])}"
+
+
+class Parts(BaseModel, extra="forbid"):
+    """Systems whose transcripts, entities and sentiment are scored as those of one."""
+
+    wer: str
+    ner: str
+    sa: str
 
 
 class System(BaseModel, extra="forbid"):
@@ -37,8 +76,8 @@ class System(BaseModel, extra="forbid"):
     """In place of the file's."""
     launch: FilePath | None = None
     """A config of Accelerate with which its training is launched, e.g. on several GPUs."""
-    parts: dict[Literal["wer", "ner", "sa"], str] = {}
-    """No run but a row: earlier systems, without rows of their own, that have its scores."""
+    parts: Parts | None = None
+    """No run but a row of scores of earlier systems, which have no rows of their own."""
 
 
 class Experiment(BaseModel, extra="forbid"):
@@ -63,6 +102,7 @@ class Experiment(BaseModel, extra="forbid"):
     published: list[Published] = []
     """Numbers of others, beside ours in the table, whose rows then say on which set they are."""
     systems: list[System]
+    _lines: Lines
 
 
 @dataclass(frozen=True)
@@ -85,10 +125,21 @@ class Job:
         """Config of the run as its recipe reads it, checked."""
         values = merge(merge(self.experiment.common, self.system.config),
                        {"train": {"seed": self.seed}})
-        values, where = without_nulls(values), f"system '{self.system.name}'"
-        config_from_dict(values, where)
-        for stage in values.get("stages", []):
-            check(Stage, stage, lambda place: f"{where}, a stage: {dotted(place)}")
+        values, names = without_nulls(values), [self.system.name]
+        for system in reversed(self.experiment.systems):  # a fault may be in what it is like
+            names += [system.like] if system.like and system.name == names[-1] else []
+
+        def where(place: Place) -> str:
+            own = [("systems", name, "config", *place) for name in names]
+            return self.experiment._lines(
+                *own, ("common", *place), said=f"system '{names[0]}': {dotted(place)}")
+
+        def inside(stage: int, place: Place) -> str:
+            return where(("stages", stage, *place))
+
+        check(Config, values, where)
+        for i, stage in enumerate(values.get("stages", [])):
+            check(Stage, stage, partial(inside, i))
         return values
 
     @property
@@ -111,7 +162,8 @@ def read_experiment(path: Path, data: str = "", dry: Path | None = None) -> Expe
     Raises:
         UserError: no such file, an unknown key or name, no `data` (`${data}`) where it is needed.
     """
-    values = _with_base(path)
+    lines = Lines(path)
+    values = _laid_over(lines.files)
     if dry:
         values, data = dry_run.shrunk(values, dry), str(dry / "data")
     words = {"data": str(Path(data).resolve()) if data else "", "here": str(path.parent.resolve()),
@@ -119,31 +171,36 @@ def read_experiment(path: Path, data: str = "", dry: Path | None = None) -> Expe
     try:
         experiment = Experiment.model_validate(_filled(values, words))
     except ValidationError as error:
-        raise explain(error, Experiment, lambda place: f"{path}: {dotted(place)}") from None
+        names = [s.get("name", i) for i, s in enumerate(values.get("systems", []))]
+        raise explain(error, Experiment, lambda place: lines(
+            ("systems", names[int(place[1])], *place[2:]) if place[0] == "systems" and place[1:]
+            else place)) from None
+    experiment._lines = lines
     systems: dict[str, System] = {}
     for system in experiment.systems:
-        where = f"{path}: system '{system.name}'"
+        where = lines(("systems", system.name), said=f"system '{system.name}'")
         if system.name in systems:
             raise UserError(f"{where} is there twice; rename one")
-        systems[system.name] = system = _inherit(system, systems, where)
+        system = _inherit(system, systems, where)
         for name in system.prepare or []:
             _known(name, experiment.prepare, f"{where}.prepare")
-        for part in system.parts.values():
+        for part in dict(system.parts or {}).values():
             _known(part, systems, f"{where}.parts")
+        systems[system.name] = system
     for name in experiment.may_fail:
-        _known(name, experiment.prepare, f"{path}: may_fail")
-    for some in experiment.published:
-        _known(some.set, {"dev": [], **experiment.tests}, f"{path}: published, {some.source}: set")
+        _known(name, experiment.prepare, lines(("may_fail",)))
+    for i, some in enumerate(experiment.published):
+        _known(some.set, {"dev": [], **experiment.tests}, lines(("published", i, "set")))
     if not systems:
         raise UserError(f"{path}: lists no systems")
     return experiment.model_copy(update={"systems": list(systems.values())})
 
 
-def _with_base(path: Path) -> Values:
-    values = YamlFile.read(path).values
-    if "base" not in values:
+def _laid_over(files: Sequence[YamlFile]) -> Values:
+    values = {key: value for key, value in files[0].values.items() if key != "base"}
+    if len(files) == 1:
         return values
-    base = _with_base(path.parent / str(values.pop("base")))
+    base = _laid_over(files[1:])
     systems = {entry["name"]: entry for entry in base["systems"]}
     for entry in values.pop("systems", []):
         systems[entry["name"]] = merge(systems.get(entry["name"], {}), entry)
@@ -206,7 +263,7 @@ def jobs(experiment: Experiment, only: Sequence[str] = ()) -> list[Job]:
     for name in only:
         _known(name, {system.name: None for system in experiment.systems}, "--only")
     wanted = {name for system in experiment.systems if not only or system.name in only
-              for name in [system.name, *system.parts.values()]}
+              for name in [system.name, *dict(system.parts or {}).values()]}
     found = [Job(system, seed, experiment) for system in experiment.systems
              if system.name in wanted and not system.parts for seed in system.seeds]
     for job in found:

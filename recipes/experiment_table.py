@@ -64,7 +64,7 @@ def write_table(experiment: Any, jobs: Sequence[Any]) -> None:
     every = {job.name: _scores(job) for job in jobs}
     for system in experiment.systems:
         every |= {f"{system.name}-s{seed}": _joined(
-            {key: every[f"{part}-s{seed}"] for key, part in system.parts.items()})
+            {key: every.get(f"{part}-s{seed}") for key, part in system.parts})
             for seed in system.seeds if system.parts}
     corpora = dict.fromkeys(corpus for result in every.values() for corpus in
                             _dig(result, "scores/protocols/slue/wer/by_corpus", "") or ())
@@ -100,7 +100,7 @@ def _rows(experiment: Any, every: Mapping[str, Values], columns: Mapping[str, tu
             if some.set == where["set"]:
                 cells = {c: f"{n:g}" for c, n in zip(some.columns, numbers, strict=True)}
                 yield {"system": f"published ({some.source}): {name}"} | where | cells
-    parts = {part for system in experiment.systems for part in system.parts.values()}
+    parts = {part for system in experiment.systems for _, part in system.parts or ()}
     for system in experiment.systems:
         found = [every[f"{system.name}-s{seed}"] for seed in system.seeds]
         own = [r for result in found if (r := result.get("tests", {}).get(test) if test
@@ -114,7 +114,7 @@ def _rows(experiment: Any, every: Mapping[str, Values], columns: Mapping[str, tu
             yield {"system": title} | where | cells
 
 
-def _joined(parts: Mapping[str, Values]) -> Values:
+def _joined(parts: Mapping[str, Any]) -> Values:
     """Scores of models of one task each as those of one system; none before all are there."""
     if not all(parts.values()):
         return {}
