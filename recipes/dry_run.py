@@ -126,6 +126,9 @@ def forked(command: Sequence[str], log: TextIO) -> int:
         return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     code: Any = 1
     try:
+        import torch
+
+        torch.set_num_threads(1)  # after a fork its pool is made anew, by one thread of several or not at all
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         sys.stdout = sys.stderr = log
