@@ -128,7 +128,9 @@ def forked(command: Sequence[str], log: TextIO) -> int:
     try:
         import torch
 
-        torch.set_num_threads(1)  # after a fork its pool is made anew, by one thread of several or not at all
+        # After a fork torch makes its pool anew when it is first used, and fails if two threads of
+        # a loading model are the first.
+        torch.set_num_threads(1)
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)
         sys.stdout = sys.stderr = log
