@@ -80,12 +80,12 @@ def _prepare(name: str, job: Job, log: Path) -> None:
     experiment, given = job.experiment, job.experiment.prepare[name]
     done = experiment.output / "prepared.txt"  # commands, each of which is run once
     with FileLock(experiment.output / f"prepare-{name}.lock"):
-        for command in [given] if isinstance(given, str) else given:
-            line = " ".join(command.split())
+        commands = [given] if isinstance(given, str) else given
+        for i, line in enumerate((" ".join(command.split()) for command in commands), 1):
             if done.is_file() and line in done.read_text(encoding="utf-8").splitlines():
                 continue
             _run([sys.executable, "-m", "unislu_llm.cli", *shlex.split(line)], log,
-                 f"{job.name}: {name}")
+                 f"{job.name}: {name}" + f" {i}/{len(commands)}" * (len(commands) > 1))
             with done.open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
 
