@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from pydantic import BaseModel, model_validator
 from tabulate import tabulate
 
 from unislu_llm.config_file import config_of_run
 from unislu_llm.io import read_json, write_json, write_text
+from unislu_llm.scoring.score import slue_score
 
 Values = dict[str, Any]
 
@@ -28,6 +30,30 @@ COLUMNS = {
 """Where a score file has a column (`*` is the protocol), and the name of its interval there."""
 
 
+
+
+class Published(BaseModel, extra="forbid"):
+    """Rows of numbers that others have published."""
+
+    source: str
+    """Where; it stands in front of every row."""
+    protocol: Literal["whisper", "slue"]
+    set: str
+    """What they are scored on: dev, or a name in the experiment's `tests`."""
+    columns: list[str]
+    """Titles of columns of the table."""
+    rows: dict[str, list[float]]
+    """Numbers of these columns, by system."""
+
+    @model_validator(mode="after")
+    def _whole(self) -> Published:
+        for name, numbers in self.rows.items():
+            if len(numbers) != len(self.columns):
+                raise ValueError(f"{len(self.columns)} columns, and {len(numbers)} numbers in the "
+                                 f"row '{name}'")
+        return self
+
+
 def write_table(experiment: Any, jobs: Sequence[Any]) -> None:
     """Write `table.md` into the results folder from the score files that are there.
 
@@ -36,6 +62,10 @@ def write_table(experiment: Any, jobs: Sequence[Any]) -> None:
         jobs: the runs of all its systems.
     """
     every = {job.name: _scores(job) for job in jobs}
+    for system in experiment.systems:
+        every |= {f"{system.name}-s{seed}": _joined(
+            {key: every.get(f"{part}-s{seed}") for key, part in system.parts})
+            for seed in system.seeds if system.parts}
     corpora = dict.fromkeys(corpus for result in every.values() for corpus in
                             _dig(result, "scores/protocols/slue/wer/by_corpus", "") or ())
     at = "scores/protocols/*/"
@@ -43,21 +73,64 @@ def write_table(experiment: Any, jobs: Sequence[Any]) -> None:
     for title, key in (("hypothesis WER", "hypothesis_wer"), ("CTC WER", "ctc_wer")):
         columns |= {f"{title} {c}": (f"{at}{key}_by_corpus/{c}", "") for c in corpora}
     columns |= COLUMNS
-    columns |= {f"WER {t}": (f"tests/{t}/{at}wer/overall/wer", "") for t in experiment.tests}
-    columns |= {f"CTC WER {t}": (f"tests/{t}/{at}ctc_wer", "") for t in experiment.tests}
+    columns = {c: columns.get(c, ("", "")) for p in experiment.published for c in p.columns
+               } | columns
+    sets = ["", *experiment.tests] if experiment.published else [""]
+    if not experiment.published:
+        columns |= {f"WER {t}": (f"tests/{t}/{at}wer/overall/wer", "") for t in experiment.tests}
+        columns |= {f"CTC WER {t}": (f"tests/{t}/{at}ctc_wer", "") for t in experiment.tests}
     text = f"# {experiment.title}\n\n[]: 95 % interval of one run (bootstrap); ±: over seeds.\n"
     for protocol in ("whisper", "slue"):
-        rows = []
-        for system in experiment.systems:
-            own = list(filter(None, (every[f"{system.name}-s{seed}"] for seed in system.seeds)))
-            cells = {name: _cell(own, *places, protocol) for name, places in columns.items()}
-            title = (system.title or system.name) + (" (not run)" if not own else "")
-            rows.append({"system": title} | cells)
-        shown = [c for c in ("system", *columns) if any(row[c] != "-" for row in rows)]
-        table = tabulate([[row[c] for c in shown] for row in rows], headers=shown,
+        rows = [row for name in reversed(sets)
+                for row in _rows(experiment, every, columns, name, protocol)]
+        shown = [c for c in ("system", "set", *columns) if any(row.get(c, "-") != "-"
+                                                              for row in rows)]
+        table = tabulate([[row.get(c, "-") for c in shown] for row in rows], headers=shown,
                          tablefmt="github", disable_numparse=True)
         text += f"\nProtocol `{protocol}`\n\n{table}\n"
     write_text(experiment.results / "table.md", text)
+
+
+def _rows(experiment: Any, every: Mapping[str, Values], columns: Mapping[str, tuple[str, str]],
+          test: str, protocol: str) -> Iterator[dict[str, str]]:
+    """What is published for a set (dev without a name), and a row for each system of ours."""
+    where = {"set": test or "dev"} if experiment.published else {}
+    for some in experiment.published:
+        for name, numbers in some.rows.items() if some.protocol == protocol else ():
+            if some.set == where["set"]:
+                cells = {c: f"{n:g}" for c, n in zip(some.columns, numbers, strict=True)}
+                yield {"system": f"published ({some.source}): {name}"} | where | cells
+    parts = {part for system in experiment.systems for _, part in system.parts or ()}
+    for system in experiment.systems:
+        found = [every[f"{system.name}-s{seed}"] for seed in system.seeds]
+        own = [r for result in found if (r := result.get("tests", {}).get(test) if test
+                                          else result)]
+        if system.name not in parts:
+            cells = {name: _cell(own, *places, protocol) for name, places in columns.items()}
+            title = system.title or system.name
+            if len(own) < len(found):
+                none = "not scored" if test and any(found) else "not run"
+                title += f" ({len(own)} of {len(found)} seeds)" if own else f" ({none})"
+            yield {"system": title} | where | cells
+
+
+def _joined(parts: Mapping[str, Any]) -> Values:
+    """Scores of models of one task each as those of one system; none before all are there."""
+    if not all(parts.values()):
+        return {}
+    wer, protocols = parts["wer"]["scores"]["protocols"], dict[str, Any]()
+    for protocol, block in wer.items():
+        tasks = {task: parts[task]["scores"]["protocols"][protocol]["tasks"][task]
+                 for task in ("ner", "sa")}
+        score = slue_score([c["wer"] for c in block["wer"]["by_corpus"].values()],
+                           tasks["ner"]["entity"]["f1"], tasks["sa"]["macro_f1"])
+        protocols[protocol] = {"wer": block["wer"], "tasks": tasks, "slue_score": score}
+    spans = {p: {name: span for key, part in parts.items()
+                 for name, span in part["intervals"][p].items() if name.split("/")[0] == key}
+             for p in wer}
+    tests = {test: joined for test in parts["wer"].get("tests", {}) if (joined := _joined(
+        {key: part.get("tests", {}).get(test) for key, part in parts.items()}))}
+    return {"scores": {"protocols": protocols}, "intervals": spans, "tests": tests}
 
 
 def _scores(job: Any) -> Values:
@@ -68,8 +141,8 @@ def _scores(job: Any) -> Values:
     if "train_minutes" not in result and (job.folder / "finished.json").is_file():
         result["train_minutes"] = _minutes(job.folder)
         write_json(job.scores(), result)
-    tests = {test: read_json(job.scores(test)) for test in job.experiment.tests
-             if job.scores(test).is_file()}
+    tests = {test: read_json(job.scores(test)) for test in job.tests
+             if test and job.scores(test).is_file()}
     return result | {"tests": tests}
 
 

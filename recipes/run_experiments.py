@@ -2,10 +2,13 @@
 
     python recipes/run_experiments.py recipes/experiments/slue_voiced.yaml --data DATA
     python recipes/run_experiments.py recipes/experiments/slue_voiced.yaml --data DATA --status
+    python recipes/run_experiments.py recipes/experiments/slue.yaml --dry-run
 
 Every system is trained by its recipe and scored by eval/evaluate.py in processes of their own,
 exactly as from the command line, so that a row of the table can be repeated alone. What is finished
-is kept; a stopped run goes on with the same command. Call it from the project's folder.
+is kept; a stopped run goes on with the same command. Several may be started, one a GPU
+(CUDA_VISIBLE_DEVICES): a run that one of them works on is left to it. Call it from the project's
+folder.
 """
 
 from __future__ import annotations
@@ -15,193 +18,17 @@ import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
 
+import dry_run
 import yaml
+from experiment_file import Experiment, Job, jobs, read_experiment
 from experiment_table import write_table
-from pydantic import BaseModel, ValidationError
+from filelock import FileLock, Timeout
 
-from unislu_llm.config import Stage
-from unislu_llm.config_file import YamlFile, check, config_from_dict
-from unislu_llm.errors import UserError, dotted, explain, hint, reported
+from unislu_llm.errors import UserError, reported
 from unislu_llm.io import is_saved_model, write_text
-
-Values = dict[str, Any]
-
-
-class System(BaseModel, extra="forbid"):
-    """A row of the table."""
-
-    name: str
-    """Of its run folders and score files, with `-s<seed>` behind it."""
-    title: str = ""
-    recipe: Literal["train_llm", "train_whisper", ""] = ""
-    like: str = ""
-    """An earlier system, whose recipe, `prepare` and config hold where this one says nothing."""
-    prepare: list[str] | None = None
-    """Names in the file's `prepare`: what to run before training."""
-    config: Values = {}
-    """Sections over the common ones; null takes a setting away."""
-    seeds: list[int] = [1]
-    """One run for each."""
-
-
-class Experiment(BaseModel, extra="forbid"):
-    """An experiment file. `${data}`, `${output}` and `${here}` (its folder) stand for paths."""
-
-    title: str
-    output: Path
-    """Folder of the runs."""
-    results: Path
-    """Folder of the score files and the table."""
-    common: Values = {}
-    """Config sections of every system."""
-    evaluate: str = ""
-    """Flags of eval/evaluate.py for every system."""
-    tests: dict[str, list[str]] = {}
-    """Further manifests by name, scored on their own beside the dev sets."""
-    prepare: dict[str, str] = {}
-    """`unislu` commands by name; each is run once, before the first system that names it."""
-    systems: list[System]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One run of a system."""
-
-    system: System
-    seed: int
-    experiment: Experiment = field(repr=False)
-
-    @property
-    def name(self) -> str:
-        return f"{self.system.name}-s{self.seed}"
-
-    @property
-    def folder(self) -> Path:
-        return self.experiment.output / self.name
-
-    def config(self) -> Values:
-        """Config of the run as its recipe reads it, checked."""
-        values = merge(merge(self.experiment.common, self.system.config),
-                       {"train": {"seed": self.seed}})
-        values, where = without_nulls(values), f"system '{self.system.name}'"
-        config_from_dict(values, where)
-        for stage in values.get("stages", []):
-            check(Stage, stage, lambda place: f"{where}, a stage: {dotted(place)}")
-        return values
-
-    def scores(self, test: str = "") -> Path:
-        """Score file of the dev sets, or of a further test set, as eval/evaluate.py names it."""
-        stems = "+".join(Path(p).stem for p in self.experiment.tests[test]) if test else ""
-        name = "-".join(filter(None, [self.name, stems, test]))
-        return self.experiment.results / f"{name}.json"
-
-
-# ---- reading
-
-
-def read_experiment(path: Path, data: str = "") -> Experiment:
-    """Read an experiment file; `base: FILE` in it names one that it is laid over.
-
-    Raises:
-        UserError: no such file, an unknown key or name, no `data` (`${data}`) where it is needed.
-    """
-    values = _with_base(path)
-    words = {"data": str(Path(data).resolve()) if data else "", "here": str(path.parent.resolve()),
-             "output": str(Path(str(values.get("output", ""))).resolve())}
-    try:
-        experiment = Experiment.model_validate(_filled(values, words))
-    except ValidationError as error:
-        raise explain(error, Experiment, lambda place: f"{path}: {dotted(place)}") from None
-    systems: dict[str, System] = {}
-    for system in experiment.systems:
-        where = f"{path}: system '{system.name}'"
-        if system.name in systems:
-            raise UserError(f"{where} is there twice; rename one")
-        systems[system.name] = system = _inherit(system, systems, where)
-        for name in system.prepare or []:
-            _known(name, experiment.prepare, f"{where}.prepare")
-    if not systems:
-        raise UserError(f"{path}: lists no systems")
-    return experiment.model_copy(update={"systems": list(systems.values())})
-
-
-def _with_base(path: Path) -> Values:
-    values = YamlFile.read(path).values
-    if "base" not in values:
-        return values
-    base = _with_base(path.parent / str(values.pop("base")))
-    systems = {entry["name"]: entry for entry in base["systems"]}
-    for entry in values.pop("systems", []):
-        systems[entry["name"]] = merge(systems.get(entry["name"], {}), entry)
-    return merge(base, values) | {"systems": list(systems.values())}
-
-
-def _inherit(system: System, earlier: Mapping[str, System], where: str) -> System:
-    if system.like:
-        _known(system.like, earlier, f"{where}.like")
-        other = earlier[system.like]
-        system = system.model_copy(update={
-            "recipe": system.recipe or other.recipe,
-            "prepare": other.prepare if system.prepare is None else system.prepare,
-            "config": merge(other.config, system.config)})
-    if not system.recipe:
-        raise UserError(f"{where}.recipe: is missing; give train_llm or train_whisper, or `like`")
-    return system
-
-
-def _known(name: str, known: Mapping[str, Any], where: str) -> None:
-    if name not in known:
-        raise UserError(f"{where}: there is no '{name}'; known: {', '.join(known)}"
-                        f"{hint(name, known)}")
-
-
-def _filled(value: Any, words: Mapping[str, str]) -> Any:
-    """`${word}` replaced in every string."""
-    if isinstance(value, Mapping):
-        return {k: _filled(v, words) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_filled(v, words) for v in value]
-    for name, word in words.items():
-        if isinstance(value, str) and "${" + name + "}" in value:
-            if not word:
-                raise UserError(f"the experiment needs the folder of the corpora; give --{name} "
-                                "FOLDER")
-            value = value.replace("${" + name + "}", word)
-    return value
-
-
-def merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> Values:
-    """`above` laid over `below`, mappings key by key."""
-    merged = dict(below)
-    for key, value in above.items():
-        both = isinstance(value, Mapping) and isinstance(merged.get(key), Mapping)
-        merged[key] = merge(merged[key], value) if both else value
-    return merged
-
-
-def without_nulls(values: Mapping[str, Any]) -> Values:
-    """Null takes away what was laid below."""
-    return {key: without_nulls(value) if isinstance(value, Mapping) else value
-            for key, value in values.items() if value is not None}
-
-
-def jobs(experiment: Experiment, only: Sequence[str] = ()) -> list[Job]:
-    """Runs of the systems that are named (all, without names), in order, their configs checked."""
-    for name in only:
-        _known(name, {system.name: None for system in experiment.systems}, "--only")
-    found = [Job(system, seed, experiment) for system in experiment.systems
-             if not only or system.name in only for seed in system.seeds]
-    for job in found:
-        job.config()
-    return found
-
-
-# ---- running
 
 
 def run_command(command: Sequence[str], log: Path) -> int:
@@ -209,34 +36,58 @@ def run_command(command: Sequence[str], log: Path) -> int:
     with log.open("a", encoding="utf-8") as file:
         file.write(f"\n$ {' '.join(command)}\n")
         file.flush()
+        if dry_run.begun:
+            return dry_run.forked(command, file)
         return subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
 
 
-def run_job(job: Job) -> None:
+def run_job(job: Job, failed: set[str]) -> None:
     """Train and score what is missing of one run.
+
+    Args:
+        failed: names of `may_fail` that did; they are not tried again.
 
     Raises:
         UserError: a command failed; the message names its log.
     """
     experiment, log = job.experiment, job.experiment.output / f"{job.name}.log"
-    log.parent.mkdir(parents=True, exist_ok=True)
-    if not (job.folder / "finished.json").is_file():
-        done = experiment.output / "prepared.txt"  # commands, each of which is run once
-        for name in job.system.prepare or []:
-            line = " ".join(experiment.prepare[name].split())
+    trained = (job.folder / "finished.json").is_file()
+    if trained and all(job.scores(test).is_file() for test in job.tests):
+        return
+    for name in job.system.prepare or []:
+        try:
+            if name not in failed:
+                _prepare(name, job, log)
+        except UserError as error:
+            if name not in experiment.may_fail:
+                raise
+            failed.add(name)
+            print(f"without it: {error}", flush=True)
+    if not trained:
+        _run(_training(job, log.with_suffix(".yaml")), log, f"{job.name}: training")
+    for test, manifests in job.tests.items():
+        if failed and (missing := [path for path in manifests if not Path(path).is_file()]):
+            print(f"{job.name}: not scored on {test}: there is no {missing[0]}", flush=True)
+        elif not job.scores(test).is_file():
+            more = ["--manifest", *manifests, "--label", test] if test else []
+            _run([sys.executable, "eval/evaluate.py", str(job.folder), "--out",
+                  str(experiment.results), *shlex.split(experiment.evaluate), *more], log,
+                 f"{job.name}: scoring {test or 'dev'}")
+
+
+def _prepare(name: str, job: Job, log: Path) -> None:
+    """Run the commands of a name that were not run; another runner may be at it, and is awaited."""
+    experiment, given = job.experiment, job.experiment.prepare[name]
+    done = experiment.output / "prepared.txt"  # commands, each of which is run once
+    with FileLock(experiment.output / f"prepare-{name}.lock"):
+        commands = [given] if isinstance(given, str) else given
+        for i, line in enumerate((" ".join(command.split()) for command in commands), 1):
             if done.is_file() and line in done.read_text(encoding="utf-8").splitlines():
                 continue
             _run([sys.executable, "-m", "unislu_llm.cli", *shlex.split(line)], log,
-                 f"{job.name}: {name}")
+                 f"{job.name}: {name}" + f" {i}/{len(commands)}" * (len(commands) > 1))
             with done.open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
-        _run(_training(job, log.with_suffix(".yaml")), log, f"{job.name}: training")
-    for test, manifests in [("", []), *experiment.tests.items()]:
-        more = ["--manifest", *manifests, "--label", test] if test else []
-        if not job.scores(test).is_file():
-            _run([sys.executable, "eval/evaluate.py", str(job.folder), "--out",
-                  str(experiment.results), *shlex.split(experiment.evaluate), *more], log,
-                 f"{job.name}: scoring {test}")
 
 
 def _training(job: Job, config: Path) -> list[str]:
@@ -248,8 +99,10 @@ def _training(job: Job, config: Path) -> list[str]:
     if job.folder.exists() and not resume:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         job.folder.rename(job.folder.with_name(f"{job.folder.name}.stopped-{stamp}"))
-    return [sys.executable, "-m", "accelerate.commands.launch", f"recipes/{job.system.recipe}.py",
-            "--config", str(config), "--output", str(job.folder), *["--resume"] * resume]
+    launch = ["--config_file", str(job.system.launch)] if job.system.launch else []
+    return [sys.executable, "-m", "accelerate.commands.launch", *launch,
+            f"recipes/{job.system.recipe}.py", "--config", str(config), "--output", str(job.folder),
+            *["--resume"] * resume]
 
 
 def _run(command: Sequence[str], log: Path, what: str) -> None:
@@ -264,10 +117,14 @@ def _run(command: Sequence[str], log: Path, what: str) -> None:
 
 def run_experiment(experiment: Experiment, only: Sequence[str] = ()) -> int:
     """Run what is missing, the table rewritten after every run; returns the number of failures."""
-    failed = 0
+    failed, lacking = 0, set[str]()
+    experiment.output.mkdir(parents=True, exist_ok=True)
     for job in jobs(experiment, only):
         try:
-            run_job(job)
+            with FileLock(f"{job.folder}.lock", timeout=0):
+                run_job(job, lacking)
+        except Timeout:
+            print(f"{job.name}: another runner is at it", flush=True)
         except UserError as error:
             failed += 1
             print(f"error: {error}", file=sys.stderr, flush=True)
@@ -284,9 +141,14 @@ def main() -> int:
     parser.add_argument("--data", default="", help="folder of the corpora, ${data} in the file")
     parser.add_argument("--only", nargs="+", default=[], help="names of systems; default: all")
     parser.add_argument("--status", action="store_true", help="say what is finished, run nothing")
+    parser.add_argument("--dry-run", nargs="?", type=Path, const=Path("runs/dry-run"),
+                        metavar="FOLDER", help="play it with tiny random models on generated data "
+                        "in a folder of its own, which is emptied first; default: runs/dry-run")
     args = parser.parse_args()
     with reported():
-        experiment = read_experiment(args.experiment, args.data)
+        if args.dry_run and not args.status:
+            dry_run.begin(args.dry_run)
+        experiment = read_experiment(args.experiment, args.data, args.dry_run)
         if not args.status:
             return 2 if run_experiment(experiment, args.only) else 0
         for job in jobs(experiment, args.only):

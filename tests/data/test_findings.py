@@ -67,6 +67,7 @@ def test_training_on_unknown_annotations_alone_is_refused(tmp_path: Path) -> Non
     with pytest.raises(UserError, match=r"'drugs' \(1 row, the first .*b\.jsonl:2\).*--data\.tas"):
         load_examples(paths, REGISTRY)
     assert load_examples([*paths, manifest(tmp_path / "c.jsonl", {"sa": "Neutral"})], REGISTRY)
+    assert load_examples(paths, TaskRegistry(()))  # of no tasks, transcripts are wanted
 
 
 def test_ids_that_come_twice_are_named_before_anything_is_decoded(tmp_path: Path) -> None:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import pytest
+import torch
 import yaml
+from filelock import FileLock
 
 from unislu_llm.config_file import config_from_dict
 from unislu_llm.errors import UserError
@@ -54,11 +58,14 @@ class Fake:
     def __call__(self, command: Sequence[str], log: Path) -> int:
         self.commands.append(list(command))
         if "unislu_llm.cli" in command:
-            return 0
+            log.touch()
+            return int(self.fail in command)
         if "eval/evaluate.py" in command:
             name, test = Path(command[2]).name, "--manifest" in command
             block = {"wer": {"overall": {"wer": 7.0}, "by_corpus": {"vp": {"wer": 10.0}}},
-                     "tasks": {"ner": {"entity": {"f1": 50.0}}}}
+                     "tasks": {"ner": {"entity": {"f1": 50.0}}, "sa": {"macro_f1": 80.0}}}
+            if name.startswith("only-"):  # what the model of another task has to be asked for
+                block["wer"]["by_corpus"]["vp"]["wer"] = 99.0
             if name.startswith("l"):
                 block |= {"ctc_wer": 40.0, "ctc_wer_by_corpus": {"vp": 41.0}}
             scores = {"scores": {"protocols": dict.fromkeys(("whisper", "slue"), block)},
@@ -130,15 +137,21 @@ def test_a_stopped_run_is_resumed_or_begun_anew(experiment: Callable[..., Any],
     assert len(list(asked.output.glob("l-s1.stopped-*"))) == 1
 
 
+def rows_of(results: Path, protocol: str) -> dict[str, dict[str, str]]:
+    """Rows of a table by system (and set, where it has one), and column."""
+    text = (results / "table.md").read_text().split(f"Protocol `{protocol}`")[1]
+    lines = [line for line in text.split("Protocol")[0].splitlines() if line.startswith("|")]
+    head, _, *body = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    rows = [dict(zip(head, row, strict=True)) for row in body]
+    return {" ".join([row["system"], row.get("set", "")]).strip(): row for row in rows}
+
+
 def test_the_table_has_a_row_a_system(experiment: Callable[..., Any],
                                       run: Callable[..., Fake]) -> None:
     asked = experiment()
     run(asked, "w", "l")
-    text = (asked.results / "table.md").read_text()
-    assert text.startswith("# synthetic speech")
-    lines = [line for line in text.split("Protocol `slue`")[1].splitlines() if line.startswith("|")]
-    head, *body = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-    rows = {row[0]: dict(zip(head, row, strict=True)) for row in body}
+    assert (asked.results / "table.md").read_text().startswith("# synthetic speech")
+    rows = rows_of(asked.results, "slue")
     assert rows["Whisper"]["WER vp"] == "10.0 ± 0.0"  # over seeds
     assert rows["l"]["NER F1"] == "50.0 [41.0, 59.0]"  # of one: the interval over utterances
     assert (rows["l"]["CTC WER vp"], rows["l"]["CTC WER read"]) == ("41.0", "40.0")
@@ -147,6 +160,76 @@ def test_the_table_has_a_row_a_system(experiment: Callable[..., Any],
     assert set(rows["x (not run)"].values()) == {"x (not run)", "-"}
     run(asked)
     assert "| 4.0 " in (asked.results / "table.md").read_text()  # with the run it starts from
+
+
+def test_published_numbers_and_parts_have_rows(experiment: Callable[..., Any],
+                                               run: Callable[..., Fake]) -> None:
+    parts = [{"name": "asr", "recipe": "train_llm"}, {"name": "only-ner", "like": "asr"},
+             {"name": "only-sa", "like": "asr", "tests": {}},
+             {"name": "all", "parts": {"wer": "asr", "ner": "only-ner", "sa": "only-sa"}}]
+    theirs = {"source": "them", "protocol": "slue", "set": "read", "columns": ["WER vp", "NER F1"],
+              "rows": {"theirs": [8.5, 70]}}
+    asked = experiment(systems=[*parts, {"name": "none", "like": "asr"}], published=[theirs])
+    assert run(asked, "asr").trained().keys() == {"asr-s1"}
+    assert "all (not run) dev" in rows_of(asked.results, "slue")
+    assert run(asked, "all").trained().keys() == {"only-ner-s1", "only-sa-s1"}
+    rows = rows_of(asked.results, "slue")
+    assert list(rows) == ["published (them): theirs read", "all (not scored) read",
+                          "none (not run) read", "all dev", "none (not run) dev"]
+    assert [*rows["all dev"].values()][2:] == ["10.0", "50.0 [41.0, 59.0]", "80.0", "73.3"]
+    assert rows["published (them): theirs read"]["WER vp"] == "8.5"
+    assert len(rows_of(asked.results, "whisper")) == 4
+
+
+def test_another_runners_run_is_left_to_it(experiment: Callable[..., Any], run: Callable[..., Fake],
+                                           capsys: pytest.CaptureFixture[str]) -> None:
+    asked = experiment()
+    asked.output.mkdir()
+    with FileLock(asked.output / "w-s2.lock"):
+        assert "w-s2" not in run(asked).trained()
+    assert "w-s2: another runner is at it" in capsys.readouterr().out
+    assert run(asked).trained().keys() == {"w-s2"}
+
+
+def test_what_may_fail_is_done_without(experiment: Callable[..., Any], runner: ModuleType,
+                                       monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "two_gpus.yaml").touch()
+    systems = [*SYSTEMS[:1], SYSTEMS[1] | {"launch": str(tmp_path / "two_gpus.yaml")}, SYSTEMS[2]]
+    asked = experiment(systems=systems, may_fail=["made"])
+    fake = Fake(asked, fail="transcribe")
+    monkeypatch.setattr(runner, "run_command", fake)
+    assert runner.run_experiment(asked, ["l", "x"]) == 0
+    assert [*fake.trained()] == ["l-s1", "x-s1"]
+    assert sum("transcribe" in command for command in fake.commands) == 1
+    launched = [c[c.index("--config_file") + 1] for c in fake.commands if "--config_file" in c]
+    assert launched == [str(tmp_path / "two_gpus.yaml")] * 2
+    assert "x-s1: not scored on read: there is no" in capsys.readouterr().out
+    assert not list(asked.results.glob("*-read.json"))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="commands are forked")
+def test_the_papers_table_plays_on_generated_files(runner: ModuleType, tmp_path: Path,
+                                                   monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(EXPERIMENTS.parents[1])
+    monkeypatch.setattr(runner.dry_run, "begun", False)
+    monkeypatch.setattr(sys, "argv", ["", str(EXPERIMENTS / "slue.yaml"), "--dry-run",
+                                      str(tmp_path), "--only", "unified-dynamic", "ours-reads"])
+    threads, before = torch.get_num_threads(), sorted(Path("eval/results").rglob("*"))
+    assert runner.main() == 0
+    torch.set_num_threads(threads)
+    assert sorted(Path("eval/results").rglob("*")) == before
+    assert (tmp_path / "results" / "table.md").read_text().startswith("# DRY RUN")
+    rows = rows_of(tmp_path / "results", "whisper")
+    assert rows["published (the authors' repository): unified Whisper-medium, 3 seeds test"][
+        "NER F1"] == "69.95"
+    assert "Whisper-medium, unified, fixed loss (not run) test" in rows
+    for name in ("Whisper-medium, unified, dynamic loss dev", "Ours: the LLM reads the hypothesis "
+                 "and may rewrite it test"):
+        assert "-" not in [*rows[name].values()][2:7]  # WER of both, F1 of both, SLUE
+    (tmp_path / "dry-run.txt").unlink()
+    with pytest.raises(UserError, match="holds something else"):
+        runner.dry_run.begin(tmp_path)
 
 
 def test_configs_are_laid_over_each_other_and_checked(runner: ModuleType, tmp_path: Path,
@@ -185,12 +268,16 @@ def test_every_run_of_a_shipped_experiment_can_be_configured(path: Path, runner:
 @pytest.mark.parametrize(("over", "message"), [
     ({"system": []}, "did you mean 'systems'"),
     ({"systems": []}, "lists no systems"),
-    ({"systems": [{"name": "a", "recipe": "train"}]}, r"systems\[0\].recipe"),
+    ({"systems": [{"name": "a", "recipe": "train"}]}, r"exp.yaml:\d+: systems\[0\].recipe"),
     ({"systems": [{"name": "a"}]}, "system 'a'.recipe: is missing"),
     ({"systems": [{"name": "a", "recipe": "train_llm"}] * 2}, "system 'a' is there twice"),
     ({"systems": [{"name": "a", "like": "b"}]}, "like: there is no 'b'"),
     ({"systems": [{"name": "a", "recipe": "train_llm", "prepare": ["mad"]}]}, "mean 'made'"),
-    ({"common": {"train": {"epoch": 1}}}, r"system 'w'.*did you mean 'epochs'"),
+    ({"common": {"train": {"epoch": 1}}}, r"yaml:3: system 'w': .*did you mean 'epochs'"),
+    ({"may_fail": ["mad"]}, "may_fail: there is no 'mad'"),
+    ({"systems": [{"name": "a", "recipe": "train_llm", "launch": "x.yaml"}]}, "launch: .*'x.yaml'"),
+    ({"published": [{"source": "", "protocol": "slue", "set": "read", "columns": ["SLUE"],
+                     "rows": {"a": [1, 2]}}]}, "1 columns, and 2 numbers in the row 'a'"),
     ({"data": ""}, "--data FOLDER"),
 ])
 def test_bad_files_are_named(over: dict[str, Any], message: str, runner: ModuleType,

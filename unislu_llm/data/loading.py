@@ -79,9 +79,11 @@ def load_examples(manifests: Sequence[str], registry: TaskRegistry, *, limit: in
 def _check_unread(unread: Sequence[Unread], registry: TaskRegistry, flag: str,
                   annotated: bool) -> None:
     """Say which annotations no task reads; raises UserError: `data.train` has no others."""
-    known, advice = ", ".join(registry.names), "describe it in a tasks file (--data.tasks FILE)"
+    known = ", ".join(registry.names) or "none"
+    advice = "describe it in a tasks file (--data.tasks FILE)"
     spans = [field for field in unread if field.spans]
-    if spans and not annotated and flag == "data.train":
+    # A list of no tasks says that transcripts are all that is wanted.
+    if spans and not annotated and registry.names and flag == "data.train":
         raise UserError(f"{flag}: nothing is annotated for a known task ({known}); is the field "
                         f"{spans[0]} a task? Then {advice}; else take it out")
     for field in spans:
