@@ -143,6 +143,7 @@ class RowReader:
         check_audio: also look whether audio files exist.
         without_text: rows with audio may lack `text`: the utterance's is empty, and spans that are
             given by their phrases are checked and left out of `labels`, unless there are none.
+        language: of rows that name none; phrases are looked for by its normaliser.
     """
 
     registry: TaskRegistry
@@ -150,6 +151,7 @@ class RowReader:
     corpus: str = "default"
     check_audio: bool = False
     without_text: bool = False
+    language: str = ""
 
     def __post_init__(self) -> None:
         self._models = {phrases: _row_model(self.registry, phrases)
@@ -172,7 +174,7 @@ class RowReader:
         found: Any = None
         problems: list[Problem] = []
         try:
-            context = values.get("text"), values.get("language")
+            context = values.get("text"), values.get("language") or self.language
             found = self._models[unheard].model_validate(values, context=context)
         except pydantic.ValidationError as error:
             problems += _explain(error, row, renamed)
@@ -196,7 +198,8 @@ class RowReader:
                   if (value := getattr(found, f"task_{task.name}")) is not None}
         return Utterance(
             found.id, path, "" if unheard else found.text, labels, found.start, found.end,
-            found.speaker, found.language, found.corpus or self.corpus, found.duration, source,
+            found.speaker, found.language or self.language or None,
+            found.corpus or self.corpus, found.duration, source,
             None if found.hypothesis is None else " ".join(found.hypothesis.split()),
             found.text_source, found.segments if isinstance(found.segments, list) else None), []
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,7 +27,7 @@ class Counts:
     """What a score is made of."""
 
     utterances: tuple[tuple[str, str], ...]  # corpus and id
-    matrix: NDArray[np.int64]  # (utterances, columns)
+    matrix: NDArray[Any]  # numbers (utterances, columns)
     statistic: Statistic  # of the sums over utterances
 
     @property

@@ -82,7 +82,7 @@ def span_counts(sides: Sides) -> NDArray[np.int64]:
     return np.array([((ref & hyp).total(), ref.total(), hyp.total()) for ref, hyp in sides])
 
 
-def prf(tp: int, n_gold: int, n_pred: int) -> dict[str, float]:
+def prf(tp: float, n_gold: float, n_pred: float) -> dict[str, float]:
     """Precision, recall and F1 in percent, of so many right, reference and predicted ones."""
     return {"precision": 100.0 * tp / max(n_pred, 1), "recall": 100.0 * tp / max(n_gold, 1),
             "f1": 200.0 * tp / max(n_gold + n_pred, 1),

@@ -116,7 +116,7 @@ def _train_stages(kind: str, config: Config, name: str, started: float) -> Path:
 def _clip(config: Config, registry: TaskRegistry) -> str:
     """A dev clip for the first try."""
     rows = (row.utterance for path in config.data.dev
-            for row in iter_rows(path, registry))
+            for row in iter_rows(path, registry, language=config.model.language))
     whole = (u for u in rows if u and u.audio and not u.start and u.end is None and not u.segments)
     clip = next(whole, None)
     if clip is None or clip.audio is None:
