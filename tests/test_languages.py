@@ -16,7 +16,7 @@ from tests.test_compare import rewrite, row_of
 from tests.test_evaluate import options
 from unislu_llm.compare import compare
 from unislu_llm.data.manifest import read_manifest
-from unislu_llm.data.phrases import find_phrase, place_phrases
+from unislu_llm.data.phrases import place_phrases
 from unislu_llm.decoding.long_form import Stitched, occurrences
 from unislu_llm.evaluate import evaluate
 from unislu_llm.io import read_json_lines
@@ -61,8 +61,9 @@ def test_entities_of_characters_have_places() -> None:
 
 
 def test_phrases_are_characters_and_of_the_rows_language(tmp_path: Path) -> None:
-    assert find_phrase("我爱北京。北京，很大", "北京") == [(2, 4), (5, 7)]
-    assert find_phrase("ที่นี่", "ท") == [], "a letter without its mark is another"
+    assert place_phrases("我爱北京。北京，很大", [("PLACE", "北京")] * 2)[0] == [
+        Span("PLACE", 2, 4), Span("PLACE", 5, 7)]
+    assert not place_phrases("ที่นี่", [("PLACE", "ท")])[0], "a letter without its mark is another"
     assert place_phrases(DE, [("WHEN", "Zwölf!")], language="de") == ([Span("WHEN", 3, 8)], {})
     path = tmp_path / "m.jsonl"
     decomposed = unicodedata.normalize("NFD", DE)

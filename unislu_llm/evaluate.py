@@ -22,13 +22,7 @@ from unislu_llm.decoding.predict import predict
 from unislu_llm.errors import UserError, dotted, explain
 from unislu_llm.evaluate_options import Options
 from unislu_llm.io import MODEL_FILE, WEIGHTS_FILE, portable, read_json, sha256, write_text
-from unislu_llm.prediction_file import (
-    PredictionFile,
-    Rows,
-    decoding_of,
-    differences,
-    key_of,
-)
+from unislu_llm.prediction_file import PredictionFile, Rows, decoding_of, differences, key_of
 from unislu_llm.run_folder import Run, find_run, load_model, versions
 from unislu_llm.scoring.calibration import calibrate
 from unislu_llm.scoring.predictions import check_predictions

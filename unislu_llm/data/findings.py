@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 from unislu_llm.data.manifest import Row
@@ -34,12 +34,13 @@ class Unread(NamedTuple):
 
 
 class UnreadFields(dict[str, Unread]):
-    """Keys of a manifest's rows that nothing reads; rows are added one by one."""
+    """Keys of a manifest's rows that nothing reads; more rows are added one by one."""
 
-    def __init__(self, path: str, registry: TaskRegistry) -> None:
-        self._path = path
+    def __init__(self, path: str, registry: TaskRegistry, rows: Iterable[Row] = ()) -> None:
         # A condition is for people.
-        self._known = {*FIELDS, "draft", "condition", *registry.names}
+        self._path, self._known = path, {*FIELDS, "condition", *registry.names}
+        for row in rows:
+            self.add(row)
 
     def add(self, row: Row) -> None:
         for key, value in row.content.items():

@@ -55,10 +55,7 @@ def load_examples(manifests: Sequence[str], registry: TaskRegistry, *, limit: in
     for path in manifests:
         rows = read_rows(path, registry, corpus=manifest_name(path), check_audio=True,
                          language=language)
-        fields = UnreadFields(path, registry)
-        for row in rows:
-            fields.add(row)
-        unread += fields.values()
+        unread += UnreadFields(path, registry, rows).values()
         utterances = handle_long([row.utterance for row in rows if row.utterance], registry)
         if scored and (mute := next((u for u in utterances if u.audio is None), None)):
             raise UserError(f"{mute.where}: field 'audio': the row has no audio, so nothing can be "

@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,8 +46,7 @@ class Row:
 
 def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = None,
               check_audio: bool = False, ids: Ids | None = None, without_text: bool = False,
-              language: str = "", mend: Callable[[dict[str, Any]], dict[str, Any]] = dict,
-              ) -> Iterator[Row]:
+              language: str = "", mend: Callable[[Any], Any] = dict) -> Iterator[Row]:
     """The rows of a manifest in one pass, good ones and bad ones, as :class:`RowReader` reads them.
 
     `ids` are those of manifests read before, to find repetitions; `mend` changes rows before they
@@ -59,7 +57,7 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
         raise UserError(f"{path}: manifest does not exist or is no file; give a JSON-lines file")
     reader = RowReader(registry, path.parent, corpus or "default", check_audio, without_text,
                        language)
-    line, warned = 0, False
+    line = 0
     with path.open("rb") as handle:
         for number, raw in enumerate(iter(lambda: handle.readline(_MOST_BYTES), b""), 1):
             if len(raw) == _MOST_BYTES:
@@ -80,9 +78,6 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
                 utterance, problems = reader.read(content, f"{path}:{line}")
                 # Also of a bad row: it will be corrected, and its id is taken all the same.
                 problems += _repeated_id(content.get("id"), path, line, ids)
-                if "draft" in content and not warned:
-                    warned = True
-                    warnings.warn(f"{path}:{line}: 'draft' is an old name; call it 'hypothesis'")
             yield Row(line, content, None if problems else utterance,
                       tuple(problem._replace(file=path, line=line) for problem in problems))
     if not line:

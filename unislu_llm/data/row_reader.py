@@ -32,7 +32,7 @@ _SYNONYMS = {name: key for key, names in {
     "text": "transcript transcription sentence normalized_text utterance utt",
     "start": "offset start_time start_second start_sec begin begin_time onset",
     "end": "end_time end_second end_sec stop stop_time",
-    "language": "lang locale", "speaker": "spk client_id", "hypothesis": "pred_text",
+    "language": "lang locale", "speaker": "spk client_id", "hypothesis": "pred_text draft",
     "id": "utt_id uid", "sa": "sentiment", "ner": "entities"}.items() for name in names.split()}
 """Names that other tools give to the same things."""
 _LENIENT = ("language", "speaker", "hypothesis", "id")  # without them a row is no other one
@@ -162,7 +162,6 @@ class RowReader:
 
     def read(self, row: Mapping[str, Any], source: str) -> tuple[Utterance | None, list[Problem]]:
         """The utterance of a row, None where there are problems, and these; `source` names it."""
-        row = row if row.get("draft") is None else {"hypothesis": row["draft"], **row}  # old name
         row = rewrite(dict(row), ("text", "hypothesis", *self.registry.names), composed)
         alike = [(key, like) for key in row if key not in self._known
                  and (like := self._lookalike(key)) is not None]

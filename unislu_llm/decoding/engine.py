@@ -18,14 +18,7 @@ from unislu_llm.decoding.hypothesis_bias import HypothesisBias
 from unislu_llm.decoding.loops import loop_start
 from unislu_llm.decoding.no_speech import evidence_of
 from unislu_llm.decoding.reading import feed
-from unislu_llm.decoding.search import (
-    Decoded,
-    Ends,
-    Processor,
-    beam_search,
-    padded,
-    score_labels,
-)
+from unislu_llm.decoding.search import Decoded, Ends, Processor, beam_search, padded, score_labels
 from unislu_llm.decoding.vocabulary import vocabulary_of
 from unislu_llm.errors import UserError
 from unislu_llm.models.base import SLUModel

@@ -180,8 +180,7 @@ def _content(row: Row, found: Mapping[str, Transcript], registry: TaskRegistry, 
     else:
         report.counts["mute"] += u.audio is None and u.hypothesis is None
         return row.content
-    # `draft` is the old name of what the row gets.
-    return {k: v for k, v in row.content.items() if k != "draft"} | {"hypothesis": made.text}
+    return row.content | {"hypothesis": made.text}
 
 
 def place_spans(row: dict[str, Any], registry: TaskRegistry, language: str = "") -> list[str]:

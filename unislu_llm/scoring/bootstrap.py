@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,7 +26,7 @@ class Counts:
     """What a score is made of."""
 
     utterances: tuple[tuple[str, str], ...]  # corpus and id
-    matrix: NDArray[Any]  # numbers (utterances, columns)
+    matrix: NDArray[np.int64] | Floats  # (utterances, columns)
     statistic: Statistic  # of the sums over utterances
 
     @property

@@ -13,9 +13,9 @@ from unislu_llm.errors import UserError
 from unislu_llm.scoring import bootstrap as boot
 from unislu_llm.scoring import entities
 from unislu_llm.scoring.bootstrap import Counts
+from unislu_llm.scoring.entities import SLURP_METRICS, slot_pairs
 from unislu_llm.scoring.labels import indicators, label_scores
 from unislu_llm.scoring.predictions import Prediction, annotated, check_predictions, spoken_once
-from unislu_llm.scoring.slurp import METRICS, slurp_counts, slurp_scores
 from unislu_llm.scoring.text import PROTOCOLS, Protocol
 from unislu_llm.scoring.wer import WER, edits, rate_of
 from unislu_llm.tasks import NER, SA, LabelTask, SpanTask, Task, TaskRegistry
@@ -69,8 +69,8 @@ def flat_scores(results: Mapping[str, Any], protocol: Protocol = "whisper") -> d
     """Headline metrics of :func:`score_predictions`, by the names that logs and tables have;
     `score` picks the best checkpoint: the SLUE score, else the mean of word accuracy and F1s."""
     if (block := results["protocols"].get(protocol)) is None:
-        raise UserError(f"not scored under protocol '{protocol}', which runs with a task `slots` "
-                        "have (recipes/configs/tasks_slurp.yaml); name another --protocol")
+        raise UserError(f"not scored under protocol '{protocol}', which is for runs with a task "
+                        "`slots`; name another --protocol")
     # Older files lack names and CER.
     overall, named = block["wer"]["overall"], block["wer"]["overall"].get("rate", "wer")
     flat = {f"{wer.get('rate', 'wer')}_{corpus}": wer["wer"]
@@ -85,7 +85,7 @@ def flat_scores(results: Mapping[str, Any], protocol: Protocol = "whisper") -> d
         else:
             flat |= {f"{name}_f1": task["entity"]["f1"], f"{name}_label_f1": task["label"]["f1"],
                      f"{name}_position_f1": results["position"][name]["f1"]}
-            flat |= {f"{name}_{key}": task[key]["f1"] for key in METRICS if key in task}
+            flat |= {f"{name}_{key}": task[key]["f1"] for key in SLURP_METRICS if key in task}
     flat["malformed"] = results["malformed"]["share"]
     if block["slue_score"] is not None:
         return flat | {"slue": block["slue_score"], "score": block["slue_score"]}
@@ -158,8 +158,9 @@ def utterance_counts(records: Sequence[Prediction], registry: TaskRegistry,
                             ("label_f1", entities.by_label(placed)),
                             ("position_f1", entities.by_position(entities.place(known)))):
             add(f"{task.name}/{name}", known, entities.span_counts(sides), boot.micro_f1)
-        for name in METRICS if protocol == "slurp" else ():
-            add(f"{task.name}/{name}", known, slurp_counts(known, name), boot.micro_f1)
+        for name in SLURP_METRICS if protocol == "slurp" else ():
+            matrix = [np.sum([[0.0] * 3, *(c[1:] for c in slot_pairs(p, name))], 0) for p in known]
+            add(f"{task.name}/{name}", known, np.array(matrix), boot.micro_f1)
     return counts | _slue_counts(counts)
 
 
@@ -217,7 +218,8 @@ def _task_block(task: Task, known: Sequence[Prediction], protocol: Protocol) -> 
     return {"n": len(known), "entity": entities.span_scores(entities.by_phrase(placed)),
             "label": entities.span_scores(entities.by_label(placed)),
             "errors": {side: errors[side] for side in entities.KINDS},
-            **(slurp_scores(known) if protocol == "slurp" else {})}
+            **{name: entities.averaged(c for p in known for c in slot_pairs(p, name))
+               for name in SLURP_METRICS if protocol == "slurp"}}
 
 
 def _slue_counts(counts: Mapping[str, Counts]) -> dict[str, Counts]:

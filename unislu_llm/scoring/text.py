@@ -5,8 +5,7 @@
 * `slue`, slue-toolkit's: transcripts lose `. ; ? !` (the comma stays) and repeated blanks; entity
   phrases go through :func:`ner_tokens`. Case counts. The toolkit strips the references of VoxPopuli
   alone; here both sides of every corpus lose them, which forgives other systems a full stop.
-* `slurp`, of runs with the task `slots`: lower case; in phrases a clitic is a word (`john 's`), as
-  in SLURP's tokens, which are the references there (arXiv 2011.13205). Marks count.
+* `slurp`, of runs with a task `slots`: lower case; clitics of phrases are words, as in SLURP's own.
 
 In all, text is composed first (NFC), and words of languages without blanks are their characters.
 """

@@ -59,8 +59,7 @@ class _Export(FileSource):
 
 
 class LabelStudio(_Export):
-    """Own data in Label Studio's JSON or JSON-MIN: labelled spans of Text or HyperText, choices,
-    transcripts of a text area."""
+    """Own data in Label Studio's JSON or JSON-MIN: spans of text or HTML, choices, text areas."""
 
     def read(self, row: dict[str, Any], where: str, dropped: Dropped) -> _Item | None:
         if "annotations" not in row:  # JSON-MIN, in which a row is one annotation
