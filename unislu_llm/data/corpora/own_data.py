@@ -280,9 +280,8 @@ def load_split(name: str, config: str, split: str,
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             rows: Any = datasets.load_from_disk(name)
             rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
-        else:  # a folder is streamed: the package would first write all of it to its cache
-            rows = datasets.load_dataset(name, config or None, split=split,
-                                         streaming=folder.exists())
+        else:  # or the package would first fetch every split, and write all of it to its cache
+            rows = datasets.load_dataset(name, config or None, split=split, streaming=True)
         features = rows.features or {}
         for column in [c for c, kind in features.items() if isinstance(kind, datasets.Audio)]:
             rows = rows.cast_column(column, datasets.Audio(decode=False))
