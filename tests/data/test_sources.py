@@ -180,15 +180,12 @@ def test_a_data_set_of_the_hub_is_streamed_by_its_name(
         return data.to_iterable_dataset()
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
-    # Audio is never decoded, which would need another package.
-    monkeypatch.setattr(datasets.Audio, "decode_example", None)
+    monkeypatch.setattr(datasets.Audio, "decode_example", None)  # it needs another package
     monkeypatch.chdir(tmp_path)
-    columns = ("text=transcription",)
-    found, page = made(Hub("owner/set", "validation", "de_de", columns), language="de")
-    assert asked == [("owner/set", "de_de", {"split": "validation", "streaming": True})]
-    assert [(u.id, u.text, u.labels, u.seconds, u.language) for u in found] == [
-        ("validation-0", "so it is", {"sa": "Positive"}, 5.0, "de"),
-        ("validation-1", "so it is", {}, 5.0, "de")]
+    found, page = made(Hub("owner/set", "test", "de_de", ("text=transcription",)))
+    assert asked == [("owner/set", "de_de", {"split": "test", "streaming": True})]
+    assert [(u.id, u.text, u.labels, u.seconds) for u in found] == [
+        ("test-0", "so it is", {"sa": "Positive"}, 5.0), ("test-1", "so it is", {}, 5.0)]
     assert found[0].audio.read_bytes() == rows[0]["audio"]["bytes"]
     assert "2 values of 'votes' not read" in page
 
