@@ -159,8 +159,8 @@ def utterance_counts(records: Sequence[Prediction], registry: TaskRegistry,
                             ("position_f1", entities.by_position(entities.place(known)))):
             add(f"{task.name}/{name}", known, entities.span_counts(sides), boot.micro_f1)
         for name in SLURP_METRICS if protocol == "slurp" else ():
-            matrix = [np.sum([[0.0] * 3, *(c[1:] for c in slot_pairs(p, name))], 0) for p in known]
-            add(f"{task.name}/{name}", known, np.array(matrix), boot.micro_f1)
+            sums = [np.sum([[0.0] * 3, *(c[1:] for c in slot_pairs(p, name))], 0) for p in known]
+            add(f"{task.name}/{name}", known, np.array(sums), boot.micro_f1)
     return counts | _slue_counts(counts)
 
 
