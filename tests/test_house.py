@@ -34,9 +34,7 @@ OLD_WORDS = frozenset({
     "draft", "drafts", "drafter", "drafted", "heard", "tally", "monitor", "monitors", "codec",
     "figures", "packing", "asr_floor", "fill_text", "text_rows", "use_speech", "init_llm",
     "micro_batch_size", "encoder_cache"})
-"""Names that the field has other words for, or that went with what they named. Manifests alone may
-still say `draft`, which their readers know."""
-READERS = ("manifest.py", "row_reader.py")
+"""Names that the field has other words for, or that went with what they named."""
 
 
 def name_of(path: Path) -> str:
@@ -126,7 +124,7 @@ def test_old_words_are_gone() -> None:
                 if token.type != tokenize.NAME:
                     continue
                 words = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", token.string).lower()
-                if OLD_WORDS & {words, *words.split("_")} and path.name not in READERS:
+                if OLD_WORDS & {words, *words.split("_")}:
                     found.setdefault(token.string, []).append(f"{name_of(path)}:{token.start[0]}")
         assert not OLD_WORDS & set(path.stem.split("_")), path
     assert not {word: places[:3] for word, places in found.items()}

@@ -14,10 +14,13 @@ from tests import tiny
 from tests.scoring.rows import REGISTRY, ner
 from tests.test_compare import rewrite, row_of
 from tests.test_evaluate import options
+from unislu_llm.cli import main
 from unislu_llm.compare import compare
+from unislu_llm.data.loading import load_examples
 from unislu_llm.data.manifest import read_manifest
-from unislu_llm.data.phrases import find_phrase, place_phrases
+from unislu_llm.data.phrases import place_phrases
 from unislu_llm.decoding.long_form import Stitched, occurrences
+from unislu_llm.errors import UserError
 from unislu_llm.evaluate import evaluate
 from unislu_llm.io import read_json_lines
 from unislu_llm.scoring.score import score_predictions
@@ -61,8 +64,9 @@ def test_entities_of_characters_have_places() -> None:
 
 
 def test_phrases_are_characters_and_of_the_rows_language(tmp_path: Path) -> None:
-    assert find_phrase("我爱北京。北京，很大", "北京") == [(2, 4), (5, 7)]
-    assert find_phrase("ที่นี่", "ท") == [], "a letter without its mark is another"
+    assert place_phrases("我爱北京。北京，很大", [("PLACE", "北京")] * 2)[0] == [
+        Span("PLACE", 2, 4), Span("PLACE", 5, 7)]
+    assert not place_phrases("ที่นี่", [("PLACE", "ท")])[0], "a letter without its mark is another"
     assert place_phrases(DE, [("WHEN", "Zwölf!")], language="de") == ([Span("WHEN", 3, 8)], {})
     path = tmp_path / "m.jsonl"
     decomposed = unicodedata.normalize("NFD", DE)
@@ -71,6 +75,11 @@ def test_phrases_are_characters_and_of_the_rows_language(tmp_path: Path) -> None
                                 "ner": [["PLACE", at, len(decomposed)]]}))
     row, = read_manifest(path, REGISTRY)
     assert (row.text, row.labels["ner"]) == (DE, (Span("PLACE", 27, 33),))
+    # Of a row that names no language the setting's counts: English alone drops marks of letters.
+    path.write_text(json.dumps({"id": "a", "text": DE, "ner": [["PLACE", "Zurich"]]}))
+    assert load_examples([str(path)], REGISTRY)
+    with pytest.raises(UserError, match="'Zurich' is not in the text"):
+        load_examples([str(path)], REGISTRY, language="de")
 
 
 def test_windows_of_characters_are_joined() -> None:
@@ -78,6 +87,25 @@ def test_windows_of_characters_are_joined() -> None:
     assert Stitched(parts, [(0.6, 0.6)]).text == "我们今天在北京工作很忙谢谢"
     assert Stitched(["他来了。", "我走了"]).text == "他来了。我走了"
     assert occurrences("北京", "北京。我爱北京人") == [(0, 2), (5, 7)]
+
+
+def test_intents_and_slots_from_the_corpus_to_scores(
+        tmp_path: Path, tiny_checkpoints: dict[str, str], monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    items = [{"slurp_id": i, "sentence": "wake me at nine", "scenario": "alarm", "action": "set",
+              "sentence_annotation": "wake me at [time : nine]",
+              "recordings": [{"file": u.audio and u.audio.name}]}
+             for i, u in enumerate(tiny.write_utterances(Path("wav")))]
+    Path("devel.jsonl").write_text("\n".join(map(json.dumps, items)))
+    tasks = Path(__file__).parents[1] / "recipes" / "configs" / "tasks_slurp.yaml"
+    assert main(["prepare", "slurp", "--file", "devel.jsonl", "--audio", "wav", "--out",
+                 "rows.jsonl", "--tasks-file", str(tasks)]) == 0
+    tiny.train_tiny_run("speech_llm", tmp_path, tiny_checkpoints, Path("rows.jsonl"), tasks)
+    assert evaluate(options(Path("runs/tiny"))) == 0
+    table = capsys.readouterr().out.partition("Protocol: slurp")[2]
+    assert all(f" {name} " in table for name in ("intent_accuracy", "slots_f1", "slots_slu_f1"))
+    assert compare([Path("runs/tiny"), Path("results/tiny.json")], "slurp")
 
 
 def test_two_languages_from_manifest_to_scores(

@@ -11,15 +11,7 @@ import pytest
 
 from unislu_llm.errors import UserError
 from unislu_llm.io import find_model
-from unislu_llm.run_folder import (
-    BEST,
-    LAST,
-    MODEL,
-    find_run,
-    load_model,
-    read_finished,
-    versions,
-)
+from unislu_llm.run_folder import BEST, LAST, MODEL, find_run, load_model, read_finished, versions
 
 
 def test_a_run_is_found_by_its_folder_or_a_checkpoint(tiny_run: Callable[..., Path]) -> None:

@@ -180,7 +180,7 @@ def write_utterances(folder: Path, *, seconds: Sequence[float] = (0.9, 1.6, 0.6,
 
 
 def train_tiny_run(kind: str, folder: Path, checkpoints: dict[str, str],
-                   rows: Path | None = None) -> None:
+                   rows: Path | None = None, tasks: Path | None = None) -> None:
     """Two steps of training in `folder`: `corpus/dev.jsonl` (8 utterances, or `rows`) and
     `runs/tiny`."""
     from unislu_llm.data.manifest import write_manifest
@@ -195,6 +195,7 @@ def train_tiny_run(kind: str, folder: Path, checkpoints: dict[str, str],
         "model": {"encoder": checkpoints["whisper"], "llm": checkpoints["llm"],
                   "projector_options": {"stack": 5, "hidden": 32},
                   "lora": {"rank": 4, "target_modules": ["q_proj"]}},
-        "data": {key: [str(rows or "corpus/dev.jsonl")] for key in ("train", "dev")},
+        "data": {key: [str(rows or "corpus/dev.jsonl")] for key in ("train", "dev")} | {
+            "tasks": tasks and str(tasks)},
         "train": {"max_steps": 2, "batch_size": 8, "trackers": [], "threads": 1},
         "decode": {"max_new_tokens": 12, "batch_size": 3}})).fit()

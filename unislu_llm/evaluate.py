@@ -27,7 +27,6 @@ from unislu_llm.run_folder import Run, find_run, load_model, versions
 from unislu_llm.scoring.calibration import calibrate
 from unislu_llm.scoring.predictions import check_predictions
 from unislu_llm.scoring.score import format_table, intervals, same_data, score_predictions
-from unislu_llm.scoring.text import PROTOCOLS
 from unislu_llm.tokenizer import Example
 
 
@@ -134,7 +133,8 @@ def _evaluate_run(job: Job, out: Path, again: bool) -> dict[str, Any]:
     registry, key = job.run.registry(), job.key()
     # Before the model is loaded: a bad manifest should not cost minutes.
     examples = load_examples([str(path) for path in job.manifests], registry, limit=job.limit,
-                             flag="manifest", scored=True)
+                             flag="manifest", scored=True,
+                             language=read_json(job.run.model / MODEL_FILE)["model"]["language"])
     file = PredictionFile(job.run.folder / "predictions" / f"{job.stem}.jsonl", key)
     found = None if again else file.finished()
     if again:
@@ -145,11 +145,12 @@ def _evaluate_run(job: Job, out: Path, again: bool) -> dict[str, Any]:
         print(f"  predictions of {found[1]['date']} reused (--again decodes anew)")
     rows, meta = found or _decode(job, examples, file)
     predictions = check_predictions(rows, registry)
+    scores = score_predictions(predictions, registry)
     result = {
         **_about(job, key, meta), "samples": dict(Counter(p.task for p in predictions)),
         "predictions": portable(file.path), "predictions_sha256": meta["sha256"],
-        "scores": score_predictions(predictions, registry),
-        "intervals": {p: intervals(predictions, registry, p) for p in PROTOCOLS},
+        "scores": scores,
+        "intervals": {p: intervals(predictions, registry, p) for p in scores["protocols"]},
         "calibration": calibrate(predictions, registry)}
     # Innermost lists and objects on one line: a number a line makes half of the file blanks.
     text = json.dumps(result, indent=1, ensure_ascii=False)

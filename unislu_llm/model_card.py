@@ -115,12 +115,12 @@ def _corpora(path: str, language: str, registry: TaskRegistry) -> Iterator[Value
         yield {"manifest": manifest}
         return
     # Counted now: a manifest that was changed since the training shows here.
-    utterances = read_manifest(path, registry, corpus=manifest_name(path))
+    utterances = read_manifest(path, registry, corpus=manifest_name(path), language=language)
     for name in dict.fromkeys(u.corpus for u in utterances):
         some = [u for u in utterances if u.corpus == name]
         yield {"manifest": manifest, "name": name, "rows": len(some),
                "annotated": [sum(task in u.labels for u in some) for task in registry.names],
-               "languages": {u.language or language for u in some}}
+               "languages": {str(u.language) for u in some}}
 
 
 def _scores(values: Values) -> Values:

@@ -45,7 +45,7 @@ def train(args: Sequence[str] = ()) -> int:
 
 
 def evaluate(args: Sequence[str] = (), prog: str = "unislu evaluate") -> int:
-    """Decode and score trained models under both protocols.
+    """Decode and score trained models under each protocol.
 
         unislu evaluate runs/my-run                          # its dev manifests, its best model
         unislu evaluate runs/a runs/b --manifest test.jsonl  # several runs, one table
@@ -63,7 +63,7 @@ def evaluate(args: Sequence[str] = (), prog: str = "unislu evaluate") -> int:
 
 def compare(systems: Annotated[list[Path], tyro.conf.arg(metavar="SYSTEM SYSTEM [SYSTEM ...]",
                                                          help_behavior_hint="")], /,
-            protocol: Literal["whisper", "slue"] = "whisper", resamples: int = 1000,
+            protocol: Literal["whisper", "slue", "slurp"] = "whisper", resamples: int = 1000,
             tasks_file: Path | None = None) -> None:
     """Print scores of systems side by side, and what the others have more than the first.
 

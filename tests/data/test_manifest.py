@@ -61,14 +61,6 @@ def test_a_full_row(tmp_path: Path) -> None:
         text_source="whisper")]
 
 
-def test_the_old_name_of_a_hypothesis_is_read_with_one_warning(tmp_path: Path) -> None:
-    path = write(tmp_path, row(draft="the consul"), row(id="b", draft=""),
-                 row(id="d", draft="old", hypothesis="new"))
-    with pytest.warns(UserWarning, match=r"m\.jsonl:1: 'draft' is an old name") as caught:
-        assert [u.hypothesis for u in read_manifest(path, REGISTRY)] == ["the consul", "", "new"]
-    assert len(caught) == 1
-
-
 def test_what_a_row_leaves_out(tmp_path: Path) -> None:
     """Not annotated differs from annotated and empty; the corpus may be the caller's."""
     nulls = {"ner": None, "end": None, "audio": None, "hypothesis": None}

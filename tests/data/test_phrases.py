@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from unislu_llm.data.manifest import read_manifest
-from unislu_llm.data.phrases import find_phrase, place_phrases
+from unislu_llm.data.phrases import _Transcript, _words, place_phrases
 from unislu_llm.data.validate import validate
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import Span, SpanTask, TaskRegistry
@@ -31,7 +31,7 @@ def manifest(folder: Path, annotation: Any) -> Path:
 
 def test_phrases_are_found_as_words() -> None:
     def said(text: str, phrase: str) -> list[str]:
-        return [text[a:b] for a, b in find_phrase(text, phrase)]
+        return [text[a:b] for a, b in _Transcript(text).find(phrase, _words(phrase))]
 
     assert said("a latte, then a LATTE!", "latte") == ["latte", "LATTE"]
     assert said("platters", "latte") == []

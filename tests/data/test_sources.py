@@ -166,6 +166,30 @@ def test_data_sets_in_folders(how: str, tmp_path: Path) -> None:
     assert (u.text, u.labels, u.seconds) == ("so it is", {"sa": "Positive"}, 5.0)
 
 
+def test_a_data_set_of_the_hub_is_streamed_by_its_name(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clips(tmp_path / "wav", "a.wav")
+    rows = [{"audio": {"bytes": (tmp_path / "wav/a.wav").read_bytes(), "path": "x/a.wav"},
+             "transcription": "so  it is", "sa": n, "votes": 3} for n in (2, -1)]
+    data = datasets.Dataset.from_list(rows).cast_column("audio", datasets.Audio()).cast_column(
+        "sa", datasets.ClassLabel(names=["Negative", "Neutral", "Positive"]))
+    asked: list[Any] = []
+
+    def load_dataset(name: str, *given: Any, **options: Any) -> datasets.IterableDataset:
+        asked.append((name, *given, options))
+        return data.to_iterable_dataset()
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(datasets.Audio, "decode_example", None)  # it needs another package
+    monkeypatch.chdir(tmp_path)
+    found, page = made(Hub("owner/set", "test", "de_de", ("text=transcription",)))
+    assert asked == [("owner/set", "de_de", {"split": "test", "streaming": True})]
+    assert [(u.id, u.text, u.labels, u.seconds) for u in found] == [
+        ("test-0", "so it is", {"sa": "Positive"}, 5.0), ("test-1", "so it is", {}, 5.0)]
+    assert found[0].audio.read_bytes() == rows[0]["audio"]["bytes"]
+    assert "2 values of 'votes' not read" in page
+
+
 # ---- published shapes
 
 
@@ -179,9 +203,10 @@ def test_kaldi(tmp_path: Path) -> None:
     write(tmp_path / "d/segments", "u1 r 0.5 2.0", "u2 r 2.0 -1", "u3 r 3 4")
     write(tmp_path / "d/utt2spk", "u1 anna")
     wav = write(tmp_path / "d/wav.scp", "r flac -c -d -s r.flac |")
-    rows, page = made(source("kaldi", tmp_path / "d", tmp_path))
-    assert [(u.text, u.start, u.end, u.speaker) for u in rows] == [
-        ("the council met", 0.5, 2.0, "anna"), ("in paris", 2.0, None, None)]
+    write(tmp_path / "d/utt2lang", "u1 de")
+    rows, page = made(source("kaldi", tmp_path / "d", tmp_path), language="en")
+    assert [(u.text, u.start, u.end, u.speaker, u.language) for u in rows] == [
+        ("the council met", 0.5, 2.0, "anna", "de"), ("in paris", 2.0, None, None, "en")]
     assert f"1 row dropped: no line in text\n           {tmp_path}/d/segments:3" in page
     write(wav, "r sox r.flac -t wav - |")
     with pytest.raises(UserError, match=r"wav\.scp:1: a command is not run"):
@@ -201,6 +226,10 @@ def test_nemo_common_voice_and_librispeech(tmp_path: Path) -> None:
     assert (b.start, b.end, b.hypothesis) == (0.0, None, "al")
     file = write(tmp_path / "cv/dev.tsv", "client_id\tpath\tsentence\tup_votes\tlocale",
                  'ab\tc_1.mp3\t"So ist es\t2\tde', "ab\tgone.mp3\tNein\t2\tde")
+    with pytest.raises(UserError, match="2 row dropped: missing audio file"):
+        made(source("common-voice", file))
+    clips(tmp_path / "cv/clips", "c_1.mp3")
+    assert made(source("common-voice", file))[0][0].audio == tmp_path / "cv/clips/c_1.mp3"
     (u,), page = made(source("common-voice", file, tmp_path))
     assert (u.id, u.text, u.speaker, u.language) == ("c_1.mp3", '"So ist es', "ab", "de")
     assert "1 row dropped: missing audio file" in page
@@ -225,6 +254,19 @@ def test_annotation_tools(tmp_path: Path) -> None:
     assert u.audio.name == "talk.wav"
     assert "1 row dropped: not annotated" in page
     assert "'relation' is no span" in page
+    # JSON-MIN: a choice stands under its name. HTML: offsets do not count tags.
+    file = write(tmp_path / "min.json", [
+        {"id": 1, "sentence": text, "label": [span], "sentiment": "Positive", "annotator": 1},
+        {"id": 2, "utterance": "fine", "sentiment": {"choices": ["Neutral"]}, "lead_time": 3.1}])
+    assert [u.labels for u in made(source("label-studio", file))[0]] == [
+        {"ner": (Span("ORG", 6, 13),), "sa": "Positive"}, {"sa": "Neutral"}]
+    region = {"type": "hypertextlabels", "value": {
+        "start": "/p[1]/text()[1]", "text": "council", "hypertextlabels": ["ORG"],
+        "globalOffsets": {"start": 9, "end": 16}}}
+    file = write(tmp_path / "html.json", [{"data": {"html": "<p>so &amp; <b>the council</b></p>"},
+                                           "annotations": [{"result": [region]}]}])
+    (u,), _ = made(source("label-studio", file))
+    assert (u.text, u.labels) == ("so & the council", {"ner": (Span("ORG", 9, 16),)})
     spans = [{"start": 4, "end": 11, "label": "ORG", "token_start": 1}]
     file = write(tmp_path / "p.jsonl", {"text": "the council met", "spans": spans,
                                         "_task_hash": 7, "answer": "accept"},
@@ -284,18 +326,22 @@ def test_slurp_speech_massive_and_msner(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_rows_need_30_seconds_and_400_mb(tmp_path: Path) -> None:
+@pytest.mark.parametrize("command", ["prepare", "validate"])
+def test_a_hundred_thousand_rows_need_30_seconds_and_400_mb(command: str, tmp_path: Path) -> None:
     clips(tmp_path, "a.flac")
-    row = {"audio_filepath": "a.flac", "duration": 5.0, "ner": [["ORG", 4, 11]]}
-    file = write(tmp_path / "n.json", *(row | {"text": f"the council met {i}"}
+    row = {"audio_filepath" if command == "prepare" else "audio": "a.flac", "duration": 5.0,
+           "ner": [["ORG", 4, 11]]}
+    file = write(tmp_path / "n.json", *(row | {"text": f"the council met {i}", "id": str(i)}
                                         for i in range(100_000)))
+    args = {"prepare": ["nemo", "--file", file, "--out", tmp_path / "m.jsonl"],
+            "validate": [file]}[command]
     # Of the processor, and of this program: what else runs here is not counted.
     code = ("import sys, time; from pathlib import Path; from unislu_llm.cli import main; "
             "main(sys.argv[1:]); print(*[line for line in Path('/proc/self/status').open() "
             "if 'VmHWM' in line], time.process_time())")
-    done = subprocess.run([sys.executable, "-c", code, "prepare", "nemo", "--file", file, "--out",
-                           tmp_path / "m.jsonl"], check=True, capture_output=True, text=True)
-    assert "100000 rows read" in done.stdout
+    done = subprocess.run([sys.executable, "-c", code, command, *args], check=True,
+                          capture_output=True, text=True)
+    assert "rows            100000 (0" in done.stdout
     _, kilobytes, _, seconds = done.stdout.split()[-4:]
     print(f"{seconds} s, {kilobytes} kB")
     assert (float(seconds) < 30, int(kilobytes) < 400_000) == (True, True)

@@ -67,7 +67,7 @@ def test_a_stopped_call_goes_on_and_rows_stay(make_utterances: Write, tmp_path: 
     write_manifest(manifest, [*utterances, Utterance("text", None, "No audio"),
                               Utterance("own", None, "own", hypothesis="kept")])
     rows = [json.loads(line) for line in manifest.read_text().splitlines()]
-    rows[0] |= {"extra": {"audio": "metadata"}, "draft": "of an older version"}
+    rows[0] |= {"extra": {"audio": "metadata"}}
     manifest.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(Stopped):
         run(manifest, Says(fail_after=3), out, registry=registry)
@@ -80,7 +80,7 @@ def test_a_stopped_call_goes_on_and_rows_stay(make_utterances: Write, tmp_path: 
     assert report.counts == {"rows": 7, "made": 2, "known": 3, "looped": 0, "no_speech": 0,
                              "mute": 1}
     written = [json.loads(line) for line in (out / "train.jsonl").read_text().splitlines()]
-    ignored = ("hypothesis", "draft", "audio")
+    ignored = ("hypothesis", "audio")
     assert [{k: v for k, v in row.items() if k not in ignored} for row in written] \
         == [{k: v for k, v in row.items() if k not in ignored} for row in rows]
     again = read_manifest(out / "train.jsonl", registry, check_audio=True)

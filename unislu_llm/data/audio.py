@@ -124,8 +124,7 @@ def count_samples(path: str | Path, start: float = 0.0, end: float | None = None
 
 
 def files_below(folder: Path, more: Collection[str] = ()) -> list[Path]:
-    """Audio files in a folder and below it, by their suffix (or one of `more`), in the same order
-    everywhere."""
+    """Audio files in a folder and below it, by their suffix (or one of `more`), in one order."""
     # What begins with a dot was left by some system, and is no audio.
     return sorted((p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")
                    and (p.suffix.lower() in _SUFFIXES or p.suffix.lower() in more)),

@@ -22,7 +22,7 @@ class Unread(NamedTuple):
     rows: int
     file: str
     line: int  # of the first
-    spans: bool  # labelled phrases: an annotation of no known task
+    spans: bool | None  # labelled phrases: an annotation of no known task; None: empty lists alone
     like: str | None  # the key that it looks like, which its rows have too or do without
 
     def __str__(self) -> str:
@@ -35,26 +35,32 @@ class Unread(NamedTuple):
                 f"not be read; {advice}")
 
 
-def unread_fields(path: str, rows: Iterable[Row], registry: TaskRegistry) -> list[Unread]:
-    """Keys of a manifest's rows that nothing reads."""
-    known = {*FIELDS, "draft", "condition", *registry.names}  # a condition is for people
-    found: dict[str, list[tuple[Row, Any]]] = {}
-    for row in rows:
+class UnreadFields(dict[str, Unread]):
+    """Keys of a manifest's rows that nothing reads; more rows are added one by one."""
+
+    def __init__(self, path: str, registry: TaskRegistry, rows: Iterable[Row] = ()) -> None:
+        # A condition is for people.
+        self._path, self._known = path, {*FIELDS, "condition", *registry.names}
+        for row in rows:
+            self.add(row)
+
+    def add(self, row: Row) -> None:
         for key, value in row.content.items():
-            if value is not None and key not in known and not any(
+            if value is not None and key not in self._known and not any(
                     problem.field == key for problem in row.problems):
-                found.setdefault(key, []).append((row, value))
-    return [Unread(name, len(some), path, some[0][0].line, _are_spans(some),
-                   lookalike(name, known)) for name, some in found.items()]
+                seen = self.get(key) or Unread(key, 0, self._path, row.line, None,
+                                               lookalike(key, self._known))
+                # An empty list says that there are none, and nothing of what there could be.
+                spans = seen.spans if value == [] else seen.spans is not False and _are_spans(
+                    str(row.content.get("text", "")), value)
+                self[key] = seen._replace(rows=seen.rows + 1, spans=spans)
 
 
-def _are_spans(some: Sequence[tuple[Row, Any]]) -> bool:
+def _are_spans(text: str, value: Any) -> bool:
     """Labelled spans or phrases, in the forms of manifests or of other tools."""
-    # An empty list says that there are none, and nothing of what there could be.
-    given = [(str(row.content.get("text", "")), value) for row, value in some if value != []]
-    return bool(given) and all(isinstance(value, list) and all(
+    return isinstance(value, list) and all(
         isinstance(item.get("label", item.get("phrase")), str) if isinstance(item, dict)
-        else _is_place(text, item) for item in value) for text, value in given)
+        else _is_place(text, item) for item in value)
 
 
 def _is_place(text: str, item: Any) -> bool:

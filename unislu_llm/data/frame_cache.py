@@ -60,8 +60,7 @@ class FrameCache:
         except OSError as error:
             raise UserError(f"{utterance.where}: field 'audio': {path} cannot be read: "
                             f"{error.strerror or error}") from error
-        # Remembered for as long as the file stays the same: each epoch asks again, and one
-        # recording may have many crops.
+        # Remembered while the file stays the same: epochs ask again, a recording has many crops.
         stamp = (path, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns)
         if stamp not in self._contents:
             self._contents[stamp] = sha256(path)
@@ -83,8 +82,7 @@ class FrameCache:
 
     def put(self, name: str, frames: Frames) -> None:
         """Store frames under the name of their clip; raises UserError: they cannot be written."""
-        # Half of the space of fp32, and finer than bf16. The encoder's last layer norm leaves
-        # numbers of some tens at most.
+        # Half of fp32's space, and finer than bf16; the last layer norm leaves some tens at most.
         values = frames.values.detach().to("cpu", torch.float16).numpy()
         stream = io.BytesIO()
         np.save(stream, values, allow_pickle=False)

@@ -16,7 +16,7 @@ from typing import Any
 
 from unislu_llm.config import ModelConfig
 from unislu_llm.data.audio import END_SLACK, MAX_SECONDS, SAMPLE_RATE, count_samples
-from unislu_llm.data.findings import Unread, unread_fields
+from unislu_llm.data.findings import Unread, UnreadFields
 from unislu_llm.data.manifest import first_ten, manifest_name, read_rows
 from unislu_llm.data.row_reader import Problem, RowReader
 from unislu_llm.errors import UserError
@@ -33,13 +33,15 @@ _INHERITED = ("corpus", "speaker", "language", "text_source")
 
 
 def load_examples(manifests: Sequence[str], registry: TaskRegistry, *, limit: int = 0,
-                  flag: str = "data.train", scored: bool = False) -> list[Example]:
+                  flag: str = "data.train", scored: bool = False,
+                  language: str = "") -> list[Example]:
     """Examples of some manifests.
 
     Args:
         limit: at most so many examples of each manifest, evenly spread; 0 takes all.
         flag: what names the manifests, for messages.
         scored: rows without audio are refused, and ids that come twice in a corpus.
+        language: of rows that name none.
 
     Raises:
         UserError: no manifest is named, one has problems or rows that cannot be used, or all
@@ -51,8 +53,9 @@ def load_examples(manifests: Sequence[str], registry: TaskRegistry, *, limit: in
     examples: list[Example] = []
     unread: list[Unread] = []
     for path in manifests:
-        rows = read_rows(path, registry, corpus=manifest_name(path), check_audio=True)
-        unread += unread_fields(path, rows, registry)
+        rows = read_rows(path, registry, corpus=manifest_name(path), check_audio=True,
+                         language=language)
+        unread += UnreadFields(path, registry, rows).values()
         utterances = handle_long([row.utterance for row in rows if row.utterance], registry)
         if scored and (mute := next((u for u in utterances if u.audio is None), None)):
             raise UserError(f"{mute.where}: field 'audio': the row has no audio, so nothing can be "

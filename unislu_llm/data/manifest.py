@@ -16,7 +16,6 @@ import contextlib
 import json
 import os
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -47,7 +46,7 @@ class Row:
 
 def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = None,
               check_audio: bool = False, ids: Ids | None = None, without_text: bool = False,
-              mend: Callable[[dict[str, Any]], dict[str, Any]] = dict) -> Iterator[Row]:
+              language: str = "", mend: Callable[[Any], Any] = dict) -> Iterator[Row]:
     """The rows of a manifest in one pass, good ones and bad ones, as :class:`RowReader` reads them.
 
     `ids` are those of manifests read before, to find repetitions; `mend` changes rows before they
@@ -56,8 +55,9 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
     path, ids = Path(path), {} if ids is None else ids
     if not path.is_file():
         raise UserError(f"{path}: manifest does not exist or is no file; give a JSON-lines file")
-    reader = RowReader(registry, path.parent, corpus or "default", check_audio, without_text)
-    line, warned = 0, False
+    reader = RowReader(registry, path.parent, corpus or "default", check_audio, without_text,
+                       language)
+    line = 0
     with path.open("rb") as handle:
         for number, raw in enumerate(iter(lambda: handle.readline(_MOST_BYTES), b""), 1):
             if len(raw) == _MOST_BYTES:
@@ -78,9 +78,6 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
                 utterance, problems = reader.read(content, f"{path}:{line}")
                 # Also of a bad row: it will be corrected, and its id is taken all the same.
                 problems += _repeated_id(content.get("id"), path, line, ids)
-                if "draft" in content and not warned:
-                    warned = True
-                    warnings.warn(f"{path}:{line}: 'draft' is an old name; call it 'hypothesis'")
             yield Row(line, content, None if problems else utterance,
                       tuple(problem._replace(file=path, line=line) for problem in problems))
     if not line:
@@ -100,10 +97,9 @@ def read_rows(path: str | Path, registry: TaskRegistry, **options: Any) -> list[
     return rows
 
 
-def read_manifest(path: str | Path, registry: TaskRegistry, *, corpus: str | None = None,
-                  check_audio: bool = False) -> list[Utterance]:
-    """Every utterance of a manifest; raises as :func:`read_rows`."""
-    rows = read_rows(path, registry, corpus=corpus, check_audio=check_audio)
+def read_manifest(path: str | Path, registry: TaskRegistry, **options: Any) -> list[Utterance]:
+    """Every utterance of a manifest; options and errors are those of :func:`read_rows`."""
+    rows = read_rows(path, registry, **options)
     return [row.utterance for row in rows if row.utterance is not None]
 
 

@@ -57,11 +57,6 @@ def place_phrases(text: str, phrases: Sequence[tuple[str, str]], spans: Iterable
     return sorted(placed, key=lambda span: span[1:]), why
 
 
-def find_phrase(text: str, phrase: str) -> list[tuple[int, int]]:
-    """Start and end (characters) of each place in `text` where `phrase` is said, in order."""
-    return _Transcript(text).find(phrase, _words(phrase))
-
-
 class _Transcript:
     """A text in which many phrases are looked for, each in the time of its few places."""
 

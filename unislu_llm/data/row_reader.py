@@ -32,7 +32,7 @@ _SYNONYMS = {name: key for key, names in {
     "text": "transcript transcription sentence normalized_text utterance utt",
     "start": "offset start_time start_second start_sec begin begin_time onset",
     "end": "end_time end_second end_sec stop stop_time",
-    "language": "lang locale", "speaker": "spk client_id", "hypothesis": "pred_text",
+    "language": "lang locale", "speaker": "spk client_id", "hypothesis": "pred_text draft",
     "id": "utt_id uid", "sa": "sentiment", "ner": "entities"}.items() for name in names.split()}
 """Names that other tools give to the same things."""
 _LENIENT = ("language", "speaker", "hypothesis", "id")  # without them a row is no other one
@@ -143,6 +143,7 @@ class RowReader:
         check_audio: also look whether audio files exist.
         without_text: rows with audio may lack `text`: the utterance's is empty, and spans that are
             given by their phrases are checked and left out of `labels`, unless there are none.
+        language: of rows that name none; phrases are looked for by its normaliser.
     """
 
     registry: TaskRegistry
@@ -150,6 +151,7 @@ class RowReader:
     corpus: str = "default"
     check_audio: bool = False
     without_text: bool = False
+    language: str = ""
 
     def __post_init__(self) -> None:
         self._models = {phrases: _row_model(self.registry, phrases)
@@ -160,7 +162,6 @@ class RowReader:
 
     def read(self, row: Mapping[str, Any], source: str) -> tuple[Utterance | None, list[Problem]]:
         """The utterance of a row, None where there are problems, and these; `source` names it."""
-        row = row if row.get("draft") is None else {"hypothesis": row["draft"], **row}  # old name
         row = rewrite(dict(row), ("text", "hypothesis", *self.registry.names), composed)
         alike = [(key, like) for key in row if key not in self._known
                  and (like := self._lookalike(key)) is not None]
@@ -172,7 +173,7 @@ class RowReader:
         found: Any = None
         problems: list[Problem] = []
         try:
-            context = values.get("text"), values.get("language")
+            context = values.get("text"), values.get("language") or self.language
             found = self._models[unheard].model_validate(values, context=context)
         except pydantic.ValidationError as error:
             problems += _explain(error, row, renamed)
@@ -196,7 +197,8 @@ class RowReader:
                   if (value := getattr(found, f"task_{task.name}")) is not None}
         return Utterance(
             found.id, path, "" if unheard else found.text, labels, found.start, found.end,
-            found.speaker, found.language, found.corpus or self.corpus, found.duration, source,
+            found.speaker, found.language or self.language or None,
+            found.corpus or self.corpus, found.duration, source,
             None if found.hypothesis is None else " ".join(found.hypothesis.split()),
             found.text_source, found.segments if isinstance(found.segments, list) else None), []
 

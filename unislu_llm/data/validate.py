@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from unislu_llm.data.audio import MAX_SECONDS, SAMPLE_RATE, cancelled, crop, open_audio, read_frames
-from unislu_llm.data.findings import unread_fields
+from unislu_llm.data.findings import UnreadFields
 from unislu_llm.data.loading import read_segments
 from unislu_llm.data.manifest import Ids, Row, iter_rows, moved
 from unislu_llm.data.mending import CURLY, HIDDEN, Mender, misplaced
@@ -53,9 +53,7 @@ class Report:
     """What was found in some manifests."""
 
     manifests: Sequence[Path]
-    registry: TaskRegistry
-    utterances: list[Utterance] = field(default_factory=list)  # of the rows without errors
-    bad_rows: int = 0
+    summary: Summary  # of the rows without errors
     problems: list[Problem] = field(default_factory=list)  # errors and warnings, in order
     mended: list[str] = field(default_factory=list)  # what was mended in copies, a line each
 
@@ -76,11 +74,8 @@ class Report:
         warnings = shown.total()
         number = " and ".join(f"{n or 'no'} {name}{'s' * (n != 1)}" for n, name in (
             (len(self.problems) - warnings, "error"), (warnings, "warning")))
-        page = Summary(self.registry, self.bad_rows)
-        for u in self.utterances:
-            page.add(u)
         return "\n".join([*lines, f"{number} in {', '.join(map(str, self.manifests))}",
-                          *self.mended, "", str(page)])
+                          *self.mended, "", str(self.summary)])
 
 
 def validate(manifests: Sequence[Path], *, tasks_file: Path | None = None,
@@ -108,7 +103,7 @@ def validate(manifests: Sequence[Path], *, tasks_file: Path | None = None,
         raise UserError(f"--fix: {fix} or a file in it exists, or two manifests have one name; "
                         "name another")
     registry = TaskRegistry.from_yaml(tasks_file)
-    report, checker = Report(manifests, registry), Checker(registry, audio)
+    report, checker = Report(manifests, Summary(registry)), Checker(registry, audio)
     for path in manifests:
         copy = copies.get(path, path)
         try:
@@ -117,9 +112,11 @@ def validate(manifests: Sequence[Path], *, tasks_file: Path | None = None,
                 mender = Mender(path, registry)
                 for row in checker.check(path, mender, bool(copies)):
                     report.problems += row.problems
-                    report.bad_rows += row.line > 0 and row.utterance is None
-                    report.utterances += [row.utterance] if row.utterance else []
-                    if handle is not None and row.utterance is not None:
+                    if row.utterance is None:
+                        report.summary.bad_rows += row.line > 0
+                        continue
+                    report.summary.add(row.utterance)
+                    if handle is not None:
                         handle.write(moved(row.content, path.parent, copy.parent))
             report.mended += [f"{copy}: mended in {n} rows: {what}"
                               for what, n in mender.mended.items() if n]
@@ -140,19 +137,19 @@ class Checker:
 
     def check(self, path: Path, mender: Mender, mend: bool = False) -> Iterator[Row]:
         """Every row of a manifest, its duration measured; line 0 is for the file as a whole."""
-        good: list[Utterance] = []
-        rows: list[Row] = []
+        good, fields = Summary(self._registry), UnreadFields(str(path), self._registry)
         for row in iter_rows(path, self._registry, ids=self._ids, mend=mender if mend else dict):
-            rows.append(row)
+            fields.add(row)
             checked = self._check(row, row.utterance, path) if row.utterance else row
-            good += [checked.utterance] if checked.utterance else []
+            if checked.utterance:
+                good.add(checked.utterance)
             yield checked
         unread = (Problem(field.name, "unread", field.told("--tasks-file"), line=field.line)
-                  for field in unread_fields(str(path), rows, self._registry))
+                  for field in fields.values())
         guess = [Problem("spans", "inside_word", f"all fit, if {mender.guess}; --fix FILE writes "
                          "them so")] if mender.guess and not mend else []
         yield Row(0, problems=tuple(p._replace(file=path)
-                                    for p in (*guess, *unread, *self._rare(good))))
+                                    for p in (*guess, *unread, *_rare(good.labels))))
 
     def _check(self, row: Row, u: Utterance, path: Path) -> Row:
         problems, seconds, key = _check_audio(u, self._audio)
@@ -186,22 +183,14 @@ class Checker:
             elif key and first != line and what == "audio":
                 yield Problem(what, "same_row", f"line {first} has the same audio; keep one row")
 
-    def _rare(self, utterances: Sequence[Utterance]) -> Iterator[Problem]:
-        for task in self._registry:
-            counts = label_counts(utterances, task.name)
-            most, top = counts.most_common(1)[0] if counts else ("", 0)
-            for label in task.labels:
-                if counts.total() >= _RARE_FROM and counts[label] < _RARE * top:
-                    yield Problem(task.name, "rare_label", f"'{label}' is there {counts[label]} "
-                                  f"times, '{most}' {top} times; annotate more, or leave the label "
-                                  "out of the task")
 
-
-def label_counts(utterances: Sequence[Utterance], task: str) -> Counter[str]:
-    """How often each label of a task is there."""
-    values = [u.labels[task] for u in utterances if task in u.labels]
-    return Counter(label if isinstance(label, str) else label.label for value in values
-                   for label in ([value] if isinstance(value, str) else value))
+def _rare(labels: Mapping[str, Counter[str]]) -> Iterator[Problem]:
+    for task, counts in labels.items():
+        most, top = max(counts.items(), key=lambda item: item[1])
+        for label, n in counts.items():
+            if counts.total() >= _RARE_FROM and n < _RARE * top:
+                yield Problem(task, "rare_label", f"'{label}' is there {n} times, '{most}' {top} "
+                              "times; annotate more, or leave the label out of the task")
 
 
 def _characters(row: Mapping[str, Any]) -> Iterator[Problem]:
@@ -302,30 +291,33 @@ def _decode(path: Path, first: int, last: int, doubts: dict[str, str]) -> str:
 class Summary:
     """What is in a manifest, on one page, counted row by row: hours, annotations by label."""
 
-    def __init__(self, registry: TaskRegistry, bad_rows: int = 0) -> None:
-        self.read, self.rows, self.mute, self._bad_rows = 0, 0, 0, bad_rows
+    def __init__(self, registry: TaskRegistry) -> None:
+        self.read, self.rows, self.mute, self.bad_rows = 0, 0, 0, 0
         self._registry, self._n, self._seconds, self._longest = registry, Counter[str](), 0.0, 0.0
         self._corpora, self._speakers = Counter[str](), set[str]()
-        self._labels = {task.name: Counter[str]() for task in registry}
+        # How often each label of a task is there.
+        self.labels = {task.name: Counter(dict.fromkeys(task.labels, 0)) for task in registry}
 
     def add(self, u: Utterance) -> Utterance:
         """Count a row, and give it back."""
         seconds = u.stated_seconds if u.audio is not None else 0.0
         self.rows, self.mute = self.rows + 1, self.mute + (u.audio is None)
-        self._n.update(pseudo=u.text_source is not None, words=len(u.text.split()),
-                       unknown=seconds is None, bare=not u.labels)
+        self._n.update(pseudo=int(u.text_source is not None), words=len(u.text.split()),
+                       unknown=int(seconds is None), bare=int(not u.labels))
         self._seconds += seconds or 0.0
         self._longest = max(self._longest, seconds or 0.0)
         self._corpora[u.corpus] += 1
         self._speakers.update({u.speaker} if u.speaker else ())
-        for name in u.labels.keys() & self._labels.keys():
-            self._labels[name].update(label_counts([u], name))
-            self._n.update({name: 1, f"no {name}": not u.labels[name]})
+        for name in u.labels.keys() & self.labels.keys():
+            value = u.labels[name]
+            self.labels[name].update(label if isinstance(label, str) else label.label for label
+                                     in ([value] if isinstance(value, str) else value))
+            self._n.update({name: 1, f"no {name}": not value})
         return u
 
     def __str__(self) -> str:
         lines = {
-            "rows": f"{self.rows + self._bad_rows} ({self._bad_rows} with errors, not counted "
+            "rows": f"{self.rows + self.bad_rows} ({self.bad_rows} with errors, not counted "
                     "below)",
             "text-only rows": self.mute,
             "pseudo-labels": f"{self._n['pseudo']} rows, transcribed by a recogniser",
@@ -340,5 +332,5 @@ class Summary:
 
     def _task_line(self, task: Task) -> str:
         empty = f" ({self._n[f'no {task.name}']} of them empty)" * isinstance(task, SpanTask)
-        listed = ", ".join(f"{label} {self._labels[task.name][label]}" for label in task.labels)
+        listed = ", ".join(f"{label} {self.labels[task.name][label]}" for label in task.labels)
         return f"{self._n[task.name]} rows{empty}: {listed}"

@@ -97,8 +97,8 @@ def write_copies(load: Callable[[], Recogniser], manifests: Sequence[Path], fold
     if all(copy.exists() for copy in copies):  # some: a call was stopped among them
         raise UserError(f"{copies[0]} exists; remove it, or give another --out")
     # All manifests are checked before the first recognition, which may take hours.
-    every = [read_rows(manifest, registry, check_audio=True, without_text=bool(text_source))
-             for manifest in manifests]
+    every = [read_rows(manifest, registry, check_audio=True, without_text=bool(text_source),
+                       language=options.get("language", "")) for manifest in manifests]
     reports, waiting = [], []
     for manifest, copy, rows in zip(manifests, copies, every, strict=True):
         report = Report(copy, Counter(rows=len(rows)))
@@ -169,7 +169,7 @@ def _content(row: Row, found: Mapping[str, Transcript], registry: TaskRegistry, 
             return None
         report.counts["filled"] += 1
         content = row.content | {"text": made.text, "text_source": text_source}
-        for task in place_spans(content, registry):
+        for task in place_spans(content, registry, u.language or ""):
             report.left_out[task].append(place)
         return content
     if made is not None:
@@ -180,11 +180,10 @@ def _content(row: Row, found: Mapping[str, Transcript], registry: TaskRegistry, 
     else:
         report.counts["mute"] += u.audio is None and u.hypothesis is None
         return row.content
-    # `draft` is the old name of what the row gets.
-    return {k: v for k, v in row.content.items() if k != "draft"} | {"hypothesis": made.text}
+    return row.content | {"hypothesis": made.text}
 
 
-def place_spans(row: dict[str, Any], registry: TaskRegistry) -> list[str]:
+def place_spans(row: dict[str, Any], registry: TaskRegistry, language: str = "") -> list[str]:
     """Give the phrases of a row's span tasks their places in its text; returns the tasks that were
     taken out: one of their phrases was not found, and would be trained as absent."""
     lost = []
@@ -193,7 +192,7 @@ def place_spans(row: dict[str, Any], registry: TaskRegistry) -> list[str]:
             continue
         # The wording is a recogniser's: the first place of a phrase is as good as another.
         spans, why = place_phrases(row["text"], listed_phrases(row[task.name]), first=True,
-                                   language=row.get("language") or "")
+                                   language=language)
         if why:
             del row[task.name]
             lost.append(task.name)

@@ -26,7 +26,7 @@ class Counts:
     """What a score is made of."""
 
     utterances: tuple[tuple[str, str], ...]  # corpus and id
-    matrix: NDArray[np.int64]  # (utterances, columns)
+    matrix: NDArray[np.int64] | Floats  # (utterances, columns)
     statistic: Statistic  # of the sums over utterances
 
     @property

@@ -67,8 +67,7 @@ def calibration(probabilities: NDArray[np.float64], references: Sequence[int],
 def equal_mass(confidence: NDArray[np.float64], n_bins: int) -> NDArray[np.int64]:
     """`(utterances,)`: bins of as equal numbers as ties allow; equal confidences stay together."""
     _, inverse, counts = np.unique(confidence, return_inverse=True, return_counts=True)
-    # A value goes where the middle of its utterances goes in sorted order, so that the order of
-    # rows does not matter.
+    # A value goes where the middle of its utterances goes in sorted order, however rows stand.
     middle = np.cumsum(counts) - counts / 2
     index = (middle * n_bins / len(confidence)).astype(np.int64)
     return np.minimum(index, n_bins - 1)[inverse]

@@ -12,8 +12,8 @@ cannot write: nested entities, and those elsewhere. Two rules of placing:
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from itertools import product
 from typing import Any, NamedTuple
@@ -21,9 +21,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from jiwer import AlignmentChunk
 from numpy.typing import NDArray
+from rapidfuzz.distance.Levenshtein import distance, normalized_distance
 
 from unislu_llm.scoring.predictions import Entity, Prediction
-from unislu_llm.scoring.text import Protocol, normalise_phrase, places_of
+from unislu_llm.scoring.text import Protocol, normalise_phrase, places_of, written_in_characters
 from unislu_llm.scoring.wer import align
 
 Sides = Sequence[tuple[Counter[Entity], Counter[Entity]]]
@@ -66,14 +67,20 @@ def by_position(placed: Sequence[Placement]) -> Sides:
 
 
 def span_scores(sides: Sides) -> dict[str, Any]:
-    """Micro average as of :func:`prf`, `macro` average (means over labels), `by_label`."""
-    n_ref = Counter(label for ref, _ in sides for label, _ in ref.elements())
-    n_hyp = Counter(label for _, hyp in sides for label, _ in hyp.elements())
+    """:func:`averaged` over entities."""
     # The intersection of multisets: a phrase said twice and found once is right once.
-    tp = Counter(label for ref, hyp in sides for label, _ in (ref & hyp).elements())
-    by_label = {label: prf(tp[label], n_ref[label], n_hyp[label])
-                for label in sorted({*n_ref, *n_hyp})}
-    return {**prf(tp.total(), n_ref.total(), n_hyp.total()),
+    return averaged((e[0], min(ref[e], hyp[e]), ref[e], hyp[e])
+                    for ref, hyp in sides for e in ref | hyp)
+
+
+def averaged(counts: Iterable[tuple[str, float, float, float]]) -> dict[str, Any]:
+    """Micro average as of :func:`prf`, `macro` average (means over labels) and `by_label`, of
+    labels with their right, reference and predicted ones."""
+    sums = defaultdict[str, list[float]](lambda: [0, 0, 0])
+    for label, *more in counts:
+        sums[label] = [a + b for a, b in zip(sums[label], more, strict=True)]
+    by_label = {label: prf(*sums[label]) for label in sorted(sums)}
+    return {**prf(*map(sum, zip((0, 0, 0), *sums.values(), strict=True))),
             "macro": macro_average(by_label.values()), "by_label": by_label}
 
 
@@ -82,7 +89,36 @@ def span_counts(sides: Sides) -> NDArray[np.int64]:
     return np.array([((ref & hyp).total(), ref.total(), hyp.total()) for ref, hyp in sides])
 
 
-def prf(tp: int, n_gold: int, n_pred: int) -> dict[str, float]:
+SLURP_METRICS = {"word_f1": ("word",), "char_f1": ("char",), "slu_f1": ("word", "char")}
+
+
+def slot_pairs(p: Prediction, metric: str) -> Iterator[tuple[str, float, float, float]]:
+    """What :func:`averaged` makes SLURP's own F1 of (arXiv 2011.13205), of an annotated prediction.
+
+    A predicted slot takes the nearest reference slot of its label that is left, in the order of
+    prediction. The pair is one true positive, and its distance is added to false positives and
+    false negatives; a slot without a pair is one of these. The distance is the word error rate
+    (over 1 with insertions), or of characters the edit distance by the longer length.
+    """
+    def units(phrase: str) -> Sequence[str]:
+        phrase = normalise_phrase(phrase, "slurp", p.language)
+        # Words of languages without blanks are characters already.
+        return phrase.split() if unit == "word" or written_in_characters(p.language) else phrase
+
+    for unit in SLURP_METRICS[metric]:
+        left = [(label, units(phrase)) for label, phrase, *_ in p.ref]
+        for label, said in ((label, units(phrase)) for label, phrase in p.hyp_entities):
+            # The first of equally near ones, as in SLURP's evaluation.
+            off, i = min(((distance(slot, said) / max(len(slot), 1) if unit == "word" else
+                           normalized_distance(slot, said), i)
+                          for i, (name, slot) in enumerate(left) if name == label), default=(0, -1))
+            yield label, i >= 0, (1 + off) * (i >= 0), 1 + off
+            if i >= 0:
+                left.pop(i)
+        yield from ((label, 0, 1, 0) for label, _ in left)
+
+
+def prf(tp: float, n_gold: float, n_pred: float) -> dict[str, float]:
     """Precision, recall and F1 in percent, of so many right, reference and predicted ones."""
     return {"precision": 100.0 * tp / max(n_pred, 1), "recall": 100.0 * tp / max(n_gold, 1),
             "f1": 200.0 * tp / max(n_gold + n_pred, 1),

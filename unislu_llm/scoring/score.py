@@ -1,4 +1,4 @@
-"""Scores of predictions under both protocols: WER by corpus, tasks, malformed outputs, SLUE."""
+"""Scores of predictions under each protocol: WER by corpus, tasks, malformed outputs, SLUE."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 from tabulate import tabulate
 
+from unislu_llm.errors import UserError
 from unislu_llm.scoring import bootstrap as boot
 from unislu_llm.scoring import entities
 from unislu_llm.scoring.bootstrap import Counts
+from unislu_llm.scoring.entities import SLURP_METRICS, slot_pairs
 from unislu_llm.scoring.labels import indicators, label_scores
 from unislu_llm.scoring.predictions import Prediction, annotated, check_predictions, spoken_once
 from unislu_llm.scoring.text import PROTOCOLS, Protocol
@@ -37,7 +39,8 @@ def score_predictions(predictions: Sequence[Prediction | Mapping[str, Any]],
             wer: {overall: {wer, errors, ..., cer, rate: what `wer` is}, by_corpus: ...},
             hypothesis_wer, ctc_wer: where all are known; ..._by_corpus: likewise,
             tasks: {span task: {n, entity: {f1, ...}, label: {f1, ...},
-                                errors: {reference: {kind: n}, predicted: {kind: n}}},
+                                errors: {reference: {kind: n}, predicted: {kind: n}},
+                                of protocol slurp: {word_f1, char_f1, slu_f1: {f1, ...}}},
                     label task: {n, macro_f1, ...}},
             slue_score: float, or None without both NER and SA}}
     """
@@ -57,14 +60,17 @@ def score_predictions(predictions: Sequence[Prediction | Mapping[str, Any]],
         "malformed": {"share": 100.0 * bad / max(len(records), 1), "n": bad,
                       "kinds": dict(sorted(kinds.items()))},
         "position": position,
-        "protocols": {p: _protocol_block(records, spoken, registry, p) for p in PROTOCOLS},
+        "protocols": {p: _protocol_block(records, spoken, registry, p)
+                      for p in (*PROTOCOLS, *(("slurp",) if "slots" in registry else ()))},
     }
 
 
 def flat_scores(results: Mapping[str, Any], protocol: Protocol = "whisper") -> dict[str, float]:
     """Headline metrics of :func:`score_predictions`, by the names that logs and tables have;
     `score` picks the best checkpoint: the SLUE score, else the mean of word accuracy and F1s."""
-    block = results["protocols"][protocol]
+    if (block := results["protocols"].get(protocol)) is None:
+        raise UserError(f"not scored under protocol '{protocol}', which is for runs with a task "
+                        "`slots`; name another --protocol")
     # Older files lack names and CER.
     overall, named = block["wer"]["overall"], block["wer"]["overall"].get("rate", "wer")
     flat = {f"{wer.get('rate', 'wer')}_{corpus}": wer["wer"]
@@ -75,9 +81,11 @@ def flat_scores(results: Mapping[str, Any], protocol: Protocol = "whisper") -> d
     for name, task in block["tasks"].items():
         if "macro_f1" in task:
             flat[f"{name}_f1"] = task["macro_f1"]
+            flat |= {f"{name}_accuracy": task["accuracy"]} if protocol == "slurp" else {}
         else:
             flat |= {f"{name}_f1": task["entity"]["f1"], f"{name}_label_f1": task["label"]["f1"],
                      f"{name}_position_f1": results["position"][name]["f1"]}
+            flat |= {f"{name}_{key}": task[key]["f1"] for key in SLURP_METRICS if key in task}
     flat["malformed"] = results["malformed"]["share"]
     if block["slue_score"] is not None:
         return flat | {"slue": block["slue_score"], "score": block["slue_score"]}
@@ -110,8 +118,9 @@ def same_data(results: Mapping[str, Mapping[str, Any]]) -> list[str]:
 def format_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """Tables of :func:`flat_scores` by name of the run, one a protocol, to two digits."""
     tables = []
-    for protocol in next(iter(results.values()))["protocols"]:
-        rows = [{"run": run, **flat_scores(result, protocol)} for run, result in results.items()]
+    for protocol in dict.fromkeys(p for result in results.values() for p in result["protocols"]):
+        rows = [{"run": run, **flat_scores(result, protocol)} for run, result in results.items()
+                if protocol in result["protocols"]]
         table = tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f", missingval="-",
                          disable_numparse=[0])  # a run may be called 1e5
         tables.append(f"Protocol: {protocol}\n\n{table}")
@@ -137,15 +146,21 @@ def utterance_counts(records: Sequence[Prediction], registry: TaskRegistry,
             add(rate + name, some, matrix, boot.error_rate)
     for task, known in _annotated_tasks(records, registry):
         if isinstance(task, LabelTask):
-            gold, pred, _ = indicators(known, task, protocol)
+            gold, pred, kept = indicators(known, task, protocol)
             matrix = np.concatenate([gold & pred, gold, pred], axis=1, dtype=np.int64)
             add(f"{task.name}/macro_f1", known, matrix, boot.macro_f1)
+            if protocol == "slurp":  # a share like an error rate, of what is right
+                matrix = np.stack([(gold == pred).all(axis=1) & kept, kept], 1).astype(np.int64)
+                add(f"{task.name}/accuracy", known, matrix, boot.error_rate)
             continue
         placed = entities.place(known, protocol)
         for name, sides in (("f1", entities.by_phrase(placed)),
                             ("label_f1", entities.by_label(placed)),
                             ("position_f1", entities.by_position(entities.place(known)))):
             add(f"{task.name}/{name}", known, entities.span_counts(sides), boot.micro_f1)
+        for name in SLURP_METRICS if protocol == "slurp" else ():
+            sums = [np.sum([[0.0] * 3, *(c[1:] for c in slot_pairs(p, name))], 0) for p in known]
+            add(f"{task.name}/{name}", known, np.array(sums), boot.micro_f1)
     return counts | _slue_counts(counts)
 
 
@@ -202,7 +217,9 @@ def _task_block(task: Task, known: Sequence[Prediction], protocol: Protocol) -> 
     errors = entities.entity_errors(placed)
     return {"n": len(known), "entity": entities.span_scores(entities.by_phrase(placed)),
             "label": entities.span_scores(entities.by_label(placed)),
-            "errors": {side: errors[side] for side in entities.KINDS}}
+            "errors": {side: errors[side] for side in entities.KINDS},
+            **{name: entities.averaged(c for p in known for c in slot_pairs(p, name))
+               for name in SLURP_METRICS if protocol == "slurp"}}
 
 
 def _slue_counts(counts: Mapping[str, Counts]) -> dict[str, Counts]:

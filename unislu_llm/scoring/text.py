@@ -5,8 +5,9 @@
 * `slue`, slue-toolkit's: transcripts lose `. ; ? !` (the comma stays) and repeated blanks; entity
   phrases go through :func:`ner_tokens`. Case counts. The toolkit strips the references of VoxPopuli
   alone; here both sides of every corpus lose them, which forgives other systems a full stop.
+* `slurp`, of runs with a task `slots`: lower case; clitics of phrases are words, as in SLURP's own.
 
-In both, text is composed first (NFC), and words of languages without blanks are their characters.
+In all, text is composed first (NFC), and words of languages without blanks are their characters.
 """
 
 from __future__ import annotations
@@ -15,14 +16,14 @@ import re
 import unicodedata
 from collections.abc import Iterator
 from functools import cache, lru_cache
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import regex  # type: ignore[import-untyped]
 from whisper_normalizer.basic import BasicTextNormalizer  # type: ignore[import-untyped]
 from whisper_normalizer.english import EnglishTextNormalizer  # type: ignore[import-untyped]
 
-Protocol = Literal["slue", "whisper"]
-PROTOCOLS: tuple[Protocol, ...] = get_args(Protocol)
+Protocol = Literal["slue", "whisper", "slurp"]
+PROTOCOLS: tuple[Protocol, ...] = ("slue", "whisper")  # of every run
 
 _UNSPACED = {"zh", "cmn", "zho", "yue", "wuu", "nan", "hak", "lzh", "ja", "jpn", "th", "tha", "lo",
              "lao", "my", "mya", "km", "khm", "bo", "bod", "dz", "dzo"}
@@ -34,6 +35,7 @@ without_blanks = re.compile(f"[{_SCRIPTS}\u3000-\u303f\uff00-\uff65]").match
 """Whether a text begins in a script without blanks between words, or with its punctuation."""
 # The toolkit's marks, and the same ones as other scripts write them.
 _ENDS = ".;?!" "\u3002\uff0e\uff61\uff1b\uff1f\uff01\u061f\u061b\u0964\u0965\u00bf\u00a1"
+_CLITIC = re.compile(r"(?<=\w)(?='(?:s|m|d|re|ve|ll)?(?:\s|$)|n't\b)")
 _MARKS = frozenset(_ENDS + ",\uff0c\u3001\uff64\u060c")
 
 
@@ -62,7 +64,7 @@ def normalise_transcript(text: str, protocol: Protocol, language: str = "") -> s
     text = unicodedata.normalize("NFC", text)
     if protocol == "whisper":
         return _whisper(text, _code(language))
-    words = re.sub(f"[{_ENDS}]", "", text).split()
+    words = (text.lower() if protocol == "slurp" else re.sub(f"[{_ENDS}]", "", text)).split()
     characters = written_in_characters(language)
     return " ".join(regex.findall(r"\X", "".join(words)) if characters else words)
 
@@ -70,6 +72,8 @@ def normalise_transcript(text: str, protocol: Protocol, language: str = "") -> s
 def normalise_phrase(text: str, protocol: Protocol, language: str = "") -> str:
     """Entity phrase as it is compared; empty when nothing but punctuation was there."""
     text = unicodedata.normalize("NFC", text)
+    if protocol == "slurp":
+        return normalise_transcript(_CLITIC.sub(" ", text.lower()), protocol, language)
     return ner_text(text) if protocol == "slue" else _whisper(text, _code(language))
 
 

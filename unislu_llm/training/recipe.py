@@ -132,7 +132,7 @@ def fill_cache(source: Path, folder: Path | None, decoder: str) -> int:
     model, data, precision = config.model, config.data, config.train.precision
     if not (home := folder or data.frame_cache):
         raise UserError(f"{source} names no data.frame_cache; give --folder")
-    examples = load_examples(data.train, build_registry(config))
+    examples = load_examples(data.train, build_registry(config), language=model.language)
     clips = [example.utterance for example in examples]
     device = "cuda" if torch.cuda.is_available() else "cpu"
     disable_progress_bar()  # of the checkpoint's tensors

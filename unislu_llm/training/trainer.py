@@ -99,10 +99,11 @@ class Trainer(Steps):
         data = config.data
         self.registry = build_registry(config)
         self.objective = OBJECTIVES[train.objective](config, self.registry)
-        examples = self.objective.examples(load_examples(data.train, self.registry), training=True)
+        examples = self.objective.examples(load_examples(
+            data.train, self.registry, language=config.model.language), training=True)
         self.dev = [] if not data.dev else self.objective.examples(load_examples(
-            data.dev, self.registry, limit=data.dev_limit, flag="data.dev", scored=True),
-            training=False)
+            data.dev, self.registry, limit=data.dev_limit, flag="data.dev", scored=True,
+            language=config.model.language), training=False)
         self.dev_share: list[Example] | None = None  # what this process decodes, once prepared
 
         # 3. The model, and what it makes of the data.

@@ -48,9 +48,8 @@ def prepare(source: Source, out: Path, *, tasks_file: Path | None = None,
     """
     registry = TaskRegistry.from_yaml(tasks_file)
     dropped, page = Dropped(list), Summary(registry)
-    common = {"corpus": corpus_name, "language": language or None}
     # One row at a time: a corpus needs no more memory than its ids.
-    write_manifest(out, _rows(source, registry, dropped, page, out, exclude, common))
+    write_manifest(out, _rows(source, registry, dropped, page, out, exclude, corpus_name, language))
     mute = (f"\n{page.mute} of {page.rows} rows have no audio, and are text alone; audio is named "
             "by --audio FOLDER (with <id>.wav, .flac, ...) or the rows' own `audio`")
     return (f"{page.read:>8} rows read\n{_counts(dropped)}\n{out}\n{page}"
@@ -58,12 +57,12 @@ def prepare(source: Source, out: Path, *, tasks_file: Path | None = None,
 
 
 def _rows(source: Source, registry: TaskRegistry, dropped: Dropped, page: Summary, out: Path,
-          exclude: Sequence[Path], common: dict[str, str | None]) -> Iterator[Utterance]:
+          exclude: Sequence[Path], corpus_name: str | None, language: str) -> Iterator[Utterance]:
     """What the manifest gets; at the end it raises UserError where that is nothing, or faulty."""
-    tested = [u for path in exclude for u in read_manifest(path, registry)]
+    tested = [u for path in exclude for u in read_manifest(path, registry, language=language)]
     # What a model is tested on must not train it, as text either.
     tested_ids, tested_texts = {u.id for u in tested}, {_plain(u.text) for u in tested}
-    reader, wrong, ids = RowReader(registry), list[str](), set[str]()
+    reader, wrong, ids = RowReader(registry, language=language), list[str](), set[str]()
     known, with_audio = {*FIELDS, *registry.names}, False
     for where, row in source.rows(registry, dropped, out.parent / f"{out.stem}_audio"):
         page.read, with_audio = page.read + 1, with_audio or row.get("audio") is not None
@@ -85,8 +84,7 @@ def _rows(source: Source, registry: TaskRegistry, dropped: Dropped, page: Summar
             dropped[f"row dropped: {reason}"].append(f"{where}: '{u.id}' ({u.audio or 'text'})")
         else:
             ids.add(u.id)
-            yield page.add(replace(u, duration=seconds, corpus=common["corpus"] or u.corpus,
-                                   language=u.language or common["language"]))
+            yield page.add(replace(u, duration=seconds, corpus=corpus_name or u.corpus))
     if wrong and source.own:
         columns = " or map its columns (--columns KEY=COLUMN)" * hasattr(source, "columns")
         raise UserError(f"{len(wrong)} problem{'s' * (len(wrong) > 1)}; correct the source"

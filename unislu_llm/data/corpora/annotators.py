@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -11,9 +12,11 @@ from typing import Any, ClassVar
 
 from unislu_llm.data.corpora.reading import as_published, read_lines, read_objects, tidy, with_audio
 from unislu_llm.data.corpora.source import Dropped, FileSource, Rows
+from unislu_llm.data.row_reader import lookalike
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import LabelTask, TaskRegistry
 
+_SPANS = ("labels", "hypertextlabels")  # Label Studio's results of Text and HyperText
 _Item = tuple[str, list[tuple[str, int, int]] | None, list[str] | None, Any]
 """Text, spans and labels of the whole text (None: not what was annotated), and audio."""
 
@@ -56,34 +59,51 @@ class _Export(FileSource):
 
 
 class LabelStudio(_Export):
-    """Own data in Label Studio's JSON: labelled spans, choices, transcripts of a text area."""
+    """Own data in Label Studio's JSON or JSON-MIN: spans of text or HTML, choices, text areas."""
 
     def read(self, row: dict[str, Any], where: str, dropped: Dropped) -> _Item | None:
+        if "annotations" not in row:  # JSON-MIN, in which a row is one annotation
+            row = {"data": row, "annotations": [{"result": [*_minimal(row, self.label_task)]}]}
         done = [a for a in row["annotations"] if not a.get("was_cancelled")]
         if len(done) != 1:
             dropped["annotation dropped: of a text the first is read" if done else
                     "row dropped: not annotated, or skipped"].append(where)
-        text, spans, labels = row["data"].get("text", ""), [], list[str]()
-        for region in done[0]["result"] if done else ():
+        data, spans, labels = row["data"], [], list[str]()
+        text = data.get("text") or next((v for key, v in data.items() if isinstance(v, str) and (
+            key == "html" or lookalike(key, ["text"]))), "")  # any key may be shown
+        results = done[0]["result"] if done else []
+        if any(region["type"] == "hypertextlabels" for region in results):
+            text = html.unescape(re.sub(r"<[^>]*>", "", text))  # what is shown, and counted
+        for region in results:
             kind, value = region["type"], region.get("value", {})
             if kind == "textarea":
                 text = text or " ".join(value["text"])
             elif kind == "choices":
                 labels += value["choices"]
-            elif kind == "labels" and "text" in value:
-                start, end = value["start"], value["end"]
+            elif kind in _SPANS and "text" in value:
+                start, end = map(value.get("globalOffsets", value).get, ("start", "end"))
                 if text[start:end] != value["text"]:  # JavaScript counts an emoji as two
                     raw = text.encode("utf-16-le")
                     start, end = (len(raw[:2 * n].decode("utf-16-le", "replace"))
                                   for n in (start, end))
-                spans += [(label, start, end) for label in value["labels"]]
+                spans += [(label, start, end) for label in value[kind]]
             else:
                 dropped[f"annotation dropped: '{kind}' is no span of the text"].append(where)
-        audio = next((value for value in row["data"].values() if re.search(
+        audio = next((value for value in data.values() if re.search(
             r"\.(wav|flac|ogg|opus|mp3)$", str(value).lower())), None)
         # Labels alone do not say that spans were looked for.
         return (text, spans if spans or not labels else None, labels or None,
                 audio) if done else None
+
+
+def _minimal(row: dict[str, Any], label_task: str) -> Iterator[dict[str, Any]]:
+    """The results of a row of JSON-MIN, which stand beside its data, as JSON has them."""
+    for key, value in row.items():
+        if isinstance(value, str) and lookalike(key, [label_task]):
+            yield {"type": "choices", "value": {"choices": [value]}}
+        for one in value if isinstance(value, list) else [value]:
+            yield from ({"type": kind, "value": one} for kind in (*_SPANS, "choices")
+                        if isinstance(one, dict) and kind in one)
 
 
 class Prodigy(_Export):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -60,11 +60,16 @@ class Nemo(Table):
 
 
 class CommonVoice(Table):
-    """Common Voice: a split's TSV, and the folder of its clips (--audio)."""
+    """Common Voice: a split's TSV; its clips are in --audio, or in the folder clips beside it."""
 
     own: ClassVar[bool] = False
     names: ClassVar[Mapping[str, str]] = {"id": "path", "audio": "path", "text": "sentence",
                                           "speaker": "client_id", "language": "locale"}
+
+    def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
+        beside = self.file.parent / "clips"
+        given = self if self.audio or not beside.is_dir() else replace(self, audio=beside)
+        return super(CommonVoice, given).rows(registry, dropped, clips)
 
 
 def column_names(columns: Sequence[str], registry: TaskRegistry) -> dict[str, str]:
@@ -185,7 +190,7 @@ def read_cell(key: str, value: Any, registry: TaskRegistry, where: str) -> Any:
 
 @dataclass(frozen=True)
 class Kaldi(Source):
-    """Own data in a Kaldi folder: text, wav.scp, segments, utt2spk.
+    """Own data in a Kaldi folder: text, wav.scp, segments, utt2spk, utt2lang.
 
     Args:
         folder: The folder with these files.
@@ -197,8 +202,9 @@ class Kaldi(Source):
     audio: Path = Path()
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
-        waves, crops, speakers = ({name: (where, rest) for where, name, rest in self._lines(file)}
-                                  for file in ("wav.scp", "segments", "utt2spk"))
+        waves, crops, speakers, languages = (
+            {name: (where, rest) for where, name, rest in self._lines(file)}
+            for file in ("wav.scp", "segments", "utt2spk", "utt2lang"))
         left = dict(crops or waves)
         for where, name, text in self._lines("text"):
             place, crop = left.pop(name, (where, ""))
@@ -214,7 +220,8 @@ class Kaldi(Source):
             if file.endswith("|"):
                 raise UserError(f"{place}: a command is not run; write what it gives to a file")
             yield where, row | {"audio": str(resolve(self.audio, file)),
-                                "speaker": speakers.get(name, ("", None))[1]}
+                                "speaker": speakers.get(name, ("", None))[1],
+                                "language": languages.get(name, ("", None))[1]}
         dropped["row dropped: no line in text"] += [where for where, _ in left.values()]
 
     def _lines(self, name: str) -> Iterator[tuple[str, str, str]]:
@@ -273,9 +280,8 @@ def load_split(name: str, config: str, split: str,
         if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
             rows: Any = datasets.load_from_disk(name)
             rows = rows[split] if isinstance(rows, datasets.DatasetDict) else rows
-        else:  # a folder is streamed: the package would first write all of it to its cache
-            rows = datasets.load_dataset(name, config or None, split=split,
-                                         streaming=folder.exists())
+        else:  # or the package would first fetch every split, and write all of it to its cache
+            rows = datasets.load_dataset(name, config or None, split=split, streaming=True)
         features = rows.features or {}
         for column in [c for c, kind in features.items() if isinstance(kind, datasets.Audio)]:
             rows = rows.cast_column(column, datasets.Audio(decode=False))
