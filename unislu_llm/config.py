@@ -145,8 +145,8 @@ class DataConfig(Section):
     """Samples drawn an epoch; 0: as many as there are."""
     dev_limit: Count = 0
     """Score at most so many samples of each dev manifest during training; 0 is all."""
-    num_workers: Annotated[Count, Field(le=256)] = 0
-    """Loader processes; 0 loads in the training process."""
+    num_workers: Annotated[int, Field(ge=-1, le=256, strict=True)] = -1
+    """Loader processes; 0 loads in the training process, -1 does so on a CPU and takes 4 a GPU."""
     frame_cache: FilePath = ""
     """Folder that keeps the frames of a frozen encoder for all epochs and runs; empty: none."""
     text_injection: Options = {}

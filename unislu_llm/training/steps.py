@@ -78,10 +78,11 @@ class Steps:
         # resumed run would draw differently.
         own = torch.Generator().manual_seed(self.dataset.seed + epoch)
         items: Any = replace(self.dataset, epoch=epoch)
-        workers = self.config.data.num_workers
+        workers, on_gpu = self.config.data.num_workers, self.device.type == "cuda"
+        workers = 4 * on_gpu if workers < 0 else workers
         loader = iter(DataLoader(
             items, batch_sampler=flat, collate_fn=self.model.collator(), generator=own,
-            num_workers=workers, pin_memory=self.device.type == "cuda",
+            num_workers=workers, pin_memory=on_gpu,
             prefetch_factor=4 if workers else None, worker_init_fn=ignore_signals))
         for step in steps:
             yield [next(loader) for _ in step]
