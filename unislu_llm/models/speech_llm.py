@@ -120,6 +120,9 @@ class SpeechLLM(SLUModel):
         if config.attention != "auto":
             options["attn_implementation"] = _ATTENTION.get(config.attention, config.attention)
         llm = from_pretrained(AutoModelForCausalLM, path, dtype=dtype, **options)
+        # For CPUs bitsandbytes packs 4 bits anew when it first infers; then no gradient passes.
+        for layer in [m for m in llm.modules() if hasattr(m, "support_avx512bf16_for_cpu")]:
+            layer.support_avx512bf16_for_cpu = False
         model = cls(config, registry, whisper, llm, tokenizer, ctc_tokens)
         model.bases = found
         return model
