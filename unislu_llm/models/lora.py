@@ -80,7 +80,8 @@ def _used(owner: Any, module: Any, linear: Mapping[str, nn.Module]) -> list[str]
         return [name for name, layer in linear.items()
                 if not type(layer).__module__.startswith("transformers.models.")]
     # Which experts run depends on the token.
-    return [n for n, grad in zip(tags, found, strict=True) if grad is not None or "expert" in n]
+    used = [n for n, grad in zip(tags, found, strict=True) if grad is not None or "expert" in n]
+    return used or list(linear)  # a gradient of its own
 
 
 def _tagged(layer: Any, args: tuple[torch.Tensor], out: Any, tag: torch.Tensor) -> Any:

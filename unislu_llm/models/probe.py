@@ -47,7 +47,9 @@ def probe(model: Any) -> bool:
     finally:
         llm.train(training)
     if fault:
-        raise UserError(f"model.llm {model.config.llm}: {type(llm).__name__} {fault}; take another")
+        other = " or model.quantization none" if getattr(llm, "is_quantized", False) else ""
+        raise UserError(f"model.llm {model.config.llm}: {type(llm).__name__} {fault}; take another"
+                        f"{other}")
     return False
 
 
@@ -90,10 +92,10 @@ def _shares_cache(model: Any, ids: Tensor) -> bool:
                 or _differ(model, states[1, 1:-1], states[0, :-2])
                 or _differ(model, logits_of(model.llm, states[:, -1:]), own)):
             return False
-        # Both go back to after the first id, and read the second, the other row as well.
-        state.drop(torch.tensor([2, 1], device=ids.device))
-        state, more = state.take([1, 0]), ids[1:2].expand(2, 1)
+        # Both go back by one, exchange their places, and read what follows in the first.
+        state.drop(torch.tensor([1, 1], device=ids.device))
+        state, more = state.take([1, 0]), ids[1:, None]
         found = model.body(input_ids=more, **model.cached(state, more >= 0)).last_hidden_state
-        return not _differ(model, found, states[:1, 1:2].expand(2, -1, -1))
+        return not _differ(model, found[:, 0], states[0, 1:])
     except Exception:  # any class, as above
         return False
