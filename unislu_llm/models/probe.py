@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from inspect import signature
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import ModuleList
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -31,7 +34,9 @@ def probe(model: Any) -> bool:
     rows = torch.stack([ids, torch.cat([ids[:4], ids[:1]])])  # which begin alike
     llm.eval()
     try:
-        if _shares_cache(model, ids):
+        with _few_layers(model):
+            quick = _shares_cache(model, ids)
+        if quick or _shares_cache(model, ids):
             return True
         states, own = _own_forward(model, rows, use_cache=False)
         if _differ(model, states[1, :4], states[0, :4]):
@@ -75,6 +80,26 @@ def _own_forward(model: Any, ids: Tensor, **options: Any) -> tuple[Tensor, Tenso
         return found[0], logits[:, -1:]
     finally:
         hook.remove()
+
+
+@contextmanager
+def _few_layers(model: Any) -> Iterator[None]:
+    """The LLM without its layers behind two and the first of every kind, which are much alike."""
+    config = model.llm.config.get_text_config()
+    layers: Any = next((m for m in model.body.modules() if isinstance(m, ModuleList)
+                        and len(m) == getattr(config, "num_hidden_layers", 0)), [])
+    types = getattr(config, "layer_types", None) or [""] * len(layers)
+    kinds = [(kind, *((name, type(part)) for name, part in layer.named_modules()))
+             for kind, layer in zip(types, layers, strict=False)]
+    kept = max(map(kinds.index, kinds), default=0) + 1
+    cut = dict(list(enumerate(layers))[max(kept, 2):])
+    for i in cut:
+        delattr(layers, str(i))
+    try:
+        yield
+    finally:
+        for i, layer in cut.items():
+            layers.insert(i, layer)
 
 
 def _shares_cache(model: Any, ids: Tensor) -> bool:
