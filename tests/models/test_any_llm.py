@@ -145,7 +145,7 @@ def test_the_text_model_of_a_multimodal_checkpoint_is_taken(tmp_path: Path) -> N
     ("t5", AutoModel, {"d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 2, "d_kv": 8})])
 def test_encoder_decoders_are_refused(arch: str, kind: Any, options: dict[str, Any],
                                       tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"config\.json: a {arch} is no causal"):
+    with pytest.raises(UserError, match=rf"config\.json: a {arch} is an encoder-decoder model"):
         from_pretrained(AutoModelForCausalLM, save(tmp_path, arch, kind, vocab_size=400, **options))
 
 

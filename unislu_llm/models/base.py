@@ -213,8 +213,8 @@ class SLUModel(nn.Module, ABC):
             parts.append(self.encoder.whisper)
         for part in parts:
             if not part.supports_gradient_checkpointing:
-                raise UserError(f"train.gradient_checkpointing: {type(part).__name__} cannot do it; "
-                                "leave it off")
+                raise UserError(f"train.gradient_checkpointing: {type(part).__name__} cannot "
+                                "do it; leave it off")
             # transformers has renamed it. Only the non-reentrant kind lets frozen inputs in and
             # works under DDP.
             enable = getattr(part, "activation_checkpointing_enable", None)

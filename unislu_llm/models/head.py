@@ -14,20 +14,17 @@ from torch.utils.checkpoint import checkpoint
 # each chunk, and is faster with fewer.
 _LOGITS_ON_CPU, _LOGITS_ON_GPU = 1 << 24, 1 << 28
 
-# What models do to the logits of their output layer, by names of configurations: Granite, Cohere,
-# Falcon-H1, Inkling; Gemma 2, RecurrentGemma, xLSTM. The probe of a new model refuses what is none of these.
-_FACTORS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier",
-            "logits_mup_width_multiplier")
+# What models do to the logits of their output layer, by names of configurations: Granite, Inkling,
+# Cohere, Falcon-H1; Gemma 2, RecurrentGemma, xLSTM. The probe of a new one refuses all others.
+_FACTORS = ("logits_scaling", "logits_mup_width_multiplier", "logit_scale", "lm_head_multiplier",
+            "output_multiplier")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
 def logits_of(model: Any, hidden: Tensor) -> Tensor:
     """Logits of hidden states `(..., dim)` as the model's own forward gives them."""
     config = model.config.get_text_config()
-    head = model.get_output_embeddings()
-    if head.weight.is_floating_point():  # some keep hidden states, or this layer, in fp32
-        hidden = hidden.to(head.weight.dtype)
-    logits: Tensor = head(hidden)
+    logits: Tensor = model.get_output_embeddings()(hidden)
     for name in _FACTORS:
         if (factor := getattr(config, name, None) or 1.0) != 1.0:
             # HyperCLOVA multiplies by what Granite divides by, under one name.

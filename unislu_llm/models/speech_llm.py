@@ -79,10 +79,8 @@ class SpeechLLM(SLUModel):
                 config.projector, self.encoder.dim, int(embeddings.weight.shape[1]),
                 _embedding_rms(embeddings), config.projector_options)
         if config.lora.rank:
-            targets = inject_lora(self.body, config.lora, "LLM", owner=llm)
-            if config.lora.target_modules == ["auto"]:
-                lora = config.lora.model_copy(update={"target_modules": targets})
-                self.config = config.model_copy(update={"lora": lora})
+            lora = inject_lora(self.body, config.lora, "LLM", owner=llm)
+            self.config = config.model_copy(update={"lora": lora})
         else:
             self._frozen = (llm,)
         install_markers(llm, self.tokenizer)
