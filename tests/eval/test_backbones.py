@@ -12,8 +12,9 @@ import pytest
 from unislu_llm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-# Plain, with a window, experts, norms on queries and keys, and two whose logits are scaled.
-ARCHITECTURES = ("llama", "gemma3_text", "aria_text", "qwen3", "granite", "cohere")
+# Plain, with a window, experts, norms on queries and keys, two whose logits are scaled, layers that
+# are no `Linear`, and a recurrent state.
+ARCHITECTURES = ("llama", "gemma3_text", "aria_text", "qwen3", "granite", "cohere", "gpt2", "bamba")
 KINDS = ("GPT-2: one token begins, ends and fills", "no padding token", "characters",
          "T5: unigram without bytes, NFKC, an end behind each text",
          "Llama 2: blanks by the normaliser", "Gemma: blanks by the normaliser, none before")
@@ -32,7 +33,7 @@ def script() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def found(script: Any) -> dict[str, dict[str, Any]]:
-    return script.run(script.Options(only=(*ARCHITECTURES, *KINDS, "no end token")))
+    return script.run(script.Options(only=(*ARCHITECTURES, "bert", *KINDS, "no end token")))
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -50,6 +51,7 @@ def test_a_tokenizer_is_right_in_every_column(script: Any, found: Any, kind: str
 
 
 def test_what_cannot_be_right_is_refused(found: Any) -> None:
+    assert "is no causal LM" in found["architectures"]["bert"]["refused"]
     cells = found["tokenizers"]["no end token"]
     assert list(cells) == ["refused"]
     assert "no end-of-text token" in cells["refused"]

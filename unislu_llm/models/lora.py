@@ -23,8 +23,8 @@ def inject_lora(module: Any, options: LoraConfig, what: str,
                 owner: nn.Module | None = None) -> LoraConfig:
     """Add trainable adapters to `module`, a part of `owner`; everything else in it is frozen.
 
-    Returns the options with the targets: of `auto` Llama's where it has them all, else what PEFT knows for its
-    architecture, else every linear layer. Raises UserError: a target matches no layer.
+    Returns the options with the targets found: of `auto` Llama's where it has them all, else what
+    PEFT knows for its architecture, else every linear layer. UserError: a target matches no layer.
     """
     root, inside = owner or module, set(module.modules())
     linear = {name: layer for name, layer in root.named_modules()  # Conv1D is GPT-2's name for one
