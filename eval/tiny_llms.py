@@ -61,6 +61,7 @@ EXCEPTIONS: dict[str, dict[str, Any]] = {
     "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "granite": {"logits_scaling": 4.0, "embedding_multiplier": 3.0},
     "granitemoehybrid": _MAMBA2 | {"layer_types": ["mamba", "attention"]},
+    "inkling_text": {"logits_mup_width_multiplier": 2.0},
     "hyperclovax": {"logits_scaling": 0.25},
     "hunyuan_v1_dense": {"head_dim": 8},
     "hunyuan_v1_moe": {"head_dim": 8},

@@ -12,8 +12,9 @@ import pytest
 from unislu_llm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-# Plain, with a window, experts, norms on queries and keys, and two whose logits are scaled.
-ARCHITECTURES = ("llama", "gemma3_text", "aria_text", "qwen3", "granite", "cohere")
+# Plain, with a window, experts, norms on queries and keys, two whose logits are scaled, layers that
+# are no `Linear`, and a recurrent state.
+ARCHITECTURES = ("llama", "gemma3_text", "aria_text", "qwen3", "granite", "cohere", "gpt2", "bamba")
 KINDS = ("GPT-2: one token begins, ends and fills", "no padding token", "characters",
          "T5: unigram without bytes, NFKC, an end behind each text",
          "Llama 2: blanks by the normaliser", "Gemma: blanks by the normaliser, none before",
@@ -37,7 +38,7 @@ def script() -> Iterator[Any]:
 
 @pytest.fixture(scope="module")
 def found(script: Any) -> dict[str, dict[str, Any]]:
-    return script.run(script.Options(only=(*ARCHITECTURES, *KINDS, *REFUSED)))
+    return script.run(script.Options(only=(*ARCHITECTURES, "bert", *KINDS, *REFUSED)))
 
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
@@ -56,6 +57,10 @@ def test_what_cannot_be_right_is_refused(found: Any, kind: str) -> None:
     cells = found["tokenizers"][kind]
     assert list(cells) == ["refused"]
     assert REFUSED[kind] in cells["refused"]
+
+
+def test_an_encoder_is_refused(found: Any) -> None:
+    assert "is no causal LM" in found["architectures"]["bert"]["refused"]
 
 
 def test_an_unknown_name_is_an_error(script: Any) -> None:

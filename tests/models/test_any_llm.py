@@ -63,6 +63,45 @@ def test_it_trains_and_decodes_in_a_batch_as_alone(arch: str) -> None:
         assert task.outputs["sa"] == answer.outputs["sa"]
 
 
+TROCR = {"d_model": 32, "decoder_layers": 2, "decoder_attention_heads": 4, "decoder_ffn_dim": 64}
+ROUTERS = {"num_local_experts": 4, "num_key_value_heads": 4}
+
+
+@pytest.mark.parametrize(("arch", "options", "adapted", "left_out"), [
+    ("trocr", TROCR, "self_attn", "encoder_attn"),  # its cross-attention has nothing to read
+    ("phimoe", ROUTERS, "self_attn", "router"),  # which derives from a linear layer
+    ("ctrl", {"dff": 64}, "ffn.0", "layernorm")])  # the first of its layers is called 0 as well
+def test_auto_adapts_what_a_gradient_reaches(arch: str, options: dict[str, Any], adapted: str,
+                                             left_out: str) -> None:
+    model = make_speech_llm(arch=arch, llm_options=options, **AUTO)
+    names = [name for name, _ in model.trainable_groups()["lora"]]
+    assert any(f".{adapted}." in n for n in names)
+    assert not any(f".{left_out}" in n for n in names)
+    gradients = losses_and_gradients(model, make_batch(model, SHORT))[1]
+    assert all(gradients[name].any() for name in names if ".lora_B." in name)
+    again = make_speech_llm(arch=arch, llm_options=options, lora=model.config.lora.model_dump())
+    assert [name for name, _ in again.trainable_groups()["lora"]] == names, "as it is saved"
+
+
+def test_hidden_states_and_output_layer_may_be_of_different_dtypes() -> None:
+    llm = make_llm("mamba").bfloat16()  # with a residual stream in fp32
+    config = model_config(projector="none", hypothesis="manifest", prompt_prefix="a", **AUTO)
+    model = SpeechLLM(config, TaskRegistry(), None, llm, make_tokenizer())
+    hidden = model.body(input_ids=torch.arange(4)[None]).last_hidden_state
+    assert hidden.dtype == torch.float32
+    assert model.logits(hidden).isfinite().all()
+
+
+def test_no_layer_is_lost_to_the_probe() -> None:
+    assert len(make_speech_llm(llm_options={"num_hidden_layers": 4}).llm.model.layers) == 4
+
+
+def test_gradient_checkpointing_that_an_llm_cannot_do_is_refused() -> None:
+    model = make_speech_llm(arch="ctrl", llm_options={"dff": 64}, **AUTO)
+    with pytest.raises(UserError, match=r"train\.gradient_checkpointing: CTRLLMHeadModel cannot"):
+        model.enable_gradient_checkpointing()
+
+
 @torch.no_grad()
 def test_reading_again_equals_the_cache() -> None:
     """Steps with gaps, a copy with rows exchanged, and tokens that are taken back."""
@@ -92,6 +131,16 @@ def test_logits_are_the_models_own(arch: str, options: dict[str, Any]) -> None:
 def test_what_is_no_causal_lm_is_refused(arch: str, message: str) -> None:
     with pytest.raises(UserError, match=rf"model\.llm tiny-llm: .*{message}"):
         make_speech_llm(arch=arch, **AUTO)
+
+
+def test_an_llm_that_reads_ids_beside_embeddings_is_refused() -> None:
+    llm = make_llm("gemma3n_text", hidden_size_per_layer_input=8, num_kv_shared_layers=0,
+                   layer_types=["full_attention"] * 2, activation_sparsity_pattern=[0.0, 0.0])
+    for layer in llm.model.layers:  # at zero, which hides what the ids add
+        layer.altup.correct_output_scale.data += 1.0
+    config = model_config(projector="none", hypothesis="manifest", **AUTO)
+    with pytest.raises(UserError, match="reads token ids beside their embeddings"):
+        SpeechLLM(config, TaskRegistry(), None, llm, make_tokenizer())
 
 
 def test_positions_bound_training_and_answers() -> None:
@@ -127,7 +176,7 @@ SMALL: dict[str, Any] = {"vocab_size": 400, "hidden_size": 32, "intermediate_siz
 def test_the_text_model_of_a_multimodal_checkpoint_is_taken(tmp_path: Path) -> None:
     vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1,
               "num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    text = SMALL | WINDOW | {"num_key_value_heads": 2, "head_dim": 8}
+    text = SMALL | WINDOW | {"num_key_value_heads": 2, "head_dim": 8, "tie_word_embeddings": False}
     whole = save(tmp_path / "llm", "gemma3", text_config=text, vision_config=vision,
                  mm_tokens_per_image=4)
     llm = from_pretrained(AutoModelForCausalLM, whole)
@@ -139,14 +188,23 @@ def test_the_text_model_of_a_multimodal_checkpoint_is_taken(tmp_path: Path) -> N
               make_tokenizer())
 
 
+BART = {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1, "encoder_ffn_dim": 32,
+        "decoder_ffn_dim": 32}
+
+
 @pytest.mark.parametrize(("arch", "kind", "options"), [
-    ("bart", AutoModel, {"d_model": 32, "encoder_layers": 1, "decoder_layers": 1,
-                         "encoder_ffn_dim": 32, "decoder_ffn_dim": 32}),
+    ("bart", AutoModel, BART), ("bart", AutoModelForCausalLM, BART),
     ("t5", AutoModel, {"d_model": 32, "d_ff": 32, "num_layers": 1, "num_heads": 2, "d_kv": 8})])
 def test_encoder_decoders_are_refused(arch: str, kind: Any, options: dict[str, Any],
                                       tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=rf"config\.json: a {arch} is no causal"):
+    with pytest.raises(UserError, match=rf"config\.json: a {arch} is an encoder-decoder model"):
         from_pretrained(AutoModelForCausalLM, save(tmp_path, arch, kind, vocab_size=400, **options))
+
+
+def test_per_layer_embeddings_are_refused_before_weights_are_read(tmp_path: Path) -> None:
+    AutoConfig.for_model("gemma4_text").save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"config\.json: a gemma4_text reads token ids beside"):
+        from_pretrained(AutoModelForCausalLM, tmp_path)
 
 
 def test_other_encoders_are_refused(tmp_path: Path) -> None:

@@ -208,11 +208,14 @@ class SLUModel(nn.Module, ABC):
         return self
 
     def enable_gradient_checkpointing(self) -> None:
-        """Compute activations again in the backward pass instead of keeping them."""
+        """Compute activations again in the backward pass, not keep them; UserError: it cannot."""
         parts, self.recomputes = [self.lm], True
         if self.encoder is not None and self.encoder.mode != "frozen":
             parts.append(self.encoder.whisper)
         for part in parts:
+            if not part.supports_gradient_checkpointing:
+                raise UserError(f"train.gradient_checkpointing: {type(part).__name__} cannot "
+                                "do it; leave it off")
             # transformers has renamed it. Only the non-reentrant kind lets frozen inputs in and
             # works under DDP.
             enable = getattr(part, "activation_checkpointing_enable", None)

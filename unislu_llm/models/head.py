@@ -14,9 +14,10 @@ from torch.utils.checkpoint import checkpoint
 # each chunk, and is faster with fewer.
 LOGITS_ON_CPU, LOGITS_ON_GPU = 1 << 24, 1 << 28
 
-# What models do to the logits of their output layer, by names of configurations: Granite, Cohere,
-# Falcon-H1; Gemma 2, RecurrentGemma, xLSTM. The probe of a new model refuses what is none of these.
-_FACTORS = ("logits_scaling", "logit_scale", "lm_head_multiplier", "output_multiplier")
+# What models do to the logits of their output layer, by names of configurations: Granite, Inkling,
+# Cohere, Falcon-H1; Gemma 2, RecurrentGemma, xLSTM. The probe of a new one refuses all others.
+_FACTORS = ("logits_scaling", "logits_mup_width_multiplier", "logit_scale", "lm_head_multiplier",
+            "output_multiplier")
 _CAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 
 
@@ -27,7 +28,7 @@ def logits_of(model: Any, hidden: Tensor) -> Tensor:
     for name in _FACTORS:
         if (factor := getattr(config, name, None) or 1.0) != 1.0:
             # HyperCLOVA multiplies by what Granite divides by, under one name.
-            divides = name == "logits_scaling" and config.model_type != "hyperclovax"
+            divides = name.startswith("logits_") and config.model_type != "hyperclovax"
             logits = logits / factor if divides else logits * factor
     cap = next(filter(None, (getattr(config, name, None) for name in _CAPS)), None)
     return torch.tanh(logits / cap) * cap if cap else logits

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from copy import deepcopy
 from typing import Any, Literal
 
 import peft
 import torch
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
-from transformers import BitsAndBytesConfig
+from transformers import BitsAndBytesConfig, DynamicCache
 from transformers.pytorch_utils import Conv1D
 
 from unislu_llm.config import LoraConfig
@@ -18,47 +20,69 @@ _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_
 
 
 def inject_lora(module: Any, options: LoraConfig, what: str,
-                owner: nn.Module | None = None) -> list[str]:
+                owner: nn.Module | None = None) -> LoraConfig:
     """Add trainable adapters to `module`, a part of `owner`; everything else in it is frozen.
 
-    Returns the targets: of `auto` Llama's where it has them all, else what PEFT knows for its
-    architecture, else every linear layer. Raises UserError: a target matches no layer.
+    Returns the options with the targets found: of `auto` Llama's where it has them all, else what
+    PEFT knows for its architecture, else every linear layer. UserError: a target matches no layer.
     """
-    found = {name.rpartition(".")[2]: type(layer) for name, layer in module.named_modules()
-             if isinstance(layer, (nn.Linear, Conv1D))}  # GPT-2's name for a linear layer
-    layers, targets = list(found), options.target_modules
+    root, inside = owner or module, set(module.modules())
+    linear = {name: layer for name, layer in root.named_modules()  # Conv1D is GPT-2's name for one
+              if isinstance(layer, (nn.Linear, Conv1D)) and layer in inside}
+    ends = {name: name.rpartition(".")[2] for name, _ in root.named_modules()}
+    targets = options.target_modules
     if targets in (["auto"], ["all-linear"]):
         # Mamba's kernels take two weights by themselves, past their layers.
         mamba = any(name.endswith("A_log") for name, _ in module.named_parameters())
-        all_linear = [n for n in layers if not (mamba and n in ("out_proj", "dt_proj"))]
+        used = {name: ends[name] for name in _used(owner, linear)
+                if not (mamba and ends[name] in ("out_proj", "dt_proj"))}
         known = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING.get(module.config.model_type)
         usual: list[Any] = [_LLAMA, known] if targets == ["auto"] else []
-        targets = list(next((n for n in usual if n and set(n) <= set(layers)), all_linear))
+        targets = list(next((n for n in usual if n and set(n) <= set(used.values())),
+                            dict.fromkeys(used.values())))
+        # PEFT would take every module that is called so.
+        if any(end in targets and name not in used for name, end in ends.items()):
+            targets = [name for name, end in used.items() if end in targets]
     # PEFT would pass over a name that matches nothing beside one that does.
-    missing = [name for name in targets if name not in layers]
+    missing = [t for t in targets if not any(f".{n}".endswith(f".{t}") for n in linear)]
     if missing or not targets:
         raise UserError(f"model.lora.target_modules: {missing or targets} match no linear layer of "
-                        f"the {what}; its linear layers are: {', '.join(layers)}")
+                        f"the {what}; its linear layers are: "
+                        f"{', '.join(dict.fromkeys(ends[n] for n in linear))}")
     config = peft.LoraConfig(r=options.rank, lora_alpha=options.alpha,  # type: ignore[arg-type]
                              lora_dropout=0.0, target_modules=targets,
-                             fan_in_fan_out=Conv1D in found.values())
+                             fan_in_fan_out=Conv1D in map(type, linear.values()))
     # A quantised LLM says so on its outermost module alone (`is_loaded_in_4bit`): shown its body,
     # PEFT would take packed 4-bit weights for plain ones.
     try:
         peft.inject_adapter_in_model(config, owner if owner is not None else module)
     except ValueError as error:  # Mamba's, named by a user
         raise UserError(f"model.lora.target_modules: {error}") from error
-    return list(targets)
+    return options.model_copy(update={"target_modules": targets})
 
 
-def keep_gradients(llm: nn.Module) -> None:
-    """Let 4-bit layers on a CPU be trained through, also once they have decoded."""
-    # In eval mode bitsandbytes packs weights anew for a CPU kernel (AVX512-BF16), and never back:
-    # in later training steps that kernel lets no gradient through.
-    layers: list[Any] = list(llm.modules())
-    for layer in layers:
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            layer.support_avx512bf16_for_cpu = False
+def _used(owner: Any, linear: Mapping[str, nn.Module]) -> list[str]:
+    """Names of the linear layers that a gradient reaches by their outputs."""
+    # What is derived from a linear layer, such as a router, may be none.
+    plain = [name for name, layer in linear.items()
+             if not type(layer).__module__.startswith("transformers.models.")]
+    try:
+        # On the meta device nothing is computed, and every process finds the same.
+        config, tags = deepcopy(owner.config), []
+        config._attn_implementation, config._experts_implementation = "eager", "batched_mm"
+        with torch.device("meta"):
+            twin = type(owner)(config).eval()
+            for name in linear:
+                tags.append(torch.zeros((), requires_grad=True))
+                twin.get_submodule(name).register_forward_hook(lambda *a, tag=tags[-1]: a[2] + tag)
+            embeds = torch.zeros(1, 3, owner.get_input_embeddings().weight.shape[1])
+            logits = twin(inputs_embeds=embeds, past_key_values=DynamicCache(config=config)).logits
+            found = torch.autograd.grad(logits.sum(), tags, allow_unused=True)
+    except Exception:  # of some architecture, which looks at values, say
+        return plain
+    # None: towers for images, layers that only choose where to attend; and experts by chance.
+    return [name for name, grad in zip(linear, found, strict=True)
+            if grad is not None or "expert" in name] or plain
 
 
 def quantization(kind: Literal["none", "8bit", "4bit"]) -> dict[str, Any]:

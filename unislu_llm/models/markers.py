@@ -60,8 +60,8 @@ class MarkerHead(_Marked):
     def forward(self, hidden: Tensor) -> Tensor:
         """`(..., dim)` to logits `(..., max(vocabulary, first + n))`."""
         # In decoding `hidden` is the last position alone, a view with gaps, which a CPU multiplies
-        # some 100 times as slowly in bf16.
-        hidden = hidden.contiguous()
+        # some 100 times as slowly in bf16. Some LLMs keep it, or this layer, in fp32.
+        hidden = hidden.contiguous().to(self.weight.dtype)
         plain = self.base(hidden)
         marks = nn.functional.linear(hidden, self.rows.to(hidden.dtype)).to(plain.dtype)
         gap, last = self.first - plain.shape[-1], self.first + len(self.rows)

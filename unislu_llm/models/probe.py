@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import ModuleList
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
@@ -24,23 +25,20 @@ def probe(model: Any) -> bool:
     if (weight.is_meta or hasattr(weight, "ds_id")
             or llm.config._attn_implementation not in ("eager", "sdpa")):
         return {DynamicLayer} >= {type(x) for x in DynamicCache(config=llm.config).layers} > set()
-    training, fault = llm.training, ""
-    ids = 11 + 7919 * torch.arange(5, device=weight.device)
-    ids %= min(len(llm.get_input_embeddings().weight), *model.tokenizer.marker_ids.values())
-    rows = torch.stack([ids, torch.cat([ids[:4], ids[:1]])])  # which begin alike
+    training, size = llm.training, getattr(llm.config.get_text_config(), "num_hidden_layers", 0)
+    layers: Any = next((m for m in model.body.modules() if isinstance(m, ModuleList)
+                        and len(m) == size), ModuleList())
+    whole, kinds = layers._modules, [[type(m) for m in layer.modules()] for layer in layers]
+    # Two layers, and more up to the first of every kind, tell of all in milliseconds.
+    few = dict(list(whole.items())[:max([1, *map(kinds.index, kinds)]) + 1])
     llm.eval()
     try:
-        if _shares_cache(model, ids):
-            return True
-        states, own = _own_forward(model, rows, use_cache=False)
-        if _differ(model, states[1, :4], states[0, :4]):
-            fault = "is no causal LM: what it makes of a token depends on later ones"
-        elif _differ(model, logits_of(llm, states), own):
-            fault = "computes logits that are not those of its output layer, in an unknown way"
-    except Exception as error:  # any class: it is the code of some architecture
-        fault = (f"does not read embeddings ({type(error).__name__}: "
-                 f"{shorten(' '.join(str(error).split()), 160)})")
+        for layers._modules in (few, whole):
+            shares, fault = _tried(model)
+            if shares:
+                return True
     finally:
+        layers._modules = whole
         llm.train(training)
     if fault:
         raise UserError(f"model.llm {model.config.llm}: {type(llm).__name__} {fault}; take another")
@@ -54,37 +52,40 @@ def _differ(model: Any, a: Tensor, b: Tensor) -> bool:
     return a.shape != b.shape or not bool((a.float() - b).norm() <= limit * b.float().norm())
 
 
-def _own_forward(model: Any, ids: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """Hidden states and logits of ids `(rows, n)` by the LLM's own forward."""
-    found: list[Tensor] = []
-    body = getattr(model.body, "decoder", model.body)  # OPT calls that part of its body
-    hook = body.register_forward_hook(lambda _, __, out: found.append(out.last_hidden_state))
+def _tried(model: Any) -> tuple[bool, str]:
+    """Whether the cache may be shared, and what is wrong with the LLM if it may not."""
+    llm, body = model.llm, model.body
+    embed = llm.get_input_embeddings()
+    ids = 11 + 7919 * torch.arange(3, device=embed.weight.device)
+    ids %= min(len(embed.weight), *model.tokenizer.marker_ids.values())
     try:
-        embeds = model.llm.get_input_embeddings()(ids)
-        logits = model.llm(inputs_embeds=embeds, **options).logits
-        return found[0], logits
-    finally:
-        hook.remove()
-
-
-def _shares_cache(model: Any, ids: Tensor) -> bool:
-    """Whether all is as it must be with a cache, of which rows are padded, cut and exchanged."""
-    # In two passes of the LLM, which may be large. The first row reads the ids; the second, behind
-    # padding, those but for the last two, and another.
-    mask = torch.ones(2, len(ids), dtype=torch.bool, device=ids.device)
+        # Rows that begin alike; the second ends in what is no token's, as speech is.
+        embeds = torch.stack([embed(ids), torch.cat([embed(ids[:2]), embed(ids).mean(0)[None]])])
+        states = body(inputs_embeds=embeds.clone(), use_cache=False).last_hidden_state
+        if _differ(model, states[1, :2], states[0, :2]):
+            return False, "is no causal LM: what it makes of a token depends on later ones"
+        by_ids = body(input_ids=ids[None], use_cache=False).last_hidden_state
+        if _differ(model, by_ids, states[:1]):
+            return False, "reads token ids beside their embeddings: speech cannot be put in"
+        own = llm(inputs_embeds=embeds, use_cache=False).logits
+        if _differ(model, logits_of(llm, states), own):
+            return False, "computes logits that are not those of its output layer"
+    except Exception as error:  # any class: it is the code of some architecture
+        return False, (f"does not read embeddings, quantization {model.config.quantization} "
+                       f"({type(error).__name__}: {shorten(' '.join(str(error).split()), 160)})")
+    # With a cache, of which rows are padded, cut and exchanged. The second is a place behind.
+    mask = torch.ones(2, 3, dtype=torch.bool, device=ids.device)
     mask[1, 0] = False
-    rows = torch.stack([ids, torch.cat([ids[:1], ids[:-2], ids[:1]])])
     state = State(DynamicCache(), mask[:, :0], mask)
     try:
-        states, own = _own_forward(model, rows, **model.cached(state, mask))
+        rows = torch.stack([ids, ids[[0, 0, 1]]])
+        found = body(input_ids=rows, **model.cached(state, mask)).last_hidden_state
         if ({type(layer) for layer in state.cache.layers} != {DynamicLayer}
-                or _differ(model, states[1, 1:-1], states[0, :-2])
-                or _differ(model, logits_of(model.llm, states), own)):
-            return False
-        # Both go back to before the last two ids, which now the second row reads as well.
-        state.drop(torch.tensor([2, 1], device=ids.device))
-        state, more = state.take([1, 0]), ids[-2:].expand(2, -1)
-        found = model.body(input_ids=more, **model.cached(state, more >= 0)).last_hidden_state
-        return not _differ(model, found, states[:1, -2:].expand(2, -1, -1))
+                or _differ(model, found[1, 1:], states[0, :2])):
+            return False, ""
+        state.drop(torch.tensor([1, 1], device=ids.device))
+        state, more = state.take([1, 0]), ids[1:, None]
+        found = body(input_ids=more, **model.cached(state, more >= 0)).last_hidden_state
+        return not _differ(model, found[:, 0], states[0, 1:]), ""
     except Exception:  # any class, as above
-        return False
+        return False, ""

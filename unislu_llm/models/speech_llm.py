@@ -29,7 +29,7 @@ from unislu_llm.models.ctc import CTCProjector, CtcVocabulary
 from unislu_llm.models.ctc_loss import SAMPLES, ctc_loss
 from unislu_llm.models.encoder import SpeechEncoder, valid_mask
 from unislu_llm.models.kv_cache import NoCache, State
-from unislu_llm.models.lora import inject_lora, keep_gradients, quantization
+from unislu_llm.models.lora import inject_lora, quantization
 from unislu_llm.models.markers import install_markers
 from unislu_llm.models.probe import probe
 from unislu_llm.models.projector_base import Projected, Projector
@@ -73,17 +73,14 @@ class SpeechLLM(SLUModel):
         if getattr(llm.get_output_embeddings(), "weight", None) is None:
             raise UserError(f"model.llm {config.llm}: {type(llm).__name__} has no output layer")
         llm.requires_grad_(False)
-        keep_gradients(llm)
         embeddings = llm.get_input_embeddings()
         if self.encoder is not None:
             self.projector = build_projector(
                 config.projector, self.encoder.dim, int(embeddings.weight.shape[1]),
                 _embedding_rms(embeddings), config.projector_options)
         if config.lora.rank:
-            targets = inject_lora(self.body, config.lora, "LLM", owner=llm)
-            if config.lora.target_modules == ["auto"]:
-                lora = config.lora.model_copy(update={"target_modules": targets})
-                self.config = config.model_copy(update={"lora": lora})
+            lora = inject_lora(self.body, config.lora, "LLM", owner=llm)
+            self.config = config.model_copy(update={"lora": lora})
         else:
             self._frozen = (llm,)
         install_markers(llm, self.tokenizer)
@@ -121,6 +118,9 @@ class SpeechLLM(SLUModel):
         if config.attention != "auto":
             options["attn_implementation"] = _ATTENTION.get(config.attention, config.attention)
         llm = from_pretrained(AutoModelForCausalLM, path, dtype=dtype, **options)
+        # For CPUs bitsandbytes packs 4 bits anew when it first infers; then no gradient passes.
+        for layer in [m for m in llm.modules() if hasattr(m, "support_avx512bf16_for_cpu")]:
+            layer.support_avx512bf16_for_cpu = False
         model = cls(config, registry, whisper, llm, tokenizer, ctc_tokens)
         model.bases = found
         return model

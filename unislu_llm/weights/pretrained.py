@@ -83,13 +83,20 @@ def _fitting(kind: Any, folder: Path) -> dict[str, Any]:
                         f"{wanted.model_type} is needed")
     if kind is not AutoModelForCausalLM:
         return {}
-    text = config.get_text_config()
-    if config.is_encoder_decoder or type(text) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{folder / MODEL_FILE}: a {config.model_type} is no causal LM; take one")
+    # The decoder alone says that it is none, but has layers that read an encoder.
+    both = config.is_encoder_decoder or type(config).is_encoder_decoder
+    if both or type(text := config.get_text_config()) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{folder / MODEL_FILE}: a {config.model_type} is "
+                        f"{'an encoder-decoder model' * both or 'no causal LM'}; take a causal LM")
+    if getattr(text, "hidden_size_per_layer_input", 0):
+        raise UserError(f"{folder / MODEL_FILE}: a {config.model_type} reads token ids beside "
+                        "embeddings (per-layer embeddings): speech cannot be put in; take another")
     if text is config:
         return {}
     if (packed := getattr(config, "quantization_config", None)) is not None:
         text.quantization_config = packed
+    # transformers ties nothing that a checkpoint has apart.
+    text.tie_word_embeddings |= getattr(config, "tie_word_embeddings", False)
     return {"config": text, "key_mapping": _TEXT_MODEL}
 
 
