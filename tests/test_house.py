@@ -61,7 +61,7 @@ def test_the_package_is_small() -> None:
 
 
 def test_the_tests_are_small() -> None:
-    assert sum(len(lines_of(p)) for p in TESTS) <= 16_200
+    assert sum(len(lines_of(p)) for p in TESTS) <= 16_800
 
 
 def test_no_line_is_over_100_characters() -> None:
