@@ -1,0 +1,139 @@
+"""FSDP2: a model in shards over the processes, by what `accelerate config` has asked.
+
+What is sharded as one unit trains as a whole or not at all: each block of the encoder and of the
+LLM, the frozen rest of either, and all else that trains (LoRA, projector, markers). So frozen
+weights may be bf16 beside fp32 ones that train, and only what trains has its gradients summed.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from accelerate.utils import FullyShardedDataParallelPlugin as Plugin
+from accelerate.utils import parse_flag_from_env
+from torch import distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    fully_shard,
+    register_fsdp_forward_method,
+)
+from torch.distributed.tensor import DTensor
+
+from unislu_llm.config import Config
+from unislu_llm.errors import UserError
+from unislu_llm.models.base import SLUModel
+
+# What decoding and the objectives call beside `forward`.
+_METHODS = ("prefill", "step", "logits", "ctc_transcripts", "ctc_posteriors")
+
+
+def sharding_of(config: Config) -> Plugin | None:
+    """How the launcher says to shard a run, if it does; raises UserError: a way that does not work.
+    """
+    if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
+        return None
+    try:
+        plugin = Plugin()
+    except ValueError as error:
+        raise UserError(f"FSDP: {error}") from error
+    size_based = getattr(plugin.auto_wrap_policy, "__name__", "").startswith("size_based")
+    for refused, line in (
+            (plugin.fsdp_version != 2, "fsdp_version: 2"),
+            # The parts that are put together here are measured and tried, by every process.
+            (plugin.cpu_ram_efficient_loading, "fsdp_cpu_ram_efficient_loading: false"),
+            (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "fsdp_offload_params: false"),
+            (size_based, "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
+            (plugin.ignored_modules, "no fsdp_ignored_modules"),
+            (plugin.activation_checkpointing, "fsdp_activation_checkpointing: false, and "
+             "train.gradient_checkpointing in its place"),
+            (parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"), "no parallelism_config")):
+        if refused:
+            raise UserError(f"FSDP: weights are sharded in one way alone; set in accelerate's "
+                            f"config file (accelerate config): {line}")
+    if config.train.on_oom == "split":
+        raise UserError("train.on_oom split: under FSDP all processes take as many passes; set "
+                        "train.on_oom stop, and raise train.accumulation")
+    if config.model.quantization != "none":
+        raise UserError(f"model.quantization {config.model.quantization}: FSDP shards no quantised "
+                        "weights; set none, or launch without FSDP")
+    return plugin
+
+
+def shard(model: SLUModel, plugin: Plugin, device: torch.device) -> None:
+    """Shard a model in place, over all processes; its parameters are `DTensor`s from here on.
+
+    All processes must call its methods alike: each gathers weights. Raises UserError: no layer of
+    the LLM or Whisper is known that could be a unit.
+    """
+    how: dict[str, Any] = {"mesh": init_device_mesh(device.type, (distributed.get_world_size(),))}
+    # The encoder first, which may be a part of the decoder's model.
+    parts = [*([model.encoder.whisper] if model.encoder is not None else []), model.lm]
+    names = set(plugin.transformer_cls_names_to_wrap or ()) - {""} or {
+        name for part in parts for name in part._no_split_modules or ()}
+    blocks = [m for part in parts for m in part.modules() if type(m).__name__ in names]
+    if not any(block in set(model.lm.modules()) for block in blocks):
+        raise UserError(f"FSDP: {type(model.lm).__name__} has no layers of the classes "
+                        f"{', '.join(sorted(names)) or 'that transformers should name'}; name its "
+                        "layers' in fsdp_transformer_layer_cls_to_wrap")
+    whole = {p for block in blocks if all(p.requires_grad for p in block.parameters())
+             for p in block.parameters()}
+    frozen = {p for p in model.parameters() if not p.requires_grad}
+    # What trains beside frozen weights is gathered once a pass, as the root's. First: torch looks
+    # for no parameters in what is sharded already.
+    fully_shard(model, ignored_params=frozen | whole, **how)
+    for block in reversed(list(dict.fromkeys(blocks))):  # inner ones first
+        apart = {p for p in block.parameters()  # scalars cannot be sharded
+                 if not p.ndim or (p.requires_grad and p not in whole)}
+        fully_shard(block, ignored_params=apart,
+                    reshard_after_forward=plugin.reshard_after_forward, **how)
+    # Embeddings, output layers, norms: some are read past their modules' own forward, and the
+    # output layer as often as a process has chunks. They are gathered for the whole of a pass.
+    rests = [part for part in parts if not isinstance(part, FSDPModule)]
+    for rest in rests:
+        apart = {p for p in rest.parameters() if not p.ndim or p.requires_grad}
+        fully_shard(rest, ignored_params=apart, reshard_after_forward=False, **how)
+    for tensor in (*model.parameters(), *model.buffers()):
+        if not isinstance(tensor, DTensor):
+            tensor.data = tensor.to(device)
+    for name in ("forward", *(n for n in _METHODS if hasattr(model, n))):
+        _gather_for(model, name, rests)
+
+
+def reshard(model: nn.Module) -> None:
+    """Give back what a pass without gradients has left gathered."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+def _gather_for(model: SLUModel, name: str, rests: list[Any]) -> None:
+    """Have a method of a sharded model run on whole weights."""
+    method: Callable[..., Any] = getattr(model, name)
+
+    @functools.wraps(method)
+    def gathered(*args: Any, **kwargs: Any) -> Any:
+        for rest in rests:
+            rest.unshard()
+        return method(*args, **kwargs)
+
+    setattr(model, name, gathered)
+    if name == "forward":
+        return
+    register_fsdp_forward_method(model, name)
+    registered: Callable[..., Any] = getattr(model, name)
+
+    @functools.wraps(method)
+    def decoding(*args: Any, **kwargs: Any) -> Any:
+        # Weights that were gathered in inference mode could not be trained with.
+        with torch.inference_mode(False), torch.no_grad():
+            found = registered(*args, **kwargs)
+            if name == "logits":  # by which all processes must take the same number of steps
+                distributed.broadcast(found := found.contiguous(), src=0)
+            return found
+
+    setattr(model, name, decoding)
