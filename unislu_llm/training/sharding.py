@@ -7,8 +7,7 @@ weights may be bf16 beside fp32 ones that train, and only what trains has its gr
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
+import os
 from typing import Any
 
 import torch
@@ -22,6 +21,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torch.distributed.fsdp.wrap import size_based_auto_wrap_policy
 from torch.distributed.tensor import DTensor
 
 from unislu_llm.config import Config
@@ -33,35 +33,31 @@ _METHODS = ("prefill", "step", "logits", "ctc_transcripts", "ctc_posteriors")
 
 
 def sharding_of(config: Config) -> Plugin | None:
-    """How the launcher says to shard a run, if it does; raises UserError: a way that does not work.
+    """How the launcher says to shard a run; None: it does not, or there is one process.
+
+    Raises UserError: a way, or a setting, that does not work.
     """
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return None
-    try:
-        plugin = Plugin()
-    except ValueError as error:
-        raise UserError(f"FSDP: {error}") from error
-    size_based = getattr(plugin.auto_wrap_policy, "__name__", "").startswith("size_based")
+    plugin = Plugin()
     for refused, line in (
             (plugin.fsdp_version != 2, "fsdp_version: 2"),
             # The parts that are put together here are measured and tried, by every process.
             (plugin.cpu_ram_efficient_loading, "fsdp_cpu_ram_efficient_loading: false"),
             (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "fsdp_offload_params: false"),
-            (size_based, "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
+            (plugin.auto_wrap_policy is size_based_auto_wrap_policy,
+             "fsdp_auto_wrap_policy: TRANSFORMER_BASED_WRAP"),
             (plugin.ignored_modules, "no fsdp_ignored_modules"),
             (plugin.activation_checkpointing, "fsdp_activation_checkpointing: false, and "
              "train.gradient_checkpointing in its place"),
-            (parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"), "no parallelism_config")):
+            (parse_flag_from_env("ACCELERATE_USE_PARALLELISM_CONFIG"), "no parallelism_config"),
+            # Each pass is one of all processes.
+            (config.train.on_oom == "split", "train.on_oom stop, and more train.accumulation"),
+            (config.model.quantization != "none", "model.quantization none")):
         if refused:
-            raise UserError(f"FSDP: weights are sharded in one way alone; set in accelerate's "
-                            f"config file (accelerate config): {line}")
-    if config.train.on_oom == "split":
-        raise UserError("train.on_oom split: under FSDP all processes take as many passes; set "
-                        "train.on_oom stop, and raise train.accumulation")
-    if config.model.quantization != "none":
-        raise UserError(f"model.quantization {config.model.quantization}: FSDP shards no quantised "
-                        "weights; set none, or launch without FSDP")
-    return plugin
+            raise UserError(f"FSDP shards weights in one way alone: set {line} (fsdp_... is in "
+                            "accelerate's config file, see accelerate config)")
+    return plugin if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
 def shard(model: SLUModel, plugin: Plugin, device: torch.device) -> None:
@@ -82,26 +78,23 @@ def shard(model: SLUModel, plugin: Plugin, device: torch.device) -> None:
                         "layers' in fsdp_transformer_layer_cls_to_wrap")
     whole = {p for block in blocks if all(p.requires_grad for p in block.parameters())
              for p in block.parameters()}
-    frozen = {p for p in model.parameters() if not p.requires_grad}
     # What trains beside frozen weights is gathered once a pass, as the root's. First: torch looks
     # for no parameters in what is sharded already.
-    fully_shard(model, ignored_params=frozen | whole, **how)
-    for block in reversed(list(dict.fromkeys(blocks))):  # inner ones first
-        apart = {p for p in block.parameters()  # scalars cannot be sharded
+    fully_shard(model, ignored_params=whole | {p for p in model.parameters()
+                                               if not p.requires_grad}, **how)
+    # Then inner blocks before outer ones, and at last embeddings, output layers, norms. Of those
+    # some are read past their modules' own forward, and the output layer as often as a process has
+    # chunks: they stay for the whole of a pass.
+    for unit in (*reversed(list(dict.fromkeys(blocks))), *parts):
+        apart = {p for p in unit.parameters()  # scalars cannot be sharded
                  if not p.ndim or (p.requires_grad and p not in whole)}
-        fully_shard(block, ignored_params=apart,
-                    reshard_after_forward=plugin.reshard_after_forward, **how)
-    # Embeddings, output layers, norms: some are read past their modules' own forward, and the
-    # output layer as often as a process has chunks. They are gathered for the whole of a pass.
-    rests = [part for part in parts if not isinstance(part, FSDPModule)]
-    for rest in rests:
-        apart = {p for p in rest.parameters() if not p.ndim or p.requires_grad}
-        fully_shard(rest, ignored_params=apart, reshard_after_forward=False, **how)
+        fully_shard(unit, ignored_params=apart, **how, reshard_after_forward=(
+            plugin.reshard_after_forward and unit not in parts))
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.to(device)
     for name in ("forward", *(n for n in _METHODS if hasattr(model, n))):
-        _gather_for(model, name, rests)
+        _gather_for(model, name, parts)
 
 
 def reshard(model: nn.Module) -> None:
@@ -111,29 +104,21 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _gather_for(model: SLUModel, name: str, rests: list[Any]) -> None:
+def _gather_for(model: SLUModel, name: str, parts: list[Any]) -> None:
     """Have a method of a sharded model run on whole weights."""
-    method: Callable[..., Any] = getattr(model, name)
+    method = getattr(model, name)
 
-    @functools.wraps(method)
     def gathered(*args: Any, **kwargs: Any) -> Any:
-        for rest in rests:
-            rest.unshard()
-        return method(*args, **kwargs)
+        for part in parts:
+            part.unshard()
+        found = method(*args, **kwargs)
+        if name == "logits":  # by which all processes must take the same number of steps
+            distributed.broadcast(found := found.contiguous(), src=0)
+        return found
 
     setattr(model, name, gathered)
-    if name == "forward":
-        return
-    register_fsdp_forward_method(model, name)
-    registered: Callable[..., Any] = getattr(model, name)
-
-    @functools.wraps(method)
-    def decoding(*args: Any, **kwargs: Any) -> Any:
-        # Weights that were gathered in inference mode could not be trained with.
-        with torch.inference_mode(False), torch.no_grad():
-            found = registered(*args, **kwargs)
-            if name == "logits":  # by which all processes must take the same number of steps
-                distributed.broadcast(found := found.contiguous(), src=0)
-            return found
-
-    setattr(model, name, decoding)
+    if name != "forward":
+        register_fsdp_forward_method(model, name)
+        # Weights that are gathered in inference mode could not be trained with.
+        plain: Any = torch.inference_mode(False)
+        setattr(model, name, plain(torch.no_grad()(getattr(model, name))))

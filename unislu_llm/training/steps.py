@@ -56,7 +56,7 @@ class Steps:
     host_sum: HostSum
     model: SLUModel
     wrapped: Any  # the model as Accelerate prepared it,
-    sharded: bool  # or itself, in shards
+    sharding: Any  # or itself in shards, if this is not None
     optimizer: Optimizer
     objective: Objective
     dataset: SpeechDataset
@@ -127,8 +127,7 @@ class Steps:
         limit = self.config.train.max_grad_norm or math.inf
         # Reading the norm is the one time in a step that the host waits for the device. A loss
         # that is not finite has such a gradient, which must not reach weights and moments.
-        norm = self.accelerator.clip_grad_norm_(parameters, limit)
-        norm = 0.0 if norm is None else float(gathered(norm))
+        norm = float(gathered(self.accelerator.clip_grad_norm_(parameters, limit)))
         if not math.isfinite(norm):
             self._not_finite(micro)
             return
@@ -222,11 +221,10 @@ class Steps:
             shares = i == len(micro) - 1 and not alone
             try:
                 # Gradients go over the network with the last micro-batch alone.
-                if self.sharded:
+                if self.sharding:
                     self.wrapped.set_requires_gradient_sync(shares)
-                together = shares or self.sharded
-                with (contextlib.nullcontext() if together else
-                      self.accelerator.no_sync(self.wrapped)):
+                whole = shares or self.sharding
+                with contextlib.nullcontext() if whole else self.accelerator.no_sync(self.wrapped):
                     with self.accelerator.autocast():
                         loss, sums = self.objective.loss(self.wrapped, batch.to(self.device), total)
                     # DDP averages over processes; the normalizer is global already.

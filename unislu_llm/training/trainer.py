@@ -84,7 +84,6 @@ class Trainer(Steps):
         # 1. Processes, before anything is put on a device.
         use_threads(train.threads)
         check_trackers(train.trackers)
-        sharding = sharding_of(config)
         process = processes(train.timeout)
         AcceleratorState._reset_state()  # an earlier stage may have had another precision
         self.accelerator = Accelerator(
@@ -92,7 +91,7 @@ class Trainer(Steps):
             log_with=train.trackers or None, project_dir=".")
         self.rank, self.world = process.process_index, process.num_processes
         self.main, self.device = process.is_main_process, self.accelerator.device
-        self.sharded = sharding is not None and self.world > 1
+        self.sharding = sharding_of(config)
         self.host_sum = HostSum(timedelta(minutes=train.timeout))
         self.notices = Notices(self.main, said)
         from_main(self._claim)
@@ -121,7 +120,7 @@ class Trainer(Steps):
         if train.max_steps:
             self.total_steps = min(self.total_steps, train.max_steps)
         self._warn_of_data(examples)
-        optimizer: Any = build_optimizer(self.model.trainable_groups(), train)
+        optimizer = build_optimizer(self.model.trainable_groups(), train)
         self._check_length()
 
         # 4. The run folder: from here on something is written.
@@ -131,12 +130,8 @@ class Trainer(Steps):
             save_hypotheses(self.run, made)
         set_seed(train.seed, device_specific=True)
         self._fill_cache()
-        if sharding is not None and self.sharded:
-            shard(self.model, sharding, self.device)
-            self.wrapped = self.model
-            self.optimizer = build_optimizer(self.model.trainable_groups(), train)
-        else:
-            self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
+        self.wrapped, self.optimizer = (self._shard() if self.sharding else
+                                        self.accelerator.prepare(self.model, optimizer))
 
         # 5. Where it stands.
         self.window = Window(self.objective, self.device)
@@ -158,6 +153,10 @@ class Trainer(Steps):
     def _create(self, name: str, kind: str) -> Path:
         self.lock = lock_run(run := create_run(self.config, name, kind))
         return run
+
+    def _shard(self) -> tuple[Any, Any]:
+        shard(self.model, self.sharding, self.device)  # whose parameters are others then
+        return self.model, build_optimizer(self.model.trainable_groups(), self.config.train)
 
     def _check_length(self) -> None:
         if self.config.resume and (self.run / LAST).is_dir() and self.total_steps < (
@@ -279,7 +278,7 @@ class Trainer(Steps):
         p = self.progress
         best, told = self.run / BEST if p.best_step >= 0 else self.run / LAST, ""
         scores = next((s for s in reversed(p.history) if s["score"] == p.best_score), {})
-        if self.main or self.sharded:  # which no process runs alone
+        if self.main or self.sharding:  # which no process runs alone
             folders = list(dict.fromkeys([best, self.run / LAST])) if self.main else []
             told = self.objective.finish(self.model, best, folders, scores, self.dev,
                                          self.dataset.frame_cache)
@@ -311,20 +310,20 @@ class Trainer(Steps):
         p.validated = p.step
         started = time.perf_counter()
         # A sharded model decodes everything everywhere: so all take the same steps.
-        mine = deal(self.dev, *((0, 1) if self.sharded else (self.rank, self.world)))
+        mine = deal(self.dev, *((0, 1) if self.sharding else (self.rank, self.world)))
         # Training goes on with the random numbers that it would have had without this.
         devices = range(torch.cuda.device_count())
         with torch.random.fork_rng(devices), self.accelerator.autocast():
             if self.dev_share is None:
                 make = partial(self.objective.prepare, self.model, [self.dev[i] for i in mine],
                                self._progress("hypotheses"))
-                self.dev_share = from_main(make) if self.sharded else make()
-            if self.sharded:
+                self.dev_share = from_main(make) if self.sharding else make()
+            if self.sharding:
                 checkpoint.set_rng_state(from_main(checkpoint.rng_state))
             found = self.objective.decode(self.model, self.dev_share, self.dataset.frame_cache,
                                           self._progress("validate"))
         reshard(self.model)
-        done = list(zip(mine, found, strict=True)) if self.main or not self.sharded else []
+        done = list(zip(mine, found, strict=True)) if self.main or not self.sharding else []
         everyone = sorted(gather_object(done), key=lambda x: x[0])
         predictions = [prediction for _, prediction in everyone]
         result = self.objective.score(predictions, p.history)
