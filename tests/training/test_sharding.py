@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from tests.training.conftest import CTC, logged, weights
@@ -23,6 +25,7 @@ from unislu_llm.tasks import TaskRegistry
 from unislu_llm.training.sharding import sharding_of
 from unislu_llm.training.trainer import Trainer
 
+ROOT = Path(__file__).parents[2]
 STILL = CTC | {"projector_options": CTC["projector_options"] | {"dropout": 0.0}}
 ASKED = {"grammar": True, "force_task": True, "max_new_tokens": 24}
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -46,10 +49,13 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 @pytest.fixture
 def sharded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of what `accelerate launch` sets by recipes/accelerate/fsdp2.yaml, what says how to shard."""
-    for key, value in (("ACCELERATE_USE_CPU", "true"), ("ACCELERATE_USE_FSDP", "true"),
-                       ("FSDP_VERSION", "2"), ("FSDP_AUTO_WRAP_POLICY", "TRANSFORMER_BASED_WRAP")):
-        monkeypatch.setenv(key, value)
+    """What `accelerate launch` sets by the config file that ships."""
+    words = ["--config_file", str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"), "script.py"]
+    given, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
+    for key, value in prepare_multi_gpu_env(given).items():
+        if key.startswith(("ACCELERATE_", "FSDP_")):
+            monkeypatch.setenv(key, value)
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
 
 
 @pytest.fixture

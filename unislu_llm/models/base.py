@@ -241,10 +241,8 @@ class SLUModel(nn.Module, ABC):
     # ---- saving and loading -----------------------------------------------------------------
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What was trained, whether or not a stage has frozen it since, by name, on the CPU.
-
-        Of a sharded model all processes call this.
-        """
+        """What was trained, whether or not a stage has frozen it since, by name, on the CPU; of a
+        sharded model all processes call this."""
         return {n: gathered(p.detach()).cpu().contiguous() for n, p in self.named_parameters()
                 if n in self._persistent}
 

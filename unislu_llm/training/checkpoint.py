@@ -213,10 +213,8 @@ def read_progress(folder: Path) -> Progress:
 
 
 def moments(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
-    """The optimizer's moments under the names of their parameters, on the CPU.
-
-    Of a sharded model all processes call this.
-    """
+    """The optimizer's moments under the names of their parameters, on the CPU; of a sharded model
+    all processes call this."""
     # By name: numbers, as in `state_dict`, would change with the order of the parameters.
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     return {f"{names[id(parameter)]}/{key}": gathered(value.detach()).cpu().contiguous()

@@ -61,8 +61,7 @@ def check_resume(kind: str, config: Config, processes: int) -> str:
     line = f"over the run's own settings: {', '.join(told.values())}" if told else ""
     other = before["processes"] != now["processes"]
     return (line + "; learning rates follow the new schedule from here on" * bool(rates)
-            + "; on as many processes it would end bit for bit as without the stop: on others "
-            "dropout draws other numbers, and sums are rounded otherwise" * other)
+            + "; no longer bit for bit: dropout draws anew, and sums round otherwise" * other)
 
 
 def _is_free(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -31,6 +31,9 @@ from unislu_llm.models.base import SLUModel
 # What decoding and the objectives call beside `forward`.
 _METHODS = ("prefill", "step", "logits", "ctc_transcripts", "ctc_posteriors")
 
+_ONE_WAY = ("FSDP shards weights in one way alone: set {} (fsdp_... stands in the config file of "
+            "accelerate, see accelerate config)")
+
 
 def sharding_of(config: Config) -> Plugin | None:
     """How the launcher says to shard a run; None: it does not, or there is one process.
@@ -39,9 +42,10 @@ def sharding_of(config: Config) -> Plugin | None:
     """
     if not parse_flag_from_env("ACCELERATE_USE_FSDP"):
         return None
+    if os.environ.get("FSDP_VERSION") != "2":  # of which Accelerate has errors of its own
+        raise UserError(_ONE_WAY.format("fsdp_version: 2"))
     plugin = Plugin()
     for refused, line in (
-            (plugin.fsdp_version != 2, "fsdp_version: 2"),
             # The parts that are put together here are measured and tried, by every process.
             (plugin.cpu_ram_efficient_loading, "fsdp_cpu_ram_efficient_loading: false"),
             (isinstance(plugin.cpu_offload, CPUOffloadPolicy), "fsdp_offload_params: false"),
@@ -55,8 +59,7 @@ def sharding_of(config: Config) -> Plugin | None:
             (config.train.on_oom == "split", "train.on_oom stop, and more train.accumulation"),
             (config.model.quantization != "none", "model.quantization none")):
         if refused:
-            raise UserError(f"FSDP shards weights in one way alone: set {line} (fsdp_... is in "
-                            "accelerate's config file, see accelerate config)")
+            raise UserError(_ONE_WAY.format(line))
     return plugin if int(os.environ.get("WORLD_SIZE", "1")) > 1 else None
 
 
@@ -73,9 +76,8 @@ def shard(model: SLUModel, plugin: Plugin, device: torch.device) -> None:
         name for part in parts for name in part._no_split_modules or ()}
     blocks = [m for part in parts for m in part.modules() if type(m).__name__ in names]
     if not any(block in set(model.lm.modules()) for block in blocks):
-        raise UserError(f"FSDP: {type(model.lm).__name__} has no layers of the classes "
-                        f"{', '.join(sorted(names)) or 'that transformers should name'}; name its "
-                        "layers' in fsdp_transformer_layer_cls_to_wrap")
+        raise UserError(f"FSDP: {type(model.lm).__name__} has no layers {sorted(names)}; name the "
+                        "class of its layers in fsdp_transformer_layer_cls_to_wrap")
     whole = {p for block in blocks if all(p.requires_grad for p in block.parameters())
              for p in block.parameters()}
     # What trains beside frozen weights is gathered once a pass, as the root's. First: torch looks

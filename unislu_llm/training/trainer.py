@@ -85,13 +85,13 @@ class Trainer(Steps):
         use_threads(train.threads)
         check_trackers(train.trackers)
         process = processes(train.timeout)
+        self.sharding = sharding_of(config)
         AcceleratorState._reset_state()  # an earlier stage may have had another precision
         self.accelerator = Accelerator(
             mixed_precision="bf16" if train.precision == "bf16" else "no",
             log_with=train.trackers or None, project_dir=".")
         self.rank, self.world = process.process_index, process.num_processes
         self.main, self.device = process.is_main_process, self.accelerator.device
-        self.sharding = sharding_of(config)
         self.host_sum = HostSum(timedelta(minutes=train.timeout))
         self.notices = Notices(self.main, said)
         from_main(self._claim)
