@@ -87,7 +87,12 @@ def average_gradients(model: nn.Module) -> None:
 
 
 def use_threads(threads: int) -> None:
-    """Set the CPU threads of this process; 0 shares out the cores that it may use."""
+    """Set the CPU threads of this process; 0 shares out the cores that it may use.
+
+    A GPU multiplies fp32 matrices in TF32 from here on, several times as fast.
+    """
+    if torch.cuda.is_available():
+        torch.set_float32_matmul_precision("high")
     # Accelerate's launcher would leave one thread to each process.
     if not threads:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
