@@ -262,7 +262,7 @@ def check(kind: str, bench: Bench) -> Cells:
                 test()
             cells[name] = "yes"
         except Exception as error:
-            cells[name] = said(error)
+            cells[name] = said(error, bench)
         return cells[name] == "yes"
 
     found: dict[str, Any] = {}
@@ -276,7 +276,7 @@ def check(kind: str, bench: Bench) -> Cells:
         except UserError as error:
             return cells | {"refused": told(error, bench)}
         except Exception as error:
-            return cells | {"loads": said(error)}
+            return cells | {"loads": said(error, bench)}
         model = trainer.model.eval()
         cell("loss", lambda: own_loss(bench, model))
         cell("LoRA", lambda: lora(bench, model))
@@ -339,8 +339,9 @@ def told(error: UserError, bench: Bench) -> str:
     return shorten(text, 300)
 
 
-def said(error: Exception) -> str:
+def said(error: Exception, bench: Bench) -> str:
     """Kind and first line of an error."""
-    lines = str(error).strip().splitlines() or [""]
+    text = str(error).strip().replace(f"{bench.home}/", "").replace("llms/", "")
+    lines = text.splitlines() or [""]
     kind = "" if isinstance(error, AssertionError) else f"{type(error).__name__}: "
     return shorten(kind + lines[0], 160)

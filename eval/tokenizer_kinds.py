@@ -314,11 +314,11 @@ def check(kind: str, bench: Bench) -> Cells:
                 test(model, bench)
                 cells[name] = "yes"
             except Exception as error:
-                cells[name] = said(error)
+                cells[name] = said(error, bench)
     except UserError as error:
         return {"refused": told(error, bench)}
     except Exception as error:
-        return {"loads": said(error)}
+        return {"loads": said(error, bench)}
     finally:
         reset(folder, run)
     return cells
