@@ -136,7 +136,8 @@ def open_audio(path: Path) -> soundfile.SoundFile:
     if not os.path.isfile(path):  # of a name that cannot be, unlike `path.is_file()`
         if address := _ADDRESS.search(path.as_posix()):  # `pathlib` makes two slashes one
             url = f"{address[1]}://{address[2]}"
-            raise UserError(f"{url}: is an address, not a file; download it: curl -LO '{url}'")
+            how = f": curl -LO '{url}'" if url.startswith("http") else " first"
+            raise UserError(f"{url}: is an address, not a file; download it{how}")
         raise UserError(f"{path}: " + ("not a file; give an audio file" if os.path.exists(path) else
                         "audio file does not exist; correct the path (in a manifest: from its "
                         "folder)"))
