@@ -28,7 +28,7 @@ PAGES = [README, *sorted((ROOT / "docs").glob("*.md")), ROOT / "eval" / "README.
          *sorted((ROOT / "adapters").glob("*/README.md")), ROOT / "recipes/data/mini/README.md"]
 PROGRAMS = ("unislu", "accelerate", "torchrun", "python")
 RECIPE_FLAGS = {"plan", "config", "adapter", "llm", "encoder", "projector", "tasks_file",
-                "decoder", "nproc_per_node"}
+                "decoder", "nproc_per_node", "config_file"}
 QUICK_START = ("python3 -m venv .venv && . .venv/bin/activate && pip install -c constraints.txt -e "
                "'.[dev]' && accelerate launch recipes/train_llm.py")
 
@@ -97,7 +97,7 @@ def help_of(*program: str) -> str:
 
 def known_flag(words: list[str], flag: str) -> bool:
     """Whether a command takes a flag."""
-    script = next((w for w in words if w.startswith(("recipes/", "eval/"))), "")
+    script = next((w for w in words if re.match(r"(recipes|eval)/\w+\.py$", w)), "")
     train = words[:2] == ["unislu", "train"] or "unislu_llm.cli" in words
     if train or script.startswith("recipes/train_"):
         return flag.replace("-", "_") in settings() | RECIPE_FLAGS

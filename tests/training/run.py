@@ -3,23 +3,29 @@
     python run.py KIND CONFIG.yaml             all of it
     python run.py KIND CONFIG.yaml stop STEPS  the processes end before the step after STEPS
     python run.py KIND CONFIG.yaml first OUT   the first global batch: metrics and gradients
+    python run.py KIND CONFIG.yaml each KIND CONFIG.yaml ...   several, one after the other
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 
 from unislu_llm.config import Config
 from unislu_llm.config_file import config_from_file
 from unislu_llm.errors import reported
+from unislu_llm.models.base import gathered
 from unislu_llm.training.process import processes
 from unislu_llm.training.stages import train
 from unislu_llm.training.trainer import Trainer
+
+GRADIENTS = "gradients.safetensors"
 
 
 def first_step(kind: str, config: Config, out: str) -> None:
@@ -51,11 +57,43 @@ def stop_at(steps: int) -> None:
     Trainer.step = step_or_stop  # type: ignore[method-assign]
 
 
+class Recorded(Trainer):
+    """A run that keeps the gradients of its first step, before they are clipped, and the share of
+    its parameters that is here; it is killed before the step after `stop`."""
+
+    stop = -1
+
+    def backward(self, micro: Any, total: dict[str, float]) -> None:
+        super().backward(micro, total)
+        if self.progress.step == self.stop:
+            raise KeyboardInterrupt
+        if self.progress.step == 0:
+            parameters = list(self.model.parameters())
+            here = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in parameters)
+            found = {n: gathered(p.grad).clone() for n, p in self.model.named_parameters()
+                     if p.grad is not None}
+            if self.main:
+                share = torch.tensor(here / sum(p.numel() for p in parameters))
+                save_file({**found, "share": share}, self.run / GRADIENTS)
+
+
+def each(runs: list[tuple[str, str]]) -> None:
+    """Several runs in the same processes; `KIND:3` is killed after step 3."""
+    for kind, file in runs:
+        trainer = Recorded(kind.partition(":")[0], config_from_file(file, resolve=False))
+        trainer.stop = int(kind.partition(":")[2] or -1)
+        with contextlib.suppress(KeyboardInterrupt):
+            trainer.fit()
+    processes().destroy_process_group()
+
+
 if __name__ == "__main__":
     kind, file, mode, value = [*sys.argv[1:], "", ""][:4]
     config = config_from_file(file, resolve=False)
     if mode == "first":
         first_step(kind, config, value)
+    elif mode == "each":
+        each([(kind, file), *zip(sys.argv[4::2], sys.argv[5::2], strict=True)])
     else:
         if mode == "stop":
             stop_at(int(value))

@@ -16,10 +16,8 @@ from tests.training.conftest import CTC, logged, weights
 from tests.training.run import first_step
 from unislu_llm.config import Config
 from unislu_llm.data.manifest import read_manifest, write_manifest
-from unislu_llm.errors import UserError
 from unislu_llm.run_folder import read_finished
 from unislu_llm.tasks import TaskRegistry
-from unislu_llm.training.trainer import Trainer
 
 LAYOUTS = {"whole": (1, 1), "accumulated": (4, 1), "two": (2, 2)}
 """Accumulation and processes."""
@@ -131,12 +129,3 @@ def test_one_and_two_processes_take_the_same_steps(
     assert all(0 <= r["padding"] < 1 and 0 <= r["data_wait"] < 1 for r in one + two)
 
 
-@pytest.mark.parametrize(("flag", "name"), [("ACCELERATE_USE_FSDP", "FSDP"),
-                                            ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")])
-def test_sharding_is_refused_before_anything_is_loaded(
-        flag: str, name: str, tiny_config: Callable[..., Config],
-        monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(flag, "true")
-    config = tiny_config(model={"llm": "no/such-model"})
-    with pytest.raises(UserError, match=f"{name} is not supported yet"):
-        Trainer("speech_llm", config)

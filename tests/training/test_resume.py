@@ -89,7 +89,8 @@ def test_what_only_prolongs_or_reports_is_named(run: Path, tmp_path: Path) -> No
     line = check_resume("speech_llm", asked(run, train=some), 1)
     assert all(f"train.{key} " in line for key in some)
     assert "rates" not in line
-    assert "processes 1 -> 2" in check_resume("speech_llm", asked(run), 2)
+    told = check_resume("speech_llm", asked(run), 2)
+    assert "processes 1 -> 2; no longer bit for bit: dropout draws anew" in told
     with pytest.raises(UserError, match="holds no run"):
         check_resume("speech_llm", asked(run, output=str(tmp_path)), 1)
     with pytest.raises(UserError, match=r"is a run of train_llm\.py, and this is train_whisper"):

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from unislu_llm.config import ModelConfig
 from unislu_llm.data.batch import Batch
@@ -31,6 +32,19 @@ from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import UnifiedTokenizer
 
 Objective = Literal["unified", "ctc"]
+
+
+def gathered(tensor: Tensor) -> Tensor:
+    """A tensor as a whole; of a sharded one all processes have to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def like(own: Tensor, value: Tensor) -> Tensor:
+    """A whole tensor, which every process has, in shards where `own` is."""
+    if not isinstance(own, DTensor):
+        return value
+    value = value.to(own.device)
+    return distribute_tensor(value, own.device_mesh, own.placements, src_data_rank=None)
 
 
 class SLUModel(nn.Module, ABC):
@@ -231,13 +245,14 @@ class SLUModel(nn.Module, ABC):
     # ---- saving and loading -----------------------------------------------------------------
 
     def trained_state(self) -> dict[str, Tensor]:
-        """What was trained, whether or not a stage has frozen it since, by name, on the CPU."""
-        return {n: p.detach().cpu().contiguous() for n, p in self.named_parameters()
+        """What was trained, whether or not a stage has frozen it since, by name, on the CPU; of a
+        sharded model all processes call this."""
+        return {n: gathered(p.detach()).cpu().contiguous() for n, p in self.named_parameters()
                 if n in self._persistent}
 
     def save_pretrained(self, folder: str | os.PathLike[str],
                         state: Mapping[str, Tensor] | None = None) -> None:
-        """Write a folder; `state` is :meth:`trained_state` gathered from shards, if it was."""
+        """Write a folder; `state` is :meth:`trained_state`, where it was gathered before."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = self.trained_state() if state is None else dict(state)
@@ -274,7 +289,7 @@ class SLUModel(nn.Module, ABC):
                             f"unknown {sorted(extra)[:3]}, other shape {shapes[:3]}")
         with torch.no_grad():
             for name, value in state.items():
-                own[name].copy_(value)
+                own[name].copy_(like(own[name], value))
         return sorted(missing)
 
     def _named_rows(self, saved: Tensor, own: Tensor, folder: str | os.PathLike[str],

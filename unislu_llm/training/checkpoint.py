@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
@@ -39,6 +39,7 @@ from unislu_llm.io import (
     write_signed,
     write_sums,
 )
+from unislu_llm.models.base import gathered, like
 
 OPTIMIZER_FILE, RNG_FILE = "optimizer.safetensors", "rng.json"
 
@@ -211,33 +212,34 @@ def read_progress(folder: Path) -> Progress:
         raise explain(error, Progress, lambda place: f"{path}: {dotted(place)}") from None
 
 
-def save_optimizer(folder: Path, optimizer: Optimizer, model: nn.Module) -> None:
-    """Write the optimizer's moments under the names of their parameters."""
+def moments(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
+    """The optimizer's moments under the names of their parameters, on the CPU; of a sharded model
+    all processes call this."""
     # By name: numbers, as in `state_dict`, would change with the order of the parameters.
     names = {id(parameter): name for name, parameter in model.named_parameters()}
-    save_file({f"{names[id(parameter)]}/{key}": value.detach().cpu().contiguous()
-               for parameter, state in optimizer.state.items() for key, value in state.items()},
-              folder / OPTIMIZER_FILE)
+    return {f"{names[id(parameter)]}/{key}": gathered(value.detach()).cpu().contiguous()
+            for parameter, state in optimizer.state.items() for key, value in state.items()}
 
 
 def load_optimizer(folder: Path, optimizer: Optimizer, model: nn.Module) -> None:
-    """Read what :func:`save_optimizer` wrote; raises UserError: it is
-    missing, or of other parameters."""
+    """Read :func:`moments` of a checkpoint; raises UserError: they are missing, or of other
+    parameters."""
     path = folder / OPTIMIZER_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing: this checkpoint, perhaps of an earlier version, "
                         "cannot be resumed; start a new run from its weights: --train.init "
                         f"{folder}")
-    moments = load_file(path)
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = {names[id(p)]: number for number, p in enumerate(trained)}  # as `state_dict` has them
     state: dict[int, dict[str, Tensor]] = {}
-    for key, value in moments.items():
+    for key, value in load_file(path).items():
         name, _, moment = key.rpartition("/")
         if name not in numbers:
             raise UserError(f"{path} is of other parameters than those that train now, {name} "
                             "among them; resume with the settings of the run")
+        own = trained[numbers[name]]
+        value = like(own, value) if value.shape == own.shape else value
         state.setdefault(numbers[name], {})[moment] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 

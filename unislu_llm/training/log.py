@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from tabulate import tabulate
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from unislu_llm.config import Config
@@ -215,7 +216,9 @@ def describe_run(config: Config, model: SLUModel, examples: Sequence[Example],
              for name, named in model.trainable_groups().items()}
     trained, total = sum(sizes.values()), sum(p.numel() for p in model.parameters())
     # Weights as they are, gradients and Adam's two moments in fp32.
-    memory = sum(p.numel() * p.element_size() for p in model.parameters()) + trained * 4 * 3
+    mine = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+    memory = (sum(p.numel() * p.element_size() for p in mine)
+              + sum(p.numel() for p in mine if p.requires_grad) * 4 * 3)
     hours = sum(e.utterance.seconds for e in examples) / 3600
     size = (f"at most {train.batch_tokens} tokens" if train.batch_tokens
             else f"{train.batch_size} samples")

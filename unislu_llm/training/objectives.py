@@ -95,10 +95,10 @@ class Objective(ABC):
     def score(self, predictions: Predictions, before: Sequence[Sums]) -> Validation:
         """A validation, from all its predictions and the scores of those before."""
 
-    def finish(self, model: SLUModel, folders: Sequence[Path], scores: Sums,
+    def finish(self, model: SLUModel, best: Path, folders: Sequence[Path], scores: Sums,
                dev: Sequence[Example], cache: FrameCache | None) -> str:
-        """At the end, add to saved models, the best first, what its validation says: `scores`;
-        returns what to tell of it."""
+        """At the end, add to the saved models in `folders` what the validation of the `best` says:
+        `scores`; returns what to tell of it."""
         return ""
 
 
@@ -156,8 +156,8 @@ class UnifiedObjective(Objective):
                progress: str) -> Predictions:
         return predict(model, dev, self.config.decode, progress=progress)
 
-    def finish(self, model: SLUModel, folders: Sequence[Path], scores: Sums, dev: Sequence[Example],
-               cache: FrameCache | None) -> str:
+    def finish(self, model: SLUModel, best: Path, folders: Sequence[Path], scores: Sums,
+               dev: Sequence[Example], cache: FrameCache | None) -> str:
         # What a model may do to a hypothesis is measured on dev data: there it is rewritten.
         rate = "wer" if "wer" in scores else "cer"
         given = scores.get(f"hypothesis_{rate}", scores.get(f"ctc_{rate}"))
@@ -244,14 +244,14 @@ class CTCObjective(Objective):
                           {"n_predictions": len(refs), "wer": found._asdict()},
                           "greedy CTC text")
 
-    def finish(self, model: SLUModel, folders: Sequence[Path], scores: Sums, dev: Sequence[Example],
-               cache: FrameCache | None) -> str:
+    def finish(self, model: SLUModel, best: Path, folders: Sequence[Path], scores: Sums,
+               dev: Sequence[Example], cache: FrameCache | None) -> str:
         # Rates of text injection, on clips that the projector did not train on: on those that it
         # did it is surer than on any text.
         if not dev:
             return ""
         assert isinstance(model, SpeechLLM)
-        model.load_trained(folders[0])
+        model.load_trained(best)
         chosen = dev[::max(1, len(dev) // _FIT_CLIPS)]
         references: list[Sequence[int]] = []
         posteriors: list[Tensor] = []

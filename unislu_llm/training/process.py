@@ -20,14 +20,13 @@ T = TypeVar("T")
 
 
 def processes(timeout: float = 10.0) -> PartialState:
-    """The processes of this run, set up if need be; raises UserError for FSDP and DeepSpeed.
+    """The processes of this run, set up if need be; raises UserError for DeepSpeed.
 
     `timeout` is in minutes: one waits so long for the others before it ends with an error.
     """
-    for flag, name in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
-        if parse_flag_from_env(flag):
-            raise UserError(f"{name} is not supported yet: weights are not sharded over processes; "
-                            "launch with accelerate's MULTI_GPU (DDP)")
+    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
+        raise UserError("DeepSpeed is not supported yet; launch with accelerate's FSDP (version 2) "
+                        "or MULTI_GPU (DDP)")
     return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"),
                         timeout=timedelta(minutes=timeout))
 

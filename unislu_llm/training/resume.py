@@ -59,7 +59,9 @@ def check_resume(kind: str, config: Config, processes: int) -> str:
                         f"it with its own, or start a new run from its weights: --train.init {run}")
     rates = re.search(r"train\.(epochs|max_steps|warmup_steps|lr\.)", " ".join(told))
     line = f"over the run's own settings: {', '.join(told.values())}" if told else ""
-    return line + "; learning rates follow the new schedule from here on" * bool(rates)
+    other = before["processes"] != now["processes"]
+    return (line + "; learning rates follow the new schedule from here on" * bool(rates)
+            + "; no longer bit for bit: dropout draws anew, and sums round otherwise" * other)
 
 
 def _is_free(key: str, before: Mapping[str, Any], now: Mapping[str, Any]) -> bool:

@@ -7,7 +7,6 @@ import logging
 import math
 import shlex
 import time
-from abc import abstractmethod
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -17,7 +16,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from torch import nn
+from safetensors.torch import save_file
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
@@ -25,16 +24,18 @@ from unislu_llm.config import Config
 from unislu_llm.data.batch import Batch
 from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.data.sampler import BatchPlan
+from unislu_llm.data.text_injection import SimulationRates
 from unislu_llm.errors import Stopped, UserError, cause_of, launched
-from unislu_llm.models.base import SLUModel
+from unislu_llm.models.base import SLUModel, gathered
 from unislu_llm.run_folder import LAST, METRICS, is_run
+from unislu_llm.training import checkpoint
 from unislu_llm.training.checkpoint import Progress, rng_state, set_rng_state, what_is_safe
 from unislu_llm.training.interrupt import Clock, Interrupts, ignore_signals
 from unislu_llm.training.log import Log, Window, batch_counts
 from unislu_llm.training.memory import halve, out_of_memory
 from unislu_llm.training.objectives import Objective
 from unislu_llm.training.optim import set_rates
-from unislu_llm.training.process import HostSum, average_gradients
+from unislu_llm.training.process import HostSum, average_gradients, from_main
 
 log = logging.getLogger(__name__)
 
@@ -54,10 +55,12 @@ class Steps:
     device: torch.device
     host_sum: HostSum
     model: SLUModel
-    wrapped: nn.Module  # the model as Accelerate prepared it
+    wrapped: Any  # the model as Accelerate prepared it,
+    sharding: Any  # or itself in shards, if this is not None
     optimizer: Optimizer
     objective: Objective
     dataset: SpeechDataset
+    rates: SimulationRates | None  # of text injection
     plan: BatchPlan
     total_steps: int
     progress: Progress
@@ -125,8 +128,7 @@ class Steps:
         limit = self.config.train.max_grad_norm or math.inf
         # Reading the norm is the one time in a step that the host waits for the device. A loss
         # that is not finite has such a gradient, which must not reach weights and moments.
-        clipped = self.accelerator.clip_grad_norm_(parameters, limit)
-        norm = 0.0 if clipped is None else float(clipped)
+        norm = float(gathered(self.accelerator.clip_grad_norm_(parameters, limit)))
         if not math.isfinite(norm):
             self._not_finite(micro)
             return
@@ -150,7 +152,7 @@ class Steps:
         if stops or p.nonfinite >= _NONFINITE_STEPS:
             times, p.nonfinite = p.nonfinite, 0
             # What is good up to here is kept, and a resumed run takes this step as it was.
-            if p.step and all(bool(v.isfinite().all()) for v in self.model.parameters()
+            if p.step and all(bool(gathered(v).isfinite().all()) for v in self.model.parameters()
                               if v.requires_grad):
                 set_rng_state(self.drawn)
                 self.save()
@@ -163,9 +165,22 @@ class Steps:
             log.warning("step %d was left out: its loss is nan or infinite; its samples are in "
                         "%s", p.step + 1, METRICS)
 
-    @abstractmethod
     def save(self) -> None:
         """Write the checkpoint `last`."""
+        rng = gather_object([rng_state()])
+        weights = self.model.trained_state()  # by all processes: each may have a shard
+        moments = checkpoint.moments(self.optimizer, self.model)
+
+        def write(folder: Path) -> None:
+            self.model.save_pretrained(folder, weights)
+            if self.rates is not None:
+                self.rates.save(folder)
+            save_file(moments, folder / checkpoint.OPTIMIZER_FILE)
+            checkpoint.save_rng(folder, rng)
+
+        with self.clock.measure("save"):
+            from_main(lambda: checkpoint.save_checkpoint(self.run / LAST, write, self.progress,
+                                                         self.config.train.keep))
 
     def _kept(self) -> str:
         """The end of a message: what can be resumed."""
@@ -207,7 +222,10 @@ class Steps:
             shares = i == len(micro) - 1 and not alone
             try:
                 # Gradients go over the network with the last micro-batch alone.
-                with contextlib.nullcontext() if shares else self.accelerator.no_sync(self.wrapped):
+                if self.sharding:
+                    self.wrapped.set_requires_gradient_sync(shares)
+                whole = shares or self.sharding
+                with contextlib.nullcontext() if whole else self.accelerator.no_sync(self.wrapped):
                     with self.accelerator.autocast():
                         loss, sums = self.objective.loss(self.wrapped, batch.to(self.device), total)
                     # DDP averages over processes; the normalizer is global already.

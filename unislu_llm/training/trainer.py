@@ -56,6 +56,7 @@ from unislu_llm.training.log import (
 from unislu_llm.training.objectives import OBJECTIVES
 from unislu_llm.training.optim import build_optimizer, group_rates
 from unislu_llm.training.process import HostSum, from_main, peak_memory, processes, use_threads
+from unislu_llm.training.sharding import reshard, shard, sharding_of
 from unislu_llm.training.steps import Steps
 
 log = logging.getLogger(__name__)
@@ -84,6 +85,7 @@ class Trainer(Steps):
         use_threads(train.threads)
         check_trackers(train.trackers)
         process = processes(train.timeout)
+        self.sharding = sharding_of(config)
         AcceleratorState._reset_state()  # an earlier stage may have had another precision
         self.accelerator = Accelerator(
             mixed_precision="bf16" if train.precision == "bf16" else "no",
@@ -120,7 +122,6 @@ class Trainer(Steps):
             self.total_steps = min(self.total_steps, train.max_steps)
         self._warn_of_data(examples)
         optimizer = build_optimizer(self.model.trainable_groups(), train)
-
         self._check_length()
 
         # 4. The run folder: from here on something is written.
@@ -129,8 +130,9 @@ class Trainer(Steps):
         if self.main:
             save_hypotheses(self.run, made)
         set_seed(train.seed, device_specific=True)
-        self.wrapped, self.optimizer = self.accelerator.prepare(self.model, optimizer)
         self._fill_cache()
+        self.wrapped, self.optimizer = (self._shard() if self.sharding else
+                                        self.accelerator.prepare(self.model, optimizer))
 
         # 5. Where it stands.
         self.window = Window(self.objective, self.device)
@@ -152,6 +154,10 @@ class Trainer(Steps):
     def _create(self, name: str, kind: str) -> Path:
         self.lock = lock_run(run := create_run(self.config, name, kind))
         return run
+
+    def _shard(self) -> tuple[Any, Any]:
+        shard(self.model, self.sharding, self.device)  # whose parameters are others then
+        return self.model, build_optimizer(self.model.trainable_groups(), self.config.train)
 
     def _check_length(self) -> None:
         if self.config.resume and (self.run / LAST).is_dir() and self.total_steps < (
@@ -181,10 +187,10 @@ class Trainer(Steps):
 
     def _fill_cache(self) -> None:
         cache = self.dataset.frame_cache
-        if cache is not None:
+        if cache is not None and (encoder := self.model.encoder) is not None:
             spoken = (*self.dataset.examples, *(self.dev if self.objective.caches_dev else ()))
             clips = [example.utterance for example in spoken]
-            build_frames(cache, self.model.encoder, clips, device=self.device, rank=self.rank,
+            build_frames(cache, encoder.to(self.device), clips, device=self.device, rank=self.rank,
                          world=self.world, progress=self._progress("encode"))
             self.accelerator.wait_for_everyone()
 
@@ -271,11 +277,13 @@ class Trainer(Steps):
 
     def _finish(self) -> None:
         p = self.progress
+        best, told = self.run / BEST if p.best_step >= 0 else self.run / LAST, ""
+        scores = next((s for s in reversed(p.history) if s["score"] == p.best_score), {})
+        if self.main or self.sharding:  # which no process runs alone
+            folders = list(dict.fromkeys([best, self.run / LAST])) if self.main else []
+            told = self.objective.finish(self.model, best, folders, scores, self.dev,
+                                         self.dataset.frame_cache)
         if self.main:
-            best = self.run / BEST if p.best_step >= 0 else self.run / LAST
-            scores = next((s for s in reversed(p.history) if s["score"] == p.best_score), {})
-            told = self.objective.finish(self.model, list(dict.fromkeys([best, self.run / LAST])),
-                                         scores, self.dev, self.dataset.frame_cache)
             table = before_and_after(p.history, p.best_step, p.best_score, self.config.train.init)
             if parts := [part for part in (table, told) if part]:
                 say(self.run, "\n".join(parts))
@@ -302,16 +310,22 @@ class Trainer(Steps):
         p = self.progress
         p.validated = p.step
         started = time.perf_counter()
-        mine = deal(self.dev, self.rank, self.world)
+        # A sharded model decodes everything everywhere: so all take the same steps.
+        mine = deal(self.dev, *((0, 1) if self.sharding else (self.rank, self.world)))
         # Training goes on with the random numbers that it would have had without this.
         devices = range(torch.cuda.device_count())
         with torch.random.fork_rng(devices), self.accelerator.autocast():
             if self.dev_share is None:
-                self.dev_share = self.objective.prepare(
-                    self.model, [self.dev[i] for i in mine], self._progress("hypotheses"))
+                make = partial(self.objective.prepare, self.model, [self.dev[i] for i in mine],
+                               self._progress("hypotheses"))
+                self.dev_share = from_main(make) if self.sharding else make()
+            if self.sharding:
+                checkpoint.set_rng_state(from_main(checkpoint.rng_state))
             found = self.objective.decode(self.model, self.dev_share, self.dataset.frame_cache,
                                           self._progress("validate"))
-        everyone = sorted(gather_object(list(zip(mine, found, strict=True))), key=lambda x: x[0])
+        reshard(self.model)
+        done = list(zip(mine, found, strict=True)) if self.main or not self.sharding else []
+        everyone = sorted(gather_object(done), key=lambda x: x[0])
         predictions = [prediction for _, prediction in everyone]
         result = self.objective.score(predictions, p.history)
         p.history.append(result.scores)
@@ -329,18 +343,3 @@ class Trainer(Steps):
                 if p.step > 0:  # saved before: a resumed run must know of this one, and its row
                     checkpoint.update_progress(self.run / LAST, p)
             self.accelerator.wait_for_everyone()
-
-    def save(self) -> None:
-        """Write the checkpoint `last`."""
-        rng = gather_object([checkpoint.rng_state()])
-
-        def write(folder: Path) -> None:
-            self.model.save_pretrained(folder)
-            if self.rates is not None:
-                self.rates.save(folder)
-            checkpoint.save_optimizer(folder, self.optimizer, self.model)
-            checkpoint.save_rng(folder, rng)
-
-        with self.clock.measure("save"):
-            from_main(lambda: checkpoint.save_checkpoint(self.run / LAST, write, self.progress,
-                                                         self.config.train.keep))
