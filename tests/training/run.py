@@ -57,6 +57,15 @@ def stop_at(steps: int) -> None:
     Trainer.step = step_or_stop  # type: ignore[method-assign]
 
 
+def whole(parameter: Any) -> torch.Tensor:
+    """The gradient of a parameter, wherever it is; of a ZeRO engine all processes call this."""
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter)
+    return gathered(parameter.grad)
+
+
 class Recorded(Trainer):
     """A run that keeps the gradients of its first step, before they are clipped, and the share of
     its parameters that is here; it is killed before the step after `stop`."""
@@ -70,10 +79,11 @@ class Recorded(Trainer):
         if self.progress.step == 0:
             parameters = list(self.model.parameters())
             here = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in parameters)
-            found = {n: gathered(p.grad).clone() for n, p in self.model.named_parameters()
-                     if p.grad is not None}
+            found = {n: whole(p).clone() for n, p in self.model.named_parameters()
+                     if p.requires_grad}
             if self.main:
-                share = torch.tensor(here / sum(p.numel() for p in parameters))
+                share = torch.tensor(here / sum(getattr(p, "ds_numel", p.numel())
+                                                for p in parameters))
                 save_file({**found, "share": share}, self.run / GRADIENTS)
 
 

@@ -55,9 +55,17 @@ from unislu_llm.training.log import (
 )
 from unislu_llm.training.objectives import OBJECTIVES
 from unislu_llm.training.optim import build_optimizer, group_rates
-from unislu_llm.training.process import HostSum, from_main, peak_memory, processes, use_threads
+from unislu_llm.training.process import (
+    HostSum,
+    from_main,
+    peak_memory,
+    processes,
+    use_threads,
+    without_deepspeed,
+)
 from unislu_llm.training.sharding import reshard, shard, sharding_of
 from unislu_llm.training.steps import Steps
+from unislu_llm.training.zero import engine_of, load_moments, shards_weights, zero_of
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +93,13 @@ class Trainer(Steps):
         use_threads(train.threads)
         check_trackers(train.trackers)
         process = processes(train.timeout)
-        self.sharding = sharding_of(config)
+        self.sharding, self.zero = sharding_of(config), zero_of(config)
+        self.together = bool(self.sharding or (self.zero and shards_weights(self.zero)))
         AcceleratorState._reset_state()  # an earlier stage may have had another precision
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if train.precision == "bf16" else "no",
-            log_with=train.trackers or None, project_dir=".")
+        with without_deepspeed():
+            self.accelerator = Accelerator(
+                mixed_precision="bf16" if train.precision == "bf16" else "no",
+                log_with=train.trackers or None, project_dir=".")
         self.rank, self.world = process.process_index, process.num_processes
         self.main, self.device = process.is_main_process, self.accelerator.device
         self.host_sum = HostSum(timedelta(minutes=train.timeout))
@@ -131,8 +141,7 @@ class Trainer(Steps):
             save_hypotheses(self.run, made)
         set_seed(train.seed, device_specific=True)
         self._fill_cache()
-        self.wrapped, self.optimizer = (self._shard() if self.sharding else
-                                        self.accelerator.prepare(self.model, optimizer))
+        self.wrapped, self.optimizer = self._wrap(optimizer)
 
         # 5. Where it stands.
         self.window = Window(self.objective, self.device)
@@ -155,9 +164,15 @@ class Trainer(Steps):
         self.lock = lock_run(run := create_run(self.config, name, kind))
         return run
 
-    def _shard(self) -> tuple[Any, Any]:
-        shard(self.model, self.sharding, self.device)  # whose parameters are others then
-        return self.model, build_optimizer(self.model.trainable_groups(), self.config.train)
+    def _wrap(self, optimizer: Any) -> tuple[Any, Any]:
+        if self.zero:
+            engine = engine_of(self.model, optimizer, self.zero)
+            return engine, engine.optimizer
+        if self.sharding:
+            shard(self.model, self.sharding, self.device)  # whose parameters are others then
+            return self.model, build_optimizer(self.model.trainable_groups(), self.config.train)
+        wrapped: tuple[Any, Any] = self.accelerator.prepare(self.model, optimizer)
+        return wrapped
 
     def _check_length(self) -> None:
         if self.config.resume and (self.run / LAST).is_dir() and self.total_steps < (
@@ -168,7 +183,10 @@ class Trainer(Steps):
     def _resume(self, last: Path) -> None:
         try:
             self.model.load_trained(last)
-            checkpoint.load_optimizer(last, self.optimizer, self.model)
+            if self.zero:
+                load_moments(last, self.optimizer, self.model)
+            else:
+                checkpoint.load_optimizer(last, self.optimizer, self.model)
             self.progress = checkpoint.read_progress(last)
             checkpoint.load_rng(last, self.rank, self.world)
         except UserError:
@@ -212,6 +230,8 @@ class Trainer(Steps):
                 tracker.finish()
             # DDP's reducer goes first: freed after the process group, it can hold the GIL while
             # gloo's thread waits for it.
+            if self.zero:
+                self.wrapped.destroy()
             self.wrapped = self.model
             self.accelerator.free_memory()
             gc.collect()
@@ -279,7 +299,7 @@ class Trainer(Steps):
         p = self.progress
         best, told = self.run / BEST if p.best_step >= 0 else self.run / LAST, ""
         scores = next((s for s in reversed(p.history) if s["score"] == p.best_score), {})
-        if self.main or self.sharding:  # which no process runs alone
+        if self.main or self.together:  # which no process runs alone
             folders = list(dict.fromkeys([best, self.run / LAST])) if self.main else []
             told = self.objective.finish(self.model, best, folders, scores, self.dev,
                                          self.dataset.frame_cache)
@@ -311,20 +331,20 @@ class Trainer(Steps):
         p.validated = p.step
         started = time.perf_counter()
         # A sharded model decodes everything everywhere: so all take the same steps.
-        mine = deal(self.dev, *((0, 1) if self.sharding else (self.rank, self.world)))
+        mine = deal(self.dev, *((0, 1) if self.together else (self.rank, self.world)))
         # Training goes on with the random numbers that it would have had without this.
         devices = range(torch.cuda.device_count())
         with torch.random.fork_rng(devices), self.accelerator.autocast():
             if self.dev_share is None:
                 make = partial(self.objective.prepare, self.model, [self.dev[i] for i in mine],
                                self._progress("hypotheses"))
-                self.dev_share = from_main(make) if self.sharding else make()
-            if self.sharding:
+                self.dev_share = from_main(make) if self.together else make()
+            if self.together:
                 checkpoint.set_rng_state(from_main(checkpoint.rng_state))
             found = self.objective.decode(self.model, self.dev_share, self.dataset.frame_cache,
                                           self._progress("validate"))
         reshard(self.model)
-        done = list(zip(mine, found, strict=True)) if self.main or not self.sharding else []
+        done = list(zip(mine, found, strict=True)) if self.main or not self.together else []
         everyone = sorted(gather_object(done), key=lambda x: x[0])
         predictions = [prediction for _, prediction in everyone]
         result = self.objective.score(predictions, p.history)
