@@ -125,9 +125,12 @@ def check(make: Callable[..., Config], launch: Callable[..., str], tmp_path: Pat
             case in ("ctc", "injected"))
         # In shards, both draw the same; whole, each decodes its own part of dev.
         if case != "bf16" and (share < 1 or case != "llm"):
-            found = list(predictions(two))
-            assert len(found) > 12
-            assert list(predictions(one)) == found
+            alone, both = list(predictions(one)), list(predictions(two))
+            assert len(both) > 12
+            for a, b in zip(alone, both, strict=True):  # batches of others round otherwise
+                assert b.pop("probabilities", {}) == pytest.approx(a.pop("probabilities", {}),
+                                                                   abs=1e-4)
+                assert b == a
     # Killed after step 3 and resumed from step 2.
     whole, resumed = (Path(config.output) for config in (make("llm", 2), part))
     for name in ("model.safetensors", "optimizer.safetensors"):
