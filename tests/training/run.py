@@ -78,7 +78,8 @@ class Recorded(Trainer):
             raise KeyboardInterrupt
         if self.progress.step == 0:
             parameters = list(self.model.parameters())
-            here = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in parameters)
+            here = sum(getattr(p, "ds_tensor", getattr(p, "to_local", lambda p=p: p)()).numel()
+                       for p in parameters)
             found = {n: whole(p).clone() for n, p in self.model.named_parameters()
                      if p.requires_grad}
             if self.main:

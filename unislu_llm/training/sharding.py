@@ -8,6 +8,7 @@ weights may be bf16 beside fp32 ones that train, and only what trains has its gr
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from unislu_llm.errors import UserError
 from unislu_llm.models.base import SLUModel
 
 # What decoding and the objectives call beside `forward`.
-_METHODS = ("prefill", "step", "logits", "ctc_transcripts", "ctc_posteriors")
+METHODS = ("prefill", "step", "logits", "ctc_transcripts", "ctc_posteriors")
 
 _ONE_WAY = ("FSDP shards weights in one way alone: set {} (fsdp_... stands in the config file of "
             "accelerate, see accelerate config)")
@@ -70,14 +71,10 @@ def shard(model: SLUModel, plugin: Plugin, device: torch.device) -> None:
     the LLM or Whisper is known that could be a unit.
     """
     how: dict[str, Any] = {"mesh": init_device_mesh(device.type, (distributed.get_world_size(),))}
-    # The encoder first, which may be a part of the decoder's model.
-    parts = [*([model.encoder.whisper] if model.encoder is not None else []), model.lm]
-    names = set(plugin.transformer_cls_names_to_wrap or ()) - {""} or {
-        name for part in parts for name in part._no_split_modules or ()}
-    blocks = [m for part in parts for m in part.modules() if type(m).__name__ in names]
+    parts, blocks = layers_of(model, plugin.transformer_cls_names_to_wrap or ())
     if not any(block in set(model.lm.modules()) for block in blocks):
-        raise UserError(f"FSDP: {type(model.lm).__name__} has no layers {sorted(names)}; name the "
-                        "class of its layers in fsdp_transformer_layer_cls_to_wrap")
+        raise UserError(f"FSDP: no layers of {type(model.lm).__name__} are known; name their class "
+                        "in fsdp_transformer_layer_cls_to_wrap")
     whole = {p for block in blocks if all(p.requires_grad for p in block.parameters())
              for p in block.parameters()}
     # What trains beside frozen weights is gathered once a pass, as the root's. First: torch looks
@@ -95,8 +92,21 @@ def shard(model: SLUModel, plugin: Plugin, device: torch.device) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.to(device)
-    for name in ("forward", *(n for n in _METHODS if hasattr(model, n))):
-        _gather_for(model, name, parts)
+
+    def unshard() -> None:
+        for part in parts:
+            part.unshard()  # type: ignore[operator]
+
+    for name in ("forward", *(n for n in METHODS if hasattr(model, n))):
+        gather_for(model, name, unshard)
+
+
+def layers_of(model: SLUModel, names: Sequence[str] = ()) -> tuple[list[Any], list[nn.Module]]:
+    """Encoder and LLM, and their layers: those of the classes `names`, or of transformers' own."""
+    # The encoder first, which may be a part of the decoder's model.
+    parts = [*([model.encoder.whisper] if model.encoder is not None else []), model.lm]
+    known = set(names) - {""} or {n for part in parts for n in part._no_split_modules or ()}
+    return parts, [m for part in parts for m in part.modules() if type(m).__name__ in known]
 
 
 def reshard(model: nn.Module) -> None:
@@ -106,13 +116,12 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _gather_for(model: SLUModel, name: str, parts: list[Any]) -> None:
-    """Have a method of a sharded model run on whole weights."""
+def gather_for(model: SLUModel, name: str, unshard: Callable[[], None]) -> None:
+    """Have a method of a sharded model run on whole weights, which `unshard` gathers."""
     method = getattr(model, name)
 
     def gathered(*args: Any, **kwargs: Any) -> Any:
-        for part in parts:
-            part.unshard()
+        unshard()
         found = method(*args, **kwargs)
         if name == "logits":  # by which all processes must take the same number of steps
             distributed.broadcast(found := found.contiguous(), src=0)
@@ -120,7 +129,8 @@ def _gather_for(model: SLUModel, name: str, parts: list[Any]) -> None:
 
     setattr(model, name, gathered)
     if name != "forward":
-        register_fsdp_forward_method(model, name)
+        if isinstance(model, FSDPModule):
+            register_fsdp_forward_method(model, name)
         # Weights that are gathered in inference mode could not be trained with.
         plain: Any = torch.inference_mode(False)
         setattr(model, name, plain(torch.no_grad()(getattr(model, name))))

@@ -21,6 +21,7 @@ from unislu_llm.config import Config, TrainConfig
 from unislu_llm.errors import UserError
 from unislu_llm.models.base import SLUModel
 from unislu_llm.training.checkpoint import read_moments
+from unislu_llm.training.sharding import METHODS, gather_for, layers_of
 
 USE_ZERO = "ACCELERATE_USE_DEEPSPEED"
 
@@ -83,7 +84,32 @@ def engine_of(model: SLUModel, optimizer: Optimizer, config: dict[str, Any]) -> 
 
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=config)
     _start(engine.optimizer)
+    if shards_weights(config):
+        _open(model)
     return engine
+
+
+def _open(model: SLUModel) -> None:
+    """Keep weights of a model in shards whole for the length of a pass, but for frozen layers."""
+    from deepspeed import zero
+
+    _, layers = layers_of(model)
+    closed = {p for layer in layers for p in layer.parameters() if not p.requires_grad}
+    whole: list[Any] = [p for p in model.parameters() if p not in closed]
+    for parameter in whole:
+        # Embeddings are read past their modules' own forward, the output layer as often as a
+        # process has chunks, and `_idle` adds up what trains.
+        zero.register_external_parameter(model, parameter)
+        parameter.is_external_param = True  # else the first module that uses it would release it
+    load = model.load_trained
+
+    def load_trained(*args: Any, **kwargs: Any) -> list[str]:
+        with zero.GatheredParameters(whole, modifier_rank=0):
+            return load(*args, **kwargs)
+
+    model.load_trained = load_trained  # type: ignore[method-assign]
+    for name in (*(n for n in METHODS if hasattr(model, n)), "trained_state"):
+        gather_for(model, name, lambda: whole[0].all_gather(whole))
 
 
 def shards_weights(config: Mapping[str, Any]) -> bool:
@@ -125,8 +151,6 @@ def moments_of(optimizer: Any, model: nn.Module) -> dict[str, Tensor]:
 def load_moments(folder: Path, optimizer: Any, model: nn.Module) -> None:
     """Go on with the moments of a checkpoint, and with its weights, which have been loaded; raises
     as `checkpoint.read_moments`."""
-    from deepspeed.utils import safe_set_full_optimizer_state
-
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     found = read_moments(folder, trained)
     optimizer.refresh_fp32_params()  # its own copies
@@ -135,4 +159,17 @@ def load_moments(folder: Path, optimizer: Any, model: nn.Module) -> None:
         optimizer.optimizer.state[flat]["step"].fill_(step)
     for name, of in found.items():
         for key in _MOMENTS:
-            safe_set_full_optimizer_state(trained[name], of[key], key)
+            _set_moment(trained[name], of[key], key)
+
+
+def _set_moment(parameter: Any, value: Tensor, key: str) -> None:
+    from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+    if not hasattr(parameter, "ds_tensor"):  # ZeRO-2
+        safe_set_full_optimizer_state(parameter, value, key)
+        return
+    # DeepSpeed cuts whole values without the zeros at the end of the last part.
+    size = parameter.ds_tensor.ds_numel
+    padded = nn.functional.pad(value.flatten(), (0, size * distributed.get_world_size()))
+    start = size * distributed.get_rank()
+    safe_set_local_optimizer_state(parameter, padded[start:start + size], key)
