@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -221,32 +221,26 @@ def moments(optimizer: Optimizer, model: nn.Module) -> dict[str, Tensor]:
             for parameter, state in optimizer.state.items() for key, value in state.items()}
 
 
-def read_moments(folder: Path, names: Container[str]) -> dict[str, dict[str, Tensor]]:
-    """:func:`moments` of a checkpoint by parameter; raises UserError: they are missing, or of
-    others than `names`."""
+def load_optimizer(folder: Path, optimizer: Optimizer, model: nn.Module) -> None:
+    """Read :func:`moments` of a checkpoint; raises UserError: they are missing, or of other
+    parameters."""
     path = folder / OPTIMIZER_FILE
     if not path.is_file():
         raise UserError(f"{path} is missing: this checkpoint, perhaps of an earlier version, "
                         "cannot be resumed; start a new run from its weights: --train.init "
                         f"{folder}")
-    found: dict[str, dict[str, Tensor]] = {}
-    for key, value in load_file(path).items():
-        name, _, moment = key.rpartition("/")
-        if name not in names:
-            raise UserError(f"{path} is of other parameters than those that train now, {name} "
-                            "among them; resume with the settings of the run")
-        found.setdefault(name, {})[moment] = value
-    return found
-
-
-def load_optimizer(folder: Path, optimizer: Optimizer, model: nn.Module) -> None:
-    """Go on with the moments of a checkpoint; raises as :func:`read_moments`."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     trained = [p for group in optimizer.param_groups for p in group["params"]]
     numbers = {names[id(p)]: number for number, p in enumerate(trained)}  # as `state_dict` has them
-    state = {numbers[name]: {
-        key: like(trained[numbers[name]], value) if value.ndim else value
-        for key, value in found.items()} for name, found in read_moments(folder, numbers).items()}
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in load_file(path).items():
+        name, _, moment = key.rpartition("/")
+        if name not in numbers:
+            raise UserError(f"{path} is of other parameters than those that train now, {name} "
+                            "among them; resume with the settings of the run")
+        own = trained[numbers[name]]
+        value = like(own, value) if value.shape == own.shape else value
+        state.setdefault(numbers[name], {})[moment] = value
     optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
 
 

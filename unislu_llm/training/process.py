@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from datetime import timedelta
 from typing import TypeVar
 
@@ -25,15 +24,10 @@ def processes(timeout: float = 10.0) -> PartialState:
 
     `timeout` is in minutes: one waits so long for the others before it ends with an error.
     """
-    with without_deepspeed():
+    # As DDP has them: what DeepSpeed does is in `training.zero`.
+    with patch_environment(accelerate_use_deepspeed="false"):
         return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"),
                             timeout=timedelta(minutes=timeout))
-
-
-def without_deepspeed() -> AbstractContextManager[None]:
-    """Inside, Accelerate knows of DDP alone: DeepSpeed's engine is made in `training.zero`."""
-    used = parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")
-    return patch_environment(accelerate_use_deepspeed="false") if used else nullcontext()
 
 
 def from_main(make: Callable[[], T]) -> T:

@@ -102,9 +102,11 @@ def shard(model: SLUModel, plugin: Plugin, device: torch.device) -> None:
 
 
 def layers_of(model: SLUModel, names: Sequence[str] = ()) -> tuple[list[Any], list[nn.Module]]:
-    """Encoder and LLM, and their layers: those of the classes `names`, or of transformers' own."""
+    """Encoder and LLM of a model to shard, and their layers: those of the classes `names`, or of transformers' own."""
     # The encoder first, which may be a part of the decoder's model.
-    parts = [*([model.encoder.whisper] if model.encoder is not None else []), model.lm]
+    parts = [model.lm]
+    if model.encoder is not None:
+        model.encoder.sharded, parts = True, [model.encoder.whisper, model.lm]
     known = set(names) - {""} or {n for part in parts for n in part._no_split_modules or ()}
     return parts, [m for part in parts for m in part.modules() if type(m).__name__ in known]
 

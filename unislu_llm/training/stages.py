@@ -61,8 +61,7 @@ def train(kind: str, config: Config, name: str = "run") -> Path:
     # Before data and checkpoints are loaded, and the first of several stages has trained for hours.
     for own in [own for _, own in stage_configs(config, Path("."))] or [config]:
         check_together(own, world)
-        sharding_of(own)
-        zero_of(own)
+        sharding_of(own), zero_of(own)
         if own.augment.noise and not Path(own.augment.noise).is_dir():
             raise UserError(f"augment.noise: {own.augment.noise} is no folder with audio files")
         if kind == "speech_llm":

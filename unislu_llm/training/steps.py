@@ -36,7 +36,6 @@ from unislu_llm.training.memory import halve, out_of_memory
 from unislu_llm.training.objectives import Objective
 from unislu_llm.training.optim import set_rates
 from unislu_llm.training.process import HostSum, average_gradients, from_main
-from unislu_llm.training.zero import moments_of
 
 log = logging.getLogger(__name__)
 
@@ -57,9 +56,8 @@ class Steps:
     host_sum: HostSum
     model: SLUModel
     wrapped: Any  # the model as Accelerate prepared it,
-    sharding: Any  # or itself in shards, if this is not None,
-    zero: dict[str, Any] | None  # or DeepSpeed's engine, if this is not
-    together: bool  # whether each pass is one of all processes
+    sharding: Any  # or itself in shards, if this is not None
+    together: bool  # whether no process runs the model alone
     optimizer: Optimizer
     objective: Objective
     dataset: SpeechDataset
@@ -127,34 +125,26 @@ class Steps:
         # Each process says whether it should end, and the main one whether to save: so all know.
         self.ends, self.saves = (bool(total.pop(key)) for key in ("ends", "saves"))
         self.backward(micro, total)
+        parameters = [p for p in self.model.parameters() if p.requires_grad]
+        limit = self.config.train.max_grad_norm or math.inf
         set_rates(self.optimizer, self.config.train, self.progress.step, self.total_steps)
-        norm = self._update()
+        # Reading the norm is the one time in a step that the host waits for the device. A loss
+        # that is not finite has such a gradient, which must not reach weights and moments.
+        norm = float(gathered(self.accelerator.clip_grad_norm_(parameters, limit)))
         if not math.isfinite(norm):
             self._not_finite(micro)
             return
         self.progress.nonfinite = 0
+        self.optimizer.step()
+        self.optimizer.zero_grad()
         took = time.perf_counter() - started
         self.progress.seconds += took
         self.window.add(total, norm, took)
 
-    def _update(self) -> float:
-        """Clip gradients and take the step, if they are finite; returns their norm."""
-        # Reading the norm is the one time in a step that the host waits for the device. A loss
-        # that is not finite has such a gradient, which must not reach weights and moments.
-        if self.zero:
-            self.wrapped.step()  # all of it
-            return float(self.wrapped.get_global_grad_norm())
-        parameters = [p for p in self.model.parameters() if p.requires_grad]
-        limit = self.config.train.max_grad_norm or math.inf
-        norm = float(gathered(self.accelerator.clip_grad_norm_(parameters, limit)))
-        if math.isfinite(norm):
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return norm
-
     def _not_finite(self, micro: Sequence[Batch]) -> None:
-        """Log the samples of a step that was left out; raises UserError if that is not wanted."""
+        """Leave a step out, and log its samples; raises UserError if that is not wanted."""
         p = self.progress
+        self.optimizer.zero_grad()
         self.window = Window(self.objective, self.device)
         ids = gather_object([e.utterance.where for batch in micro for e in batch.examples
                              if batch.counted])
@@ -180,8 +170,7 @@ class Steps:
         """Write the checkpoint `last`."""
         rng = gather_object([rng_state()])
         weights = self.model.trained_state()  # by all processes: each may have a shard
-        moments = (moments_of(self.optimizer, self.model) if self.zero else
-                   checkpoint.moments(self.optimizer, self.model))
+        moments = checkpoint.moments(self.optimizer, self.model)
 
         def write(folder: Path) -> None:
             self.model.save_pretrained(folder, weights)
@@ -236,17 +225,12 @@ class Steps:
                 # Gradients go over the network with the last micro-batch alone.
                 if self.sharding:
                     self.wrapped.set_requires_gradient_sync(shares)
-                elif self.zero:  # sums them up in parts, with each
-                    self.wrapped.set_gradient_accumulation_boundary(shares)
-                whole = shares or self.sharding or self.zero
+                whole = shares or self.sharding
                 with contextlib.nullcontext() if whole else self.accelerator.no_sync(self.wrapped):
                     with self.accelerator.autocast():
                         loss, sums = self.objective.loss(self.wrapped, batch.to(self.device), total)
                     # DDP and ZeRO average over processes; the normalizer is global already.
-                    if self.zero:
-                        self.wrapped.backward(loss * self.world, scale_wrt_gas=False)
-                    else:
-                        self.accelerator.backward(loss * self.world)
+                    self.accelerator.backward(loss * self.world)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):
                     raise

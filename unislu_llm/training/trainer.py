@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object, patch_environment, set_seed
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
@@ -55,17 +55,10 @@ from unislu_llm.training.log import (
 )
 from unislu_llm.training.objectives import OBJECTIVES
 from unislu_llm.training.optim import build_optimizer, group_rates
-from unislu_llm.training.process import (
-    HostSum,
-    from_main,
-    peak_memory,
-    processes,
-    use_threads,
-    without_deepspeed,
-)
+from unislu_llm.training.process import HostSum, from_main, peak_memory, processes, use_threads
 from unislu_llm.training.sharding import reshard, shard, sharding_of
 from unislu_llm.training.steps import Steps
-from unislu_llm.training.zero import engine_of, load_moments, shards_weights, zero_of
+from unislu_llm.training.zero import ZeroAccelerator, in_shards, zero_of
 
 log = logging.getLogger(__name__)
 
@@ -93,11 +86,11 @@ class Trainer(Steps):
         use_threads(train.threads)
         check_trackers(train.trackers)
         process = processes(train.timeout)
-        self.sharding, self.zero = sharding_of(config), zero_of(config)
-        self.together = bool(self.sharding or (self.zero and shards_weights(self.zero)))
+        self.sharding, zero = sharding_of(config), zero_of(config)
+        self.together = bool(self.sharding) or in_shards(zero)
         AcceleratorState._reset_state()  # an earlier stage may have had another precision
-        with without_deepspeed():
-            self.accelerator = Accelerator(
+        with patch_environment(accelerate_use_deepspeed="false"):
+            self.accelerator = (partial(ZeroAccelerator, zero) if zero else Accelerator)(
                 mixed_precision="bf16" if train.precision == "bf16" else "no",
                 log_with=train.trackers or None, project_dir=".")
         self.rank, self.world = process.process_index, process.num_processes
@@ -141,7 +134,8 @@ class Trainer(Steps):
             save_hypotheses(self.run, made)
         set_seed(train.seed, device_specific=True)
         self._fill_cache()
-        self.wrapped, self.optimizer = self._wrap(optimizer)
+        self.wrapped, self.optimizer = (self._shard() if self.sharding else
+                                        self.accelerator.prepare(self.model, optimizer))
 
         # 5. Where it stands.
         self.window = Window(self.objective, self.device)
@@ -164,15 +158,9 @@ class Trainer(Steps):
         self.lock = lock_run(run := create_run(self.config, name, kind))
         return run
 
-    def _wrap(self, optimizer: Any) -> tuple[Any, Any]:
-        if self.zero:
-            engine = engine_of(self.model, optimizer, self.zero)
-            return engine, engine.optimizer
-        if self.sharding:
-            shard(self.model, self.sharding, self.device)  # whose parameters are others then
-            return self.model, build_optimizer(self.model.trainable_groups(), self.config.train)
-        wrapped: tuple[Any, Any] = self.accelerator.prepare(self.model, optimizer)
-        return wrapped
+    def _shard(self) -> tuple[Any, Any]:
+        shard(self.model, self.sharding, self.device)  # whose parameters are others then
+        return self.model, build_optimizer(self.model.trainable_groups(), self.config.train)
 
     def _check_length(self) -> None:
         if self.config.resume and (self.run / LAST).is_dir() and self.total_steps < (
@@ -183,10 +171,7 @@ class Trainer(Steps):
     def _resume(self, last: Path) -> None:
         try:
             self.model.load_trained(last)
-            if self.zero:
-                load_moments(last, self.optimizer, self.model)
-            else:
-                checkpoint.load_optimizer(last, self.optimizer, self.model)
+            checkpoint.load_optimizer(last, self.optimizer, self.model)
             self.progress = checkpoint.read_progress(last)
             checkpoint.load_rng(last, self.rank, self.world)
         except UserError:
@@ -230,8 +215,6 @@ class Trainer(Steps):
                 tracker.finish()
             # DDP's reducer goes first: freed after the process group, it can hold the GIL while
             # gloo's thread waits for it.
-            if self.zero:
-                self.wrapped.destroy()
             self.wrapped = self.model
             self.accelerator.free_memory()
             gc.collect()
