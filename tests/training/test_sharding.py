@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import prepare_multi_gpu_env
+from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
 from safetensors.torch import load_file
 
 from tests.training.conftest import CTC, logged, weights
@@ -48,15 +48,22 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.fixture
-def sharded(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `accelerate launch` sets by the config file that ships."""
-    words = ["--config_file", str(ROOT / "recipes" / "accelerate" / "fsdp2.yaml"), "script.py"]
+def launched_by(file: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Set what `accelerate launch` sets by a config file that ships."""
+    words = ["--config_file", str(ROOT / "recipes" / "accelerate" / file), "script.py"]
     given, *_ = _validate_launch_command(launch_command_parser().parse_args(words))
-    for key, value in prepare_multi_gpu_env(given).items():
+    given.deepspeed_fields_from_accelerate_config = ""
+    env = (prepare_deepspeed_cmd_env(given)[1] if given.use_deepspeed
+           else prepare_multi_gpu_env(given))
+    for key, value in env.items():
         if key.startswith(("ACCELERATE_", "FSDP_")):
             monkeypatch.setenv(key, value)
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+
+
+@pytest.fixture
+def sharded(monkeypatch: pytest.MonkeyPatch) -> None:
+    launched_by("fsdp2.yaml", monkeypatch)
 
 
 @pytest.fixture

@@ -48,8 +48,6 @@ def attention_bias(lengths: Sequence[int], size: int, dtype: torch.dtype,
 class SpeechEncoder(nn.Module):
     """Log-mel to encoder frames; UserError: it has fewer layers than are to train."""
 
-    sharded = False  # over processes, which then must run the layers equally often
-
     def __init__(self, whisper: WhisperEncoder, config: ModelConfig) -> None:
         super().__init__()
         self.whisper = whisper
@@ -93,8 +91,7 @@ class SpeechEncoder(nn.Module):
         # Whisper was trained to listen to the silence at the end as well.
         used = [mel.shape[-1]] * len(mel) if self.pad_to_30s else list(mel_lengths)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode != "frozen"):
-            if (mel.device.type == "cpu" and not torch.is_grad_enabled() and not self.sharded
-                    and len(mel) > _TOGETHER):
+            if mel.device.type == "cpu" and not torch.is_grad_enabled() and len(mel) > _TOGETHER:
                 return self._by_length(mel, used, size), lengths
             return self._run(mel, used), lengths
 

@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from tabulate import tabulate
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from unislu_llm.config import Config
@@ -216,10 +215,10 @@ def describe_run(config: Config, model: SLUModel, examples: Sequence[Example],
     sizes = {group: sum(counts[name] for name, _ in named)
              for group, named in model.trainable_groups().items()}
     trained, total = sum(sizes.values()), sum(counts.values())
-    # Weights as they are, gradients and Adam's two moments in fp32; of a sharded one its part.
-    mine = [(p.to_local() if isinstance(p, DTensor) else getattr(p, "ds_tensor", p),
-             12 * p.requires_grad) for p in model.parameters()]
-    memory = sum(p.numel() * (p.element_size() + more) for p, more in mine)
+    # Weights as they are, gradients and Adam's two moments in fp32.
+    mine = [(getattr(p, "ds_tensor", getattr(p, "to_local", lambda p=p: p)()), p.requires_grad)
+            for p in model.parameters()]
+    memory = sum(p.numel() * (p.element_size() + 12 * trains) for p, trains in mine)
     hours = sum(e.utterance.seconds for e in examples) / 3600
     size = (f"at most {train.batch_tokens} tokens" if train.batch_tokens
             else f"{train.batch_size} samples")

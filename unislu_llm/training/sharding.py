@@ -8,7 +8,7 @@ weights may be bf16 beside fp32 ones that train, and only what trains has its gr
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -71,10 +71,14 @@ def shard(model: SLUModel, plugin: Plugin, device: torch.device) -> None:
     the LLM or Whisper is known that could be a unit.
     """
     how: dict[str, Any] = {"mesh": init_device_mesh(device.type, (distributed.get_world_size(),))}
-    parts, blocks = layers_of(model, plugin.transformer_cls_names_to_wrap or ())
+    # The encoder first, which may be a part of the decoder's model.
+    parts = [*([model.encoder.whisper] if model.encoder is not None else []), model.lm]
+    names = set(plugin.transformer_cls_names_to_wrap or ()) - {""} or {
+        name for part in parts for name in part._no_split_modules or ()}
+    blocks = [m for part in parts for m in part.modules() if type(m).__name__ in names]
     if not any(block in set(model.lm.modules()) for block in blocks):
-        raise UserError(f"FSDP: no layers of {type(model.lm).__name__} are known; name their class "
-                        "in fsdp_transformer_layer_cls_to_wrap")
+        raise UserError(f"FSDP: {type(model.lm).__name__} has no layers {sorted(names)}; name the "
+                        "class of its layers in fsdp_transformer_layer_cls_to_wrap")
     whole = {p for block in blocks if all(p.requires_grad for p in block.parameters())
              for p in block.parameters()}
     # What trains beside frozen weights is gathered once a pass, as the root's. First: torch looks
@@ -92,23 +96,8 @@ def shard(model: SLUModel, plugin: Plugin, device: torch.device) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.to(device)
-
-    def unshard() -> None:
-        for part in parts:
-            part.unshard()  # type: ignore[operator]
-
-    for name in ("forward", *(n for n in METHODS if hasattr(model, n))):
-        gather_for(model, name, unshard)
-
-
-def layers_of(model: SLUModel, names: Sequence[str] = ()) -> tuple[list[Any], list[nn.Module]]:
-    """Encoder and LLM of a model to shard, and their layers: those of the classes `names`, or of transformers' own."""
-    # The encoder first, which may be a part of the decoder's model.
-    parts = [model.lm]
-    if model.encoder is not None:
-        model.encoder.sharded, parts = True, [model.encoder.whisper, model.lm]
-    known = set(names) - {""} or {n for part in parts for n in part._no_split_modules or ()}
-    return parts, [m for part in parts for m in part.modules() if type(m).__name__ in known]
+    for name in ("forward", *METHODS):
+        gather_for(model, name, lambda: [part.unshard() for part in parts])
 
 
 def reshard(model: nn.Module) -> None:
@@ -118,9 +107,10 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def gather_for(model: SLUModel, name: str, unshard: Callable[[], None]) -> None:
-    """Have a method of a sharded model run on whole weights, which `unshard` gathers."""
-    method = getattr(model, name)
+def gather_for(model: SLUModel, name: str, unshard: Callable[[], object]) -> None:
+    """Have a method of a sharded model, where there is one, run on weights that are gathered."""
+    if (method := getattr(model, name, None)) is None:
+        return
 
     def gathered(*args: Any, **kwargs: Any) -> Any:
         unshard()

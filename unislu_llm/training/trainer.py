@@ -58,7 +58,7 @@ from unislu_llm.training.optim import build_optimizer, group_rates
 from unislu_llm.training.process import HostSum, from_main, peak_memory, processes, use_threads
 from unislu_llm.training.sharding import reshard, shard, sharding_of
 from unislu_llm.training.steps import Steps
-from unislu_llm.training.zero import ZeroAccelerator, in_shards, zero_of
+from unislu_llm.training.zero import ZeroAccelerator, zero_of
 
 log = logging.getLogger(__name__)
 
@@ -87,12 +87,12 @@ class Trainer(Steps):
         check_trackers(train.trackers)
         process = processes(train.timeout)
         self.sharding, zero = sharding_of(config), zero_of(config)
-        self.together = bool(self.sharding) or in_shards(zero)
+        self.together = bool(self.sharding or (zero and zero["zero_optimization"]["stage"] == 3))
         AcceleratorState._reset_state()  # an earlier stage may have had another precision
         with patch_environment(accelerate_use_deepspeed="false"):
             self.accelerator = (partial(ZeroAccelerator, zero) if zero else Accelerator)(
-                mixed_precision="bf16" if train.precision == "bf16" else "no",
-                log_with=train.trackers or None, project_dir=".")
+                log_with=train.trackers or None, project_dir=".",
+                mixed_precision="bf16" if train.precision == "bf16" else "no")
         self.rank, self.world = process.process_index, process.num_processes
         self.main, self.device = process.is_main_process, self.accelerator.device
         self.host_sum = HostSum(timedelta(minutes=train.timeout))
@@ -120,9 +120,7 @@ class Trainer(Steps):
         self.dataset = build_dataset(config, self.model, examples, rates)
         self.rates = self.dataset.injector.rates if self.dataset.injector else rates
         self.plan = build_plan(config, self.model, self.dataset, self.world)
-        self.total_steps = self.plan.steps(train.epochs)
-        if train.max_steps:
-            self.total_steps = min(self.total_steps, train.max_steps)
+        self.total_steps = min(self.plan.steps(train.epochs), train.max_steps or sys.maxsize)
         self._warn_of_data(examples)
         optimizer = build_optimizer(self.model.trainable_groups(), train)
         self._check_length()
