@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
@@ -57,33 +58,52 @@ def stop_at(steps: int) -> None:
     Trainer.step = step_or_stop  # type: ignore[method-assign]
 
 
+def whole(parameter: Any) -> torch.Tensor:
+    """The gradient of a parameter, wherever it is; of a ZeRO engine all processes call this."""
+    if hasattr(parameter, "_hp_mapping") or hasattr(parameter, "ds_id"):
+        from deepspeed.utils import safe_get_full_grad
+
+        return safe_get_full_grad(parameter)
+    return gathered(parameter.grad)
+
+
 class Recorded(Trainer):
     """A run that keeps the gradients of its first step, before they are clipped, and the share of
     its parameters that is here; it is killed before the step after `stop`."""
 
     stop = -1
+    spoilt = -1  # a step whose loss is not finite
 
     def backward(self, micro: Any, total: dict[str, float]) -> None:
-        super().backward(micro, total)
+        spoils = self.progress.step == self.spoilt
+        super().backward(micro, dict.fromkeys(total, math.nan) if spoils else total)
         if self.progress.step == self.stop:
             raise KeyboardInterrupt
         if self.progress.step == 0:
             parameters = list(self.model.parameters())
-            here = sum(getattr(p, "to_local", lambda p=p: p)().numel() for p in parameters)
-            found = {n: gathered(p.grad).clone() for n, p in self.model.named_parameters()
-                     if p.grad is not None}
+            here = sum(getattr(p, "ds_tensor", getattr(p, "to_local", lambda p=p: p)()).numel()
+                       for p in parameters)
+            found = {n: whole(p).clone() for n, p in self.model.named_parameters()
+                     if p.requires_grad}
             if self.main:
-                share = torch.tensor(here / sum(p.numel() for p in parameters))
+                share = torch.tensor(here / sum(getattr(p, "ds_numel", p.numel())
+                                                for p in parameters))
                 save_file({**found, "share": share}, self.run / GRADIENTS)
 
 
+def record(kind: str, config: Config) -> None:
+    """A run; `KIND:3` is killed after step 3, and the loss of `KIND:nan` is one in that step."""
+    kind, _, how = kind.partition(":")
+    trainer = Recorded(kind, config)
+    trainer.stop, trainer.spoilt = (int(how), -1) if how.isdecimal() else (-1, 2 if how else -1)
+    with contextlib.suppress(KeyboardInterrupt):
+        trainer.fit()
+
+
 def each(runs: list[tuple[str, str]]) -> None:
-    """Several runs in the same processes; `KIND:3` is killed after step 3."""
+    """Several runs in the same processes."""
     for kind, file in runs:
-        trainer = Recorded(kind.partition(":")[0], config_from_file(file, resolve=False))
-        trainer.stop = int(kind.partition(":")[2] or -1)
-        with contextlib.suppress(KeyboardInterrupt):
-            trainer.fit()
+        record(kind, config_from_file(file, resolve=False))
     processes().destroy_process_group()
 
 

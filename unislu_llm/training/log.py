@@ -16,7 +16,6 @@ from accelerate import Accelerator
 from accelerate.tracking import get_available_trackers
 from tabulate import tabulate
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from unislu_llm.config import Config
@@ -212,13 +211,14 @@ def describe_run(config: Config, model: SLUModel, examples: Sequence[Example],
                  dev: Sequence[Example], plan: BatchPlan, steps: int, world: int) -> str:
     """The plan of a run as text: data, batches for `steps` on `world` processes, parameters."""
     train = config.train
-    sizes = {name: sum(p.numel() for _, p in named)
-             for name, named in model.trainable_groups().items()}
-    trained, total = sum(sizes.values()), sum(p.numel() for p in model.parameters())
+    counts = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
+    sizes = {group: sum(counts[name] for name, _ in named)
+             for group, named in model.trainable_groups().items()}
+    trained, total = sum(sizes.values()), sum(counts.values())
     # Weights as they are, gradients and Adam's two moments in fp32.
-    mine = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
-    memory = (sum(p.numel() * p.element_size() for p in mine)
-              + sum(p.numel() for p in mine if p.requires_grad) * 4 * 3)
+    mine = [(getattr(p, "ds_tensor", getattr(p, "to_local", lambda p=p: p)()), p.requires_grad)
+            for p in model.parameters()]
+    memory = sum(p.numel() * (p.element_size() + 12 * trains) for p, trains in mine)
     hours = sum(e.utterance.seconds for e in examples) / 3600
     size = (f"at most {train.batch_tokens} tokens" if train.batch_tokens
             else f"{train.batch_size} samples")

@@ -11,7 +11,7 @@ from typing import TypeVar
 import psutil  # type: ignore[import-untyped]
 import torch
 from accelerate import PartialState
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import broadcast_object_list, parse_flag_from_env, patch_environment
 from torch import distributed, nn
 
 from unislu_llm.errors import UserError
@@ -20,15 +20,14 @@ T = TypeVar("T")
 
 
 def processes(timeout: float = 10.0) -> PartialState:
-    """The processes of this run, set up if need be; raises UserError for DeepSpeed.
+    """The processes of this run, set up if need be.
 
     `timeout` is in minutes: one waits so long for the others before it ends with an error.
     """
-    if parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"):
-        raise UserError("DeepSpeed is not supported yet; launch with accelerate's FSDP (version 2) "
-                        "or MULTI_GPU (DDP)")
-    return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"),
-                        timeout=timedelta(minutes=timeout))
+    # As DDP has them: what DeepSpeed does is in `training.zero`.
+    with patch_environment(accelerate_use_deepspeed="false"):
+        return PartialState(cpu=parse_flag_from_env("ACCELERATE_USE_CPU"),
+                            timeout=timedelta(minutes=timeout))
 
 
 def from_main(make: Callable[[], T]) -> T:

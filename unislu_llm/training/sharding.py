@@ -8,6 +8,7 @@ weights may be bf16 beside fp32 ones that train, and only what trains has its gr
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ from unislu_llm.errors import UserError
 from unislu_llm.models.base import SLUModel
 
 # What decoding and the objectives call beside `forward`.
-_METHODS = ("prefill", "step", "logits", "ctc_transcripts", "ctc_posteriors")
+METHODS = ("prefill", "step", "logits", "ctc_transcripts", "ctc_posteriors")
 
 _ONE_WAY = ("FSDP shards weights in one way alone: set {} (fsdp_... stands in the config file of "
             "accelerate, see accelerate config)")
@@ -95,8 +96,8 @@ def shard(model: SLUModel, plugin: Plugin, device: torch.device) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if not isinstance(tensor, DTensor):
             tensor.data = tensor.to(device)
-    for name in ("forward", *(n for n in _METHODS if hasattr(model, n))):
-        _gather_for(model, name, parts)
+    for name in ("forward", *METHODS):
+        gather_for(model, name, lambda: [part.unshard() for part in parts])
 
 
 def reshard(model: nn.Module) -> None:
@@ -106,13 +107,13 @@ def reshard(model: nn.Module) -> None:
             module.reshard()
 
 
-def _gather_for(model: SLUModel, name: str, parts: list[Any]) -> None:
-    """Have a method of a sharded model run on whole weights."""
-    method = getattr(model, name)
+def gather_for(model: SLUModel, name: str, unshard: Callable[[], object]) -> None:
+    """Have a method of a sharded model, where there is one, run on weights that are gathered."""
+    if (method := getattr(model, name, None)) is None:
+        return
 
     def gathered(*args: Any, **kwargs: Any) -> Any:
-        for part in parts:
-            part.unshard()
+        unshard()
         found = method(*args, **kwargs)
         if name == "logits":  # by which all processes must take the same number of steps
             distributed.broadcast(found := found.contiguous(), src=0)
@@ -120,7 +121,8 @@ def _gather_for(model: SLUModel, name: str, parts: list[Any]) -> None:
 
     setattr(model, name, gathered)
     if name != "forward":
-        register_fsdp_forward_method(model, name)
+        if isinstance(model, FSDPModule):
+            register_fsdp_forward_method(model, name)
         # Weights that are gathered in inference mode could not be trained with.
         plain: Any = torch.inference_mode(False)
         setattr(model, name, plain(torch.no_grad()(getattr(model, name))))

@@ -39,6 +39,7 @@ from unislu_llm.training.process import from_main, lost_process, processes
 from unislu_llm.training.resume import check_resume
 from unislu_llm.training.sharding import sharding_of
 from unislu_llm.training.trainer import Trainer
+from unislu_llm.training.zero import zero_of
 
 log = logging.getLogger(__name__)
 
@@ -60,7 +61,7 @@ def train(kind: str, config: Config, name: str = "run") -> Path:
     # Before data and checkpoints are loaded, and the first of several stages has trained for hours.
     for own in [own for _, own in stage_configs(config, Path("."))] or [config]:
         check_together(own, world)
-        sharding_of(own)
+        sharding_of(own), zero_of(own)
         if own.augment.noise and not Path(own.augment.noise).is_dir():
             raise UserError(f"augment.noise: {own.augment.noise} is no folder with audio files")
         if kind == "speech_llm":

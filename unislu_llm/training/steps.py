@@ -57,6 +57,7 @@ class Steps:
     model: SLUModel
     wrapped: Any  # the model as Accelerate prepared it,
     sharding: Any  # or itself in shards, if this is not None
+    together: bool  # whether no process runs the model alone
     optimizer: Optimizer
     objective: Objective
     dataset: SpeechDataset
@@ -126,6 +127,7 @@ class Steps:
         self.backward(micro, total)
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         limit = self.config.train.max_grad_norm or math.inf
+        set_rates(self.optimizer, self.config.train, self.progress.step, self.total_steps)
         # Reading the norm is the one time in a step that the host waits for the device. A loss
         # that is not finite has such a gradient, which must not reach weights and moments.
         norm = float(gathered(self.accelerator.clip_grad_norm_(parameters, limit)))
@@ -133,7 +135,6 @@ class Steps:
             self._not_finite(micro)
             return
         self.progress.nonfinite = 0
-        set_rates(self.optimizer, self.config.train, self.progress.step, self.total_steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
         took = time.perf_counter() - started
@@ -152,8 +153,8 @@ class Steps:
         if stops or p.nonfinite >= _NONFINITE_STEPS:
             times, p.nonfinite = p.nonfinite, 0
             # What is good up to here is kept, and a resumed run takes this step as it was.
-            if p.step and all(bool(gathered(v).isfinite().all()) for v in self.model.parameters()
-                              if v.requires_grad):
+            if p.step and all(bool(v.isfinite().all())
+                              for v in self.model.trained_state().values()):
                 set_rng_state(self.drawn)
                 self.save()
             raise UserError(f"loss is nan or infinite at step {p.step + 1}"
@@ -228,7 +229,7 @@ class Steps:
                 with contextlib.nullcontext() if whole else self.accelerator.no_sync(self.wrapped):
                     with self.accelerator.autocast():
                         loss, sums = self.objective.loss(self.wrapped, batch.to(self.device), total)
-                    # DDP averages over processes; the normalizer is global already.
+                    # DDP and ZeRO average over processes; the normalizer is global already.
                     self.accelerator.backward(loss * self.world)
             except (RuntimeError, MemoryError) as error:
                 if not out_of_memory(error):

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object, set_seed
+from accelerate.utils import gather_object, patch_environment, set_seed
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
@@ -58,6 +58,7 @@ from unislu_llm.training.optim import build_optimizer, group_rates
 from unislu_llm.training.process import HostSum, from_main, peak_memory, processes, use_threads
 from unislu_llm.training.sharding import reshard, shard, sharding_of
 from unislu_llm.training.steps import Steps
+from unislu_llm.training.zero import ZeroAccelerator, zero_of
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +86,13 @@ class Trainer(Steps):
         use_threads(train.threads)
         check_trackers(train.trackers)
         process = processes(train.timeout)
-        self.sharding = sharding_of(config)
+        self.sharding, zero = sharding_of(config), zero_of(config)
+        self.together = bool(self.sharding or (zero and zero["zero_optimization"]["stage"] == 3))
         AcceleratorState._reset_state()  # an earlier stage may have had another precision
-        self.accelerator = Accelerator(
-            mixed_precision="bf16" if train.precision == "bf16" else "no",
-            log_with=train.trackers or None, project_dir=".")
+        with patch_environment(accelerate_use_deepspeed="false"):
+            self.accelerator = (partial(ZeroAccelerator, zero) if zero else Accelerator)(
+                log_with=train.trackers or None, project_dir=".",
+                mixed_precision="bf16" if train.precision == "bf16" else "no")
         self.rank, self.world = process.process_index, process.num_processes
         self.main, self.device = process.is_main_process, self.accelerator.device
         self.host_sum = HostSum(timedelta(minutes=train.timeout))
@@ -117,9 +120,7 @@ class Trainer(Steps):
         self.dataset = build_dataset(config, self.model, examples, rates)
         self.rates = self.dataset.injector.rates if self.dataset.injector else rates
         self.plan = build_plan(config, self.model, self.dataset, self.world)
-        self.total_steps = self.plan.steps(train.epochs)
-        if train.max_steps:
-            self.total_steps = min(self.total_steps, train.max_steps)
+        self.total_steps = min(self.plan.steps(train.epochs), train.max_steps or sys.maxsize)
         self._warn_of_data(examples)
         optimizer = build_optimizer(self.model.trainable_groups(), train)
         self._check_length()
@@ -279,7 +280,7 @@ class Trainer(Steps):
         p = self.progress
         best, told = self.run / BEST if p.best_step >= 0 else self.run / LAST, ""
         scores = next((s for s in reversed(p.history) if s["score"] == p.best_score), {})
-        if self.main or self.sharding:  # which no process runs alone
+        if self.main or self.together:  # which no process runs alone
             folders = list(dict.fromkeys([best, self.run / LAST])) if self.main else []
             told = self.objective.finish(self.model, best, folders, scores, self.dev,
                                          self.dataset.frame_cache)
@@ -311,20 +312,20 @@ class Trainer(Steps):
         p.validated = p.step
         started = time.perf_counter()
         # A sharded model decodes everything everywhere: so all take the same steps.
-        mine = deal(self.dev, *((0, 1) if self.sharding else (self.rank, self.world)))
+        mine = deal(self.dev, *((0, 1) if self.together else (self.rank, self.world)))
         # Training goes on with the random numbers that it would have had without this.
         devices = range(torch.cuda.device_count())
         with torch.random.fork_rng(devices), self.accelerator.autocast():
             if self.dev_share is None:
                 make = partial(self.objective.prepare, self.model, [self.dev[i] for i in mine],
                                self._progress("hypotheses"))
-                self.dev_share = from_main(make) if self.sharding else make()
-            if self.sharding:
+                self.dev_share = from_main(make) if self.together else make()
+            if self.together:
                 checkpoint.set_rng_state(from_main(checkpoint.rng_state))
             found = self.objective.decode(self.model, self.dev_share, self.dataset.frame_cache,
                                           self._progress("validate"))
         reshard(self.model)
-        done = list(zip(mine, found, strict=True)) if self.main or not self.sharding else []
+        done = list(zip(mine, found, strict=True)) if self.main or not self.together else []
         everyone = sorted(gather_object(done), key=lambda x: x[0])
         predictions = [prediction for _, prediction in everyone]
         result = self.objective.score(predictions, p.history)

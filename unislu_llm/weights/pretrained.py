@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM
-from transformers.integrations import is_deepspeed_zero3_enabled
 
 from unislu_llm.errors import UserError, shorten
 from unislu_llm.io import MODEL_FILE, read_json
@@ -45,7 +44,7 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
             # Of pickled weights, in old checkpoints, torch reads the tensors and calls nothing.
             safe["weights_only"] = True
             options |= _fitting(kind, folder)
-            if "quantization_config" not in described and not is_deepspeed_zero3_enabled():
+            if "quantization_config" not in described:
                 _rehearse(kind, folder, options | safe)
         elif not (any(next(folder.glob(name), None) for name in _TOKENIZERS) or any(
                 b"ByT5Tokenizer" in path.read_bytes()  # its tokens are bytes and need no file
