@@ -102,10 +102,9 @@ def append_text(path: Path, text: str) -> None:
 
 def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON object; a file that is missing or anything else is a `UserError`."""
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
-    except UserError:
-        raise
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -114,25 +113,19 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines.
-
-    Raises UserError: the file is missing, or a line is no JSON object; file and line are named.
-    """
+    """The objects of a file of JSON lines; raises UserError with file and line: it is none."""
     rows = []
     try:
         with Path(path).open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}:{number}: expected a JSON object, found "
-                                    f"{type(row).__name__}")
-                rows.append(row)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no file of JSON lines: not UTF-8") from error
+                if line.strip():
+                    rows.append(json.loads(line))
+                    if not isinstance(rows[-1], dict):
+                        raise UserError(f"{path}:{number}: expected a JSON object, found "
+                                        f"{type(rows[-1]).__name__}")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read: {why}") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path}:{number}: not JSON ({getattr(error, 'msg', 'too deep')}); write "
                         "one object a line") from error
@@ -179,13 +172,13 @@ def _read_sums(folder: Path, instead: str = "") -> dict[str, list[str]]:
         return sums
     text = path.read_text(encoding="utf-8", errors="replace")
     head, _, lines = text.partition("\n") if text.startswith("#") else ("", "", text)
-    for line in lines.splitlines():
-        found = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\].*)", line)
-        # A list that somebody else wrote names nothing outside its folder.
-        if not found or ".." in Path(found[2]).parts:
-            raise UserError(f"{path} is damaged{instead}")
-        sums.setdefault(found[2], []).append(found[1])
-    if not sums or head not in ("", f"# {_digest(lines)}"):
+    found = [re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\].*)", line) for line in lines.splitlines()]
+    for line in found:
+        if line:
+            sums.setdefault(line[2], []).append(line[1])
+    # A list that somebody else wrote names nothing outside its folder.
+    outside = any(".." in Path(name).parts for name in sums)
+    if not all(found) or not sums or outside or head not in ("", f"# {_digest(lines)}"):
         raise UserError(f"{path} is damaged{instead}")
     return sums
 
@@ -248,12 +241,10 @@ def is_saved_model(folder: str | Path) -> bool:
     # Ours, damaged or not: who loads it is told, and gets no other model in its place.
     if (folder / TRAINER_FILE).is_file():
         return True
-    if not (folder / WEIGHTS_FILE).is_file():
-        return False
-    try:
-        return read_json(folder / MODEL_FILE).get("model_type") in MODEL_TYPES
-    except UserError:
-        return False
+    with contextlib.suppress(UserError):
+        return ((folder / WEIGHTS_FILE).is_file()
+                and read_json(folder / MODEL_FILE).get("model_type") in MODEL_TYPES)
+    return False
 
 
 def checkpoint_folder(run: Path, name: str) -> Path:

@@ -1,16 +1,15 @@
 """The unified format `transcript[T/L][task]outputs` (UniSLU, arXiv 2507.12951): encode and parse.
 
 A target is made of pieces; each is a marker (one token id) or plain text. Tokenizers see the
-pieces and never the joined string, so that no token straddles a marker. :func:`render` gives the
-string for people and files.
+pieces and never the joined string, so that no token straddles a marker.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import ASR, SEPARATOR, LabelTask, Span, SpanTask, Task, TaskRegistry
@@ -78,11 +77,6 @@ def encode(utterance: Utterance, task: Task | None) -> list[Piece]:
     return pieces
 
 
-def render(pieces: Sequence[Piece]) -> str:
-    """The unified string, without blanks around markers."""
-    return "".join(piece.text for piece in pieces)
-
-
 def reference_output(utterance: Utterance, task: Task) -> Output:
     """Reference annotation without offsets, in the order in which the target spells it."""
     groups = list(_groups(utterance, task))
@@ -101,7 +95,11 @@ def _groups(utterance: Utterance, task: Task) -> Iterator[tuple[str, str, str]]:
     """Opening marker, text and closing marker of every output."""
     where, value = f"{utterance.where}: {task.name}", utterance.labels[task.name]
     if isinstance(task, LabelTask):
-        yield from ((task.open, label, task.close) for label in _labels_of(task, value, where))
+        labels = [value] if isinstance(value, str) else [*map(str, value)]
+        if len({*labels} & {*task.labels}) < len(labels) or (not task.multi and len(labels) != 1):
+            raise UserError(f"{where}: {labels} must be {'labels' if task.multi else 'one label'} "
+                            f"of {', '.join(task.labels)}, none twice")
+        yield from ((task.open, label, task.close) for label in task.labels if label in labels)
         return
     # From left to right, as the transcript was just spoken: the order of an annotation file would
     # be one that no model can foresee.
@@ -114,17 +112,6 @@ def _groups(utterance: Utterance, task: Task) -> Iterator[tuple[str, str, str]]:
             raise UserError(f"{where}: span {start}..{end} does not fit the text of "
                             f"{len(utterance.text)} characters")
         yield task.open_of(label), phrase, task.close_of(label)
-
-
-def _labels_of(task: LabelTask, value: Iterable[Any], where: str) -> list[str]:
-    labels = [value] if isinstance(value, str) else [str(v) for v in value]
-    unknown = [label for label in labels if label not in task.labels]
-    if unknown or (not task.multi and len(labels) != 1):
-        raise UserError(f"{where}: {labels} must be {'labels' if task.multi else 'one label'} of "
-                        f"{', '.join(task.labels)}")
-    if len(set(labels)) < len(labels):
-        raise UserError(f"{where}: {labels} has a label twice; keep one")
-    return sorted(labels, key=task.labels.index)
 
 
 def parse(text: str, registry: TaskRegistry, task: str | None = None) -> Parsed:

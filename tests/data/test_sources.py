@@ -16,8 +16,7 @@ import soundfile
 from unislu_llm.cli import main
 from unislu_llm.data.corpora import SOURCES, prepare
 from unislu_llm.data.corpora.own_data import Conll, Hub, Table
-from unislu_llm.data.corpora.reading import read_objects, tidy
-from unislu_llm.data.corpora.source import Source
+from unislu_llm.data.corpora.source import Source, read_objects, tidy
 from unislu_llm.data.manifest import iter_rows, read_manifest
 from unislu_llm.data.validate import validate
 from unislu_llm.errors import UserError

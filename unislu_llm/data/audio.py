@@ -79,19 +79,18 @@ def load(path: str | Path, start: float = 0.0, end: float | None = None, *,
     """
     path = Path(path)
     if samples is not None:
-        first, last = _stretch(path, len(samples), SAMPLE_RATE, start, end, max_seconds)
+        first, last = crop(path, len(samples), SAMPLE_RATE, start, end, max_seconds)
         return samples[first:last]
     with open_audio(path) as sound:
         rate = sound.samplerate
-        first, last = _stretch(path, sound.frames, rate, start, end, max_seconds)
+        first, last = crop(path, sound.frames, rate, start, end, max_seconds)
         return to_mono(path, read_frames(path, sound, first, last), rate)
 
 
 def from_bytes(content: bytes, name: str) -> Tensor:
     """:func:`load` from the content of a file, which messages call `name`."""
     with _open(name, content) as sound:
-        block = read_frames(name, sound, 0, sound.frames)
-        return to_mono(name, block, sound.samplerate)
+        return to_mono(name, read_frames(name, sound, 0, sound.frames), sound.samplerate)
 
 
 def to_mono(name: object, block: np.ndarray, rate: float) -> Tensor:
@@ -191,17 +190,8 @@ def _ogg_cut(handle: BinaryIO) -> bool:
     return len(page) < 27 or len(page) < 27 + page[26] + sum(page[27:27 + page[26]])
 
 
-def _stretch(name: object, frames: int, rate: int, start: float, end: float | None,
-             max_seconds: float) -> tuple[int, int]:
-    """:func:`crop`, of so many seconds at most."""
-    first, last = crop(name, frames, rate, start, end)
-    if (last - first) / rate > max_seconds:
-        raise UserError(f"{name}: {(last - first) / rate:.2f} s is longer than the limit of "
-                        f"{max_seconds:g} s; cut it with `start` and `end`, or drop it")
-    return first, last
-
-
-def crop(path: object, frames: int, rate: int, start: float, end: float | None) -> tuple[int, int]:
+def crop(path: object, frames: int, rate: int, start: float, end: float | None,
+         max_seconds: float = math.inf) -> tuple[int, int]:
     """First and last (exclusive) frame of a stretch in seconds, as slue-toolkit crops."""
     total = frames / rate
     last = total if end is None else end
@@ -213,6 +203,9 @@ def crop(path: object, frames: int, rate: int, start: float, end: float | None) 
     if stop <= begin:
         raise UserError(f"{path}: the stretch from {start:g} s to {last:g} s is empty; `end` must "
                         "be after `start`")
+    if (seconds := (stop - begin) / rate) > max_seconds:
+        raise UserError(f"{path}: {seconds:.2f} s is longer than the limit of {max_seconds:g} s; "
+                        "cut it with `start` and `end`, or drop it")
     return begin, stop
 
 

@@ -25,12 +25,8 @@ class Mixture:
 
     Every corpus is walked along permutations of its own, one after another, and the next epoch goes
     on where this one stopped. Where it stands follows from the epoch's number: no state to save.
-
-    Args:
-        groups: group of each example, by name.
-        shares: of each group, adding up to 1.
-        epoch_samples: examples an epoch draws; 0: as many as the groups with a share have.
-        seed: of all draws.
+    `shares` of the groups add up to 1; `epoch_samples` are what an epoch draws, 0: as many examples
+    as the groups with a share have.
     """
 
     def __init__(self, groups: Sequence[str], shares: Mapping[str, float],
@@ -79,9 +75,7 @@ class Mixture:
     def _walk(self, group: int, start: int, n: int) -> np.ndarray:
         """Steps `start` to `start + n` of a group's endless walk."""
         members = self.members[group]
-        if not n:
-            return members[:0]
-        first, last = start // len(members), (start + n - 1) // len(members)
+        first, last = start // len(members), (start + max(n, 1) - 1) // len(members)
         # Seeded by name: a walk does not depend on which other corpora there are.
         name = zlib.crc32(self.names[group].encode())
         passes = [np.random.default_rng((self.seed, name, turn, _WALK)).permutation(members)

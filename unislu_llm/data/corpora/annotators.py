@@ -10,7 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar
 
-from unislu_llm.data.corpora.reading import as_published, read_lines, read_objects, tidy, with_audio
+from unislu_llm.data.corpora import source
 from unislu_llm.data.corpora.source import Dropped, FileSource, Rows
 from unislu_llm.data.row_reader import lookalike
 from unislu_llm.errors import UserError
@@ -23,23 +23,18 @@ _Item = tuple[str, list[tuple[str, int, int]] | None, list[str] | None, Any]
 
 @dataclass(frozen=True)
 class _Export(FileSource):
-    """JSON lines or an array, an object a text.
-
-    Args:
-        task: Task of labelled spans.
-        label_task: Task of labels of a whole text.
-    """
+    """JSON lines or an array, an object a text."""
 
     own: ClassVar[bool] = True
-    task: str = "ner"
-    label_task: str = "sa"
+    task: str = "ner"  # Task of labelled spans.
+    label_task: str = "sa"  # Task of labels of a whole text.
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
-        for number, (where, row) in enumerate(read_objects(self.file), 1):
-            with as_published(where):
+        for number, (where, row) in enumerate(source.read_objects(self.file), 1):
+            with source.as_published(where):
                 if (item := self.read(row, where, dropped)) is None:
                     continue
-                text, spans = tidy(item[0], item[1] or ())
+                text, spans = source.tidy(item[0], item[1] or ())
             made: dict[str, Any] = {"id": str(row.get("id", f"{self.file.stem}-{number}")),
                                     "text": text}
             made |= {} if item[1] is None else {registry[self.task].name: spans}
@@ -51,7 +46,7 @@ class _Export(FileSource):
                 name = re.split(r"[/\\=]", str(item[3]))[-1]  # after Label Studio's eight digits
                 plain = re.sub(r"^[0-9a-f]{8}-", "", name)
                 made["audio"] = name if (self.audio / name).is_file() else plain
-            yield where, with_audio(made, self.audio, self.file)
+            yield where, source.with_audio(made, self.audio, self.file)
 
     def read(self, row: dict[str, Any], where: str, dropped: Dropped) -> _Item | None:
         """What was annotated; None, and named in `dropped`, where nothing is to be read."""
@@ -136,7 +131,7 @@ class Doccano(_Export):
     @cached_property
     def _spans(self) -> bool:
         """Whether rows have spans: an empty list may be of both kinds, so the first other says."""
-        some = (row.get("label", row.get("labels")) for _, row in read_objects(self.file))
+        some = (row.get("label", row.get("labels")) for _, row in source.read_objects(self.file))
         return isinstance(next((given for given in some if given), [[]])[0], list)
 
 
@@ -144,31 +139,27 @@ class Doccano(_Export):
 class Brat(FileSource):
     """Own data in brat's folders (--file FOLDER): lines of .txt, and their spans in .ann.
 
-    The id is the file's name, and where it has several lines a number.
-
-    Args:
-        task: Task of the spans.
-    """
+    The id is the file's name, and where it has several lines a number."""
 
     own: ClassVar[bool] = True
-    task: str = "ner"
+    task: str = "ner"  # Task of the spans.
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
         for file in sorted(self.file.rglob("*.txt")):
-            lines = [line + "\n" for _, line in read_lines(file)]
+            lines = [line + "\n" for _, line in source.read_lines(file)]
             spans, at = list(_brat(file, "".join(lines), dropped)), 0
             for number, line in enumerate(lines, 1):
-                text, moved = tidy(line, [(label, start - at, end - at) for label, start, end
+                text, moved = source.tidy(line, [(label, start - at, end - at) for label, start, end
                                           in spans if at <= start < at + len(line)])
                 at += len(line)
                 row = {"id": file.stem + f"-{number}" * (len(lines) > 1), "text": text,
                        registry[self.task].name: moved}
                 if text:
-                    yield f"{file}:{number}", with_audio(row, self.audio, file)
+                    yield f"{file}:{number}", source.with_audio(row, self.audio, file)
 
 
 def _brat(file: Path, text: str, dropped: Dropped) -> Iterator[tuple[str, int, int]]:
-    for where, line in read_lines(file.with_suffix(".ann")):
+    for where, line in source.read_lines(file.with_suffix(".ann")):
         found = re.fullmatch(r"T\d+\t(\S+) (\d+) (\d+)\t(.*)", line)
         if found and text[int(found[2]):int(found[3])].split() == found[4].split():
             yield found[1], int(found[2]), int(found[3])
