@@ -73,9 +73,8 @@ def load(path: str | Path, start: float = 0.0, end: float | None = None, *,
 
     Of `samples`, which are that already, the stretch alone; `path` is then their name.
 
-    Raises:
-        UserError: the file is missing, unreadable or truncated, the stretch is empty, outside or
-            longer than `max_seconds`, or samples are not usable.
+    Raises UserError: the file is missing, unreadable or truncated, the stretch is empty, outside or
+    longer than `max_seconds`, or samples are not usable.
     """
     path = Path(path)
     if samples is not None:
@@ -247,19 +246,14 @@ def check_samples(name: object, block: np.ndarray) -> np.ndarray:
 @torch.no_grad()
 def log_mel(samples: Tensor, n_mels: int = 80, *, lengths: Sequence[int] | None = None,
             pad_to_30s: bool = False) -> Tensor:
-    """Whisper's log-mel; frames past a clip's own length are zero, whatever is in the batch.
+    """Whisper's log-mel `(n_mels, frames)` or `(batch, n_mels, frames)`, float32; frames past a
+    clip's own length are zero, whatever is in the batch. Raises UserError: a clip is over 30 s.
 
     Args:
         samples: `(samples,)` or `(batch, samples)`, float, 16 kHz.
         n_mels: mel bins, 80, or 128 for large-v3 and turbo.
         lengths: valid samples of each clip; None: all.
         pad_to_30s: give 3,000 frames, what 30 s of zero-padded samples give.
-
-    Returns:
-        `(n_mels, frames)` or `(batch, n_mels, frames)` float32.
-
-    Raises:
-        UserError: a clip is longer than 30 s.
     """
     batch = samples.float().reshape(-1, samples.shape[-1])
     n_samples = [batch.shape[1]] * len(batch) if lengths is None else list(lengths)
@@ -289,11 +283,8 @@ def log_mel(samples: Tensor, n_mels: int = 80, *, lengths: Sequence[int] | None 
 
 def batch_log_mel(waves: Sequence[Tensor], n_mels: int = 80, *,
                   pad_to_30s: bool = False) -> tuple[Tensor, tuple[int, ...]]:
-    """:func:`log_mel` of clips `(samples,)` of different lengths, on one device.
-
-    Returns:
-        `(batch, n_mels, frames)`, and each clip's own frames, also with `pad_to_30s`.
-    """
+    """:func:`log_mel` of clips `(samples,)` of different lengths, on one device: `(batch, n_mels,
+    frames)`, and each clip's own frames, also with `pad_to_30s`."""
     lengths = [len(wave) for wave in waves]
     waves = [wave if len(wave) else wave.new_zeros(1) for wave in waves]  # an empty clip is silence
     # On a CPU they are faster one by one: a clip fits the caches, and no padding is transformed.

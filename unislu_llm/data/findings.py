@@ -39,8 +39,7 @@ class UnreadFields(dict[str, Unread]):
     """Keys of a manifest's rows that nothing reads; more rows are added one by one."""
 
     def __init__(self, path: str, registry: TaskRegistry, rows: Iterable[Row] = ()) -> None:
-        # A condition is for people.
-        self._path, self._known = path, {*FIELDS, "condition", *registry.names}
+        self._path, self._known = path, {*FIELDS, "condition", *registry.names}  # it is for people
         for row in rows:
             self.add(row)
 
@@ -58,12 +57,12 @@ class UnreadFields(dict[str, Unread]):
 
 def _are_spans(text: str, value: Any) -> bool:
     """Labelled spans or phrases, in the forms of manifests or of other tools."""
-    return isinstance(value, list) and all(
-        isinstance(item.get("label", item.get("phrase")), str) if isinstance(item, dict)
-        else _is_place(text, item) for item in value)
+    return isinstance(value, list) and all(_is_span(text, item) for item in value)
 
 
-def _is_place(text: str, item: Any) -> bool:
+def _is_span(text: str, item: Any) -> bool:
+    if isinstance(item, dict):
+        return isinstance(item.get("label", item.get("phrase")), str)
     kinds = [type(part) for part in item] if isinstance(item, list) else []
     if kinds in ([str, int, int], [int, int, str]):
         # Alignments are written alike, with times where spans have characters.

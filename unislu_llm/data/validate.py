@@ -82,12 +82,9 @@ def validate(manifests: Sequence[Path], *, tasks_file: Path | None = None,
              audio: AudioCheck = "header", fix: Path | None = None) -> Report:
     """Check manifests, each to its end and against the others.
 
-    Args:
-        manifests: JSON-lines files.
-        tasks_file: YAML list of tasks; default: named entities and sentiment.
-        audio: none believes the manifest; header opens each file; full decodes the samples.
-        fix: file (for several manifests: folder) for copies, whole or not at all, of which spans
-            and characters are mended before rows are checked, without those that have errors.
+    `tasks_file` is a YAML list of tasks (default: named entities and sentiment); `fix` a file (for
+    several manifests: a folder) for copies, whole or not at all, of which spans and characters are
+    mended before rows are checked, without those that have errors.
 
     Raises UserError: no manifest, one missing or named twice, tasks that cannot be read, or a copy
     that is in the way or cannot be written.

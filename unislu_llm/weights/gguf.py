@@ -14,11 +14,8 @@ from unislu_llm.errors import UserError
 
 
 def convert_gguf(payload: Path, out: Path, dtype: str) -> None:
-    """Write a Hugging Face folder (weights of `dtype`, tokenizer) for the GGUF file in `payload`.
-
-    Raises:
-        UserError: the file does not fill the model exactly.
-    """
+    """Write a Hugging Face folder (weights of `dtype`, tokenizer) for the GGUF file in `payload`;
+    raises UserError: the file does not fill the model exactly."""
     (file,) = payload.glob("*.gguf")
     tokenizer: Any = hf.AutoTokenizer.from_pretrained(payload, gguf_file=file.name)
     loaded: Any = hf.AutoModelForCausalLM.from_pretrained(

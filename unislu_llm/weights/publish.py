@@ -25,13 +25,10 @@ def check_login(name: str) -> None:
 
 def publish(folder: Path, name: str, files: Sequence[str], *, private: bool = False,
             branch: str = "") -> str:
-    """Upload a folder's `files` (patterns); the repository is made where there is none.
+    """Upload a folder's `files` (patterns), and give the address of the commit; the repository is
+    made where there is none.
 
-    Returns:
-        Address of the commit.
-
-    Raises:
-        UserError: no right to write there, no hub, or a `private` repository is public already.
+    Raises UserError: no right to write there, no hub, or a `private` one is public already.
     """
     api = hub.HfApi()
     with _told(name, f". {folder} is written: once that is mended, `hf upload {name} {folder}`"):

@@ -33,7 +33,8 @@ def prepare(source: Source, out: Path, *, tasks_file: Path | None = None,
 
     Rows are dropped, counted and (the first ten of a reason) named when a manifest could not have
     them, an id comes again, or their audio is missing, unreadable, without the crop or over 30 s.
-    What a manifest could not have is an error in own data.
+    What a manifest could not have is an error in own data. Raises UserError: the source cannot be
+    read, all of its audio is missing, or no row is left.
 
     Args:
         source: e.g. :class:`SlueVoxPopuli`.
@@ -42,9 +43,6 @@ def prepare(source: Source, out: Path, *, tasks_file: Path | None = None,
         corpus_name: corpus of every row, in place of the source's.
         language: code of rows that name none, e.g. de.
         exclude: manifests whose rows are left out, by id and by text (case and blanks apart).
-
-    Raises:
-        UserError: the source cannot be read, all of its audio is missing, or no row is left.
     """
     registry = TaskRegistry.from_yaml(tasks_file)
     dropped, page = Dropped(list), Summary(registry)
@@ -96,12 +94,9 @@ def _rows(source: Source, registry: TaskRegistry, dropped: Dropped, page: Summar
 
 
 def _counts(dropped: Dropped) -> str:
-    lines = ""
-    for reason, places in sorted(dropped.items(), key=lambda item: -len(item[1])):
-        lines += f"{len(places):>8} {reason}\n"
-        if reason.startswith("row"):
-            lines += "".join(f"{'':>10} {place}\n" for place in places[:10])
-    return lines
+    return "".join(f"{len(places):>8} {reason}\n" + "".join(
+        f"{'':>10} {place}\n" for place in places[:10] if reason.startswith("row"))
+        for reason, places in sorted(dropped.items(), key=lambda item: -len(item[1])))
 
 
 def _measured(u: Utterance) -> tuple[float | None, str]:
