@@ -50,18 +50,9 @@ def _as_given(info: tyro.constructors.PrimitiveTypeInfo
 
 def parse_flags(config: Config, args: Sequence[str], *, prog: str | None = None,
                 description: str = "", extra: Extra | None = None) -> Config:
-    """A configuration with flags laid over it.
-
-    Args:
-        config: defaults of the flags, which `--help` shows.
-        args: command line without the program.
-        prog: name of the program in `--help`.
-        description: shown by `--help`.
-        extra: flags beside the settings, parsed and left out.
-
-    Raises UserError: a value out of bounds, or a list that is given twice. SystemExit: an unknown
-    flag, or help was asked for.
-    """
+    """A configuration with flags laid over it; those of `extra` are parsed and left out. Raises
+    UserError: a value out of bounds, or a list that is given twice. SystemExit: an unknown flag, or
+    help was asked for."""
     refuse_repeats(args, Config, nested=True)
     everything = any(arg.replace("_", "-") == "--help-all" for arg in args)
     if everything:
@@ -99,11 +90,9 @@ def flag_of(place: Place) -> str:
 
 
 def refuse_repeats(args: Sequence[str], kind: Callable[..., Any], *, nested: bool = False) -> None:
-    """Raises UserError: a list flag is there twice, of which the parser would take the last.
-
-    `kind` is the function, dataclass or model whose parameters are the flags; `nested` says that
-    those of a model within it are written `--outer.inner`.
-    """
+    """Raises UserError: a list flag is there twice, of which the parser would take the last. `kind`
+    is the function, dataclass or model whose parameters are the flags; `nested` says that those of
+    a model within it are written `--outer.inner`."""
     flags = Counter(arg.partition("=")[0].replace("_", "-") for arg in args if arg[:2] == "--")
     for name in _lists(kind, nested):
         flag = "--" + name.replace("_", "-")

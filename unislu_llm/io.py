@@ -17,19 +17,13 @@ from typing import IO, Any
 from unislu_llm.errors import UserError, hint
 from unislu_llm.text_files import read_text
 
-WEIGHTS_FILE = "model.safetensors"
-MODEL_FILE = "config.json"
-RATES_FILE = "simulation.json"
-"""Files of a saved model: what was trained, what it was trained on, the rates of text injection."""
-TRAINER_FILE = "trainer.json"
-SUMS_FILE = "SHA256SUMS"
-"""In a checkpoint: where the run stood, written last; the hash of every other file."""
-MODEL_TYPES = ("speech_llm", "whisper_slu")
-"""What a saved model may be; `models.KINDS` has their classes."""
-BEST, LAST = "best", "last"
-"""Folders of a run's checkpoints, which are saved models."""
-RUN_CONFIG, RUN_BEGAN = "config.yaml", "began.json"
-"""In a run folder: its settings; and of which kind, on which files it was begun."""
+# Of a saved model: what was trained, what it was trained on, the rates of text injection.
+WEIGHTS_FILE, MODEL_FILE, RATES_FILE = "model.safetensors", "config.json", "simulation.json"
+# Of a checkpoint: where the run stood, which is written last; the hash of every other file.
+TRAINER_FILE, SUMS_FILE = "trainer.json", "SHA256SUMS"
+MODEL_TYPES = ("speech_llm", "whisper_slu")  # `models.KINDS` has their classes
+BEST, LAST = "best", "last"  # folders of a run's checkpoints, which are saved models
+RUN_CONFIG, RUN_BEGAN = "config.yaml", "began.json"  # a run's settings; its kind, and its files
 
 
 def git_revision() -> str:
@@ -60,9 +54,7 @@ def named(path: str | Path) -> Iterator[None]:
 @contextlib.contextmanager
 def atomic(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that appears under its name when the block ends well, and not at all otherwise.
-
-    Its folder is made where it is missing. Text is UTF-8 with `\\n` line ends.
-    """
+    Its folder is made where it is missing. Text is UTF-8 with `\\n` line ends."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Machines that share a disk may give two processes one number.
@@ -189,9 +181,7 @@ def _digest(text: str) -> str:
 
 def check_saved(folder: str | os.PathLike[str], *names: str) -> None:
     """Compare the files of a saved model (default: all) with its `SHA256SUMS`, if it has one.
-
-    Raises UserError: one is missing or damaged; it is named, and of a run what to use instead.
-    """
+    Raises UserError: one is missing or damaged; it is named, and of a run what to use instead."""
     folder = Path(folder)
     last = folder.with_name(LAST)
     instead = f"; use {last}" if folder.name == BEST and is_saved_model(last) else ""

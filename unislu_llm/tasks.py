@@ -19,11 +19,8 @@ from pydantic.dataclasses import dataclass
 from unislu_llm.errors import UserError, dotted, explain, hint
 from unislu_llm.text_files import read_yaml
 
-SEPARATOR = "[T/L]"
-"""Marker between the transcript and the task part."""
-
-ASR = "asr"
-"""Name of an example that has a transcript and no task part. Every utterance has one."""
+SEPARATOR = "[T/L]"  # marker between the transcript and the task part
+ASR = "asr"  # name of an example that has a transcript and no task part; every utterance has one
 
 # Strict: YAML reads `yes`, `no` and `1` as no strings, and they must not turn into some.
 Text = Annotated[str, Strict()]
@@ -143,10 +140,8 @@ RAW_TO_COMBINED: dict[str, str | None] = {
 
 
 class TaskRegistry:
-    """The tasks of a system, by name. Iterates in order of registration.
-
-    Raises UserError: a name or marker is used twice, or is not well formed.
-    """
+    """The tasks of a system, by name. Iterates in order of registration. Raises UserError: a name
+    or marker is used twice, or is not well formed."""
 
     def __init__(self, tasks: Iterable[Task] = (NER, SA)) -> None:
         self._tasks: dict[str, Task] = {}
@@ -208,10 +203,8 @@ class TaskRegistry:
 
     @classmethod
     def from_yaml(cls, path: str | Path | None) -> TaskRegistry:
-        """Read a YAML list of tasks; without a file: the built-in ones.
-
-        Raises UserError: unreadable file, unknown key, duplicate name or marker.
-        """
+        """Read a YAML list of tasks; without a file: the built-in ones. Raises UserError:
+        unreadable file, unknown key, duplicate name or marker."""
         if not path:
             return cls()
         if not Path(path).is_file():

@@ -60,9 +60,8 @@ class Parsed:
 
 def encode(utterance: Utterance, task: Task | None) -> list[Piece]:
     """Pieces of the target of `utterance` for one annotated task, or for its transcript alone.
-
-    Raises UserError: the task is not annotated, a span does not fit the text, or an unknown label.
-    """
+    Raises UserError: the task is not annotated, a span does not fit the text, or an unknown
+    label."""
     pieces = [Piece(utterance.text, "asr", False)] if utterance.text else []
     if task is None:
         return pieces
@@ -115,17 +114,10 @@ def _groups(utterance: Utterance, task: Task) -> Iterator[tuple[str, str, str]]:
 
 
 def parse(text: str, registry: TaskRegistry, task: str | None = None) -> Parsed:
-    """Read a decoded string. Never raises: every malformation is named, the rest is kept.
-
-    Args:
-        text: decoded string, end-of-text token removed.
-        registry: the tasks whose markers count.
-        task: that was asked for; None or `asr` accepts a bare transcript and any task.
-    """
+    """Read a decoded string, its end-of-text token removed. Never raises: every malformation is
+    named, the rest is kept. None or `asr` for `task` accepts a bare transcript and any task."""
     asked = None if task in (None, ASR) else task
-    stream = _stream(text, registry)
-    problems: list[str] = []
-    words: list[str] = []
+    stream, problems, words = _stream(text, registry), list[str](), list[str]()
     for chunk, is_marker in stream:
         if is_marker and chunk == SEPARATOR:
             break
@@ -169,13 +161,10 @@ def _read_groups(stream: Iterator[tuple[str, bool]], task: Task, registry: TaskR
     words: list[str] = []
     for chunk, is_marker in stream:
         if not is_marker:
-            if opening is None:
-                problems.append("text_outside")
-            else:
-                words.append(chunk)
+            words.append(chunk)
+            problems += ["text_outside"] * (opening is None)
         elif chunk in task.pairs:
-            if opening is not None:
-                problems.append("unclosed_tag")
+            problems += ["unclosed_tag"] * (opening is not None)
             opening, words = chunk, []
         elif chunk in task.pairs.values():
             if opening is None:
@@ -189,23 +178,15 @@ def _read_groups(stream: Iterator[tuple[str, bool]], task: Task, registry: TaskR
             opening = None
         else:
             problems.append("repeated_separator" if chunk in controls else "foreign_marker")
-    if opening is not None:
-        problems.append("unclosed_tag")
+    problems += ["unclosed_tag"] * (opening is not None)
 
 
 def _labels(task: LabelTask, texts: list[str], problems: list[str]) -> Output | None:
-    labels: list[str] = []
-    for text in texts:
-        if text not in task.labels:
-            problems.append("unknown_label")
-        elif text in labels and task.multi:
-            problems.append("repeated_label")
-        else:
-            labels.append(text)
+    known = [text for text in texts if text in task.labels]
+    problems += ["unknown_label"] * (len(texts) - len(known))
     if task.multi:
-        return tuple(sorted(labels, key=task.labels.index))
-    if not labels:
-        problems.append("missing_label")
-        return None
-    problems += ["extra_label"] * (len(labels) - 1)
-    return labels[0]
+        labels = tuple(label for label in task.labels if label in known)
+        problems += ["repeated_label"] * (len(known) - len(labels))
+        return labels
+    problems += ["extra_label"] * (len(known) - 1) if known else ["missing_label"]
+    return known[0] if known else None

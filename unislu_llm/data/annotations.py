@@ -82,10 +82,8 @@ Item = tuple[Place, _PhraseRow | _SpanRow]
 
 class SpanReader:
     """Reads the annotation of a span task: a list of spans and phrases, or phrases by label.
-
     `[["DRUG", 4, 11]]`, `[{"label": "DRUG", "phrase": "aspirin"}]`, `{"DRUG": ["aspirin"]}`. With
-    `phrases_alone` there is no text yet: the task is "not annotated" until phrases have places.
-    """
+    `phrases_alone` there is no text yet: the task is "not annotated" until phrases have places."""
 
     def __init__(self, task: SpanTask, phrases_alone: bool) -> None:
         label: Any = Annotated[str, AfterValidator(partial(_check_label, task))]

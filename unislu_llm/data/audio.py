@@ -70,12 +70,9 @@ def encoder_length(n_mel: int) -> int:
 def load(path: str | Path, start: float = 0.0, end: float | None = None, *,
          max_seconds: float = math.inf, samples: Tensor | None = None) -> Tensor:
     """Read a file of any rate, or a stretch of it in seconds: mono `(samples,)` float32 at 16 kHz.
-
-    Of `samples`, which are that already, the stretch alone; `path` is then their name.
-
-    Raises UserError: the file is missing, unreadable or truncated, the stretch is empty, outside or
-    longer than `max_seconds`, or samples are not usable.
-    """
+    Of `samples`, which are that already, the stretch alone; `path` is then their name. Raises
+    UserError: the file is missing, unreadable or truncated, the stretch is empty, outside or longer
+    than `max_seconds`, or samples are not usable."""
     path = Path(path)
     if samples is not None:
         first, last = crop(path, len(samples), SAMPLE_RATE, start, end, max_seconds)
@@ -88,7 +85,7 @@ def load(path: str | Path, start: float = 0.0, end: float | None = None, *,
 
 def from_bytes(content: bytes, name: str) -> Tensor:
     """:func:`load` from the content of a file, which messages call `name`."""
-    with _open(name, content) as sound:
+    with open_audio(name, content) as sound:
         return to_mono(name, read_frames(name, sound, 0, sound.frames), sound.samplerate)
 
 
@@ -129,20 +126,16 @@ def files_below(folder: Path, more: Collection[str] = ()) -> list[Path]:
                   key=Path.as_posix)
 
 
-def open_audio(path: Path) -> soundfile.SoundFile:
-    """Open for reading; refuse what is not there, not audio, truncated or without a length."""
-    if not os.path.isfile(path):  # of a name that cannot be, unlike `path.is_file()`
-        if address := _ADDRESS.search(path.as_posix()):  # `pathlib` makes two slashes one
+def open_audio(name: str | Path, content: bytes | None = None) -> soundfile.SoundFile:
+    """Open a file, or the content of one, for reading; refuse what is not there, not audio,
+    truncated or without a length."""
+    if content is None and not os.path.isfile(name):  # of a name that cannot be, unlike `is_file()`
+        if address := _ADDRESS.search(Path(name).as_posix()):  # `pathlib` makes two slashes one
             url = f"{address[1]}://{address[2]}"
             raise UserError(f"{url}: is an address, not a file; download it: curl -LO '{url}'")
-        raise UserError(f"{path}: " + ("not a file; give an audio file" if os.path.exists(path) else
-                        "audio file does not exist; correct the path (in a manifest: from its "
-                        "folder)"))
-    return _open(path)
-
-
-def _open(name: str | Path, content: bytes | None = None) -> soundfile.SoundFile:
-    """The file of this name, or what is called so."""
+        raise UserError(f"{name}: not a file; give an audio file" if os.path.exists(name) else
+                        f"{name}: audio file does not exist; correct the path (in a manifest: from "
+                        "its folder)")
     try:
         sound = soundfile.SoundFile(name if content is None else io.BytesIO(content))
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: headerless .raw
@@ -227,9 +220,8 @@ def read_frames(path: object, sound: soundfile.SoundFile, first: int, last: int)
         raise UserError(f"{path}: cannot be decoded ({error}); fetch or convert it again"
                         ) from error
     if len(block) == 0 or len(block) < last - first - END_SLACK * sound.samplerate:
-        raise UserError(f"{path}: the file is truncated: {len(block) / sound.samplerate:.2f} s of "
-                        f"{(last - first) / sound.samplerate:.2f} s can be decoded; fetch or "
-                        "convert it again")
+        raise UserError(f"{path}: the file is truncated: {len(block)} of {last - first} samples can"
+                        " be decoded; fetch or convert it again")
     return check_samples(path, block)
 
 

@@ -83,7 +83,7 @@ def run_findings(train: Sequence[Example], dev: Sequence[Example], mixture: Mixt
                  f"is {100 * share:.2g} % of {samples} samples" for name, share, members, there
                  in zip(mixture.names, mixture.shares, mixture.members, kept, strict=True)
                  if not there]
-    return [*found, *_twice(drawn), *_leaks(drawn, dev), *_tasks(drawn, dev)]
+    return [*found, *_shared(drawn, dev), *_tasks(drawn, dev)]
 
 
 def unspelled(train: Sequence[Example], tokenizer: UnifiedTokenizer) -> Iterator[str]:
@@ -99,19 +99,16 @@ def unspelled(train: Sequence[Example], tokenizer: UnifiedTokenizer) -> Iterator
                f"'{shorten(back[at:])}': write it otherwise, or take another LLM")
 
 
-def _twice(train: Sequence[Example]) -> Iterator[str]:
-    clips: dict[Any, list[str]] = {}
-    for e in train:
-        u = e.utterance
+def _shared(train: Sequence[Example], dev: Sequence[Example]) -> Iterator[str]:
+    """Examples that are there twice, and clips that train and are scored."""
+    places: dict[Any, list[str]] = {}
+    for u, task in ((e.utterance, e.task) for e in train):
         if u.audio is not None:  # sentences alone may well be the same
-            clips.setdefault((u.audio, u.start, u.end, u.text, e.task), []).append(u.where)
-    if again := [places for places in clips.values() if len(places) > 1]:
+            places.setdefault((u.audio, u.start, u.end, u.text, task), []).append(u.where)
+    if again := [where for where in places.values() if len(where) > 1]:
         yield (f"data.train: {_count(len(again), 'example')} more than once there, the first as "
                f"{' and '.join(again[0][:2])}")
-
-
-def _leaks(train: Sequence[Example], dev: Sequence[Example]) -> Iterator[str]:
-    known = {(u.audio, u.start, u.end) for u in (e.utterance for e in train) if u.audio}
+    known = {place[:3] for place in places}
     clips = {(u.audio, u.start, u.end): u.where for u in (e.utterance for e in dev)}
     if both := [where for clip, where in clips.items() if clip in known]:
         yield (f"data.dev: {len(both)} of {len(clips)} clips are in data.train too, the first "

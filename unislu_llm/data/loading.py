@@ -119,10 +119,8 @@ def check_hypotheses(examples: Sequence[Example], model: ModelConfig) -> list[Ex
 
 
 def handle_long(utterances: Sequence[Utterance], registry: TaskRegistry) -> list[Utterance]:
-    """Utterances of at most 30 s, in order, with their durations; longer ones are cut.
-
-    Raises UserError: one for all rows that are too long and cannot be cut; or an unreadable file.
-    """
+    """Utterances of at most 30 s, in order, with their durations; longer ones are cut. Raises
+    UserError: one for all rows that are too long and cannot be cut; or an unreadable file."""
     reader = RowReader(registry)
     out, bad = list[Utterance](), list[str]()
     for u in utterances:

@@ -48,10 +48,8 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
               check_audio: bool = False, ids: Ids | None = None, without_text: bool = False,
               language: str = "", mend: Callable[[Any], Any] = dict) -> Iterator[Row]:
     """The rows of a manifest in one pass, good ones and bad ones, as :class:`RowReader` reads them.
-
     `ids` are those of manifests read before, to find repetitions; `mend` changes rows before they
-    are read. Raises UserError: there is no such file.
-    """
+    are read. Raises UserError: there is no such file."""
     path, ids = Path(path), {} if ids is None else ids
     if not path.is_file():
         raise UserError(f"{path}: manifest does not exist or is no file; give a JSON-lines file")
@@ -87,9 +85,7 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
 
 def read_rows(path: str | Path, registry: TaskRegistry, **options: Any) -> list[Row]:
     """All rows of a manifest, each with its utterance; `options` are those of :func:`iter_rows`.
-
-    Raises UserError: one for the whole file, with its number of problems and the first ten.
-    """
+    Raises UserError: one for the whole file, with its number of problems and the first ten."""
     rows = list(iter_rows(path, registry, **options))
     if problems := [str(problem) for row in rows for problem in row.problems]:
         raise UserError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}; correct the "
@@ -110,11 +106,9 @@ def first_ten(lines: Sequence[str]) -> str:
 
 
 def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
-    """Write utterances as a manifest, whole or not at all.
-
-    :func:`read_manifest` reads them back equal but for `source`. Audio paths are relative. Raises
-    UserError: a value cannot be written (a number that is not finite, text not Unicode).
-    """
+    """Write utterances as a manifest, whole or not at all. :func:`read_manifest` reads them back
+    equal but for `source`. Audio paths are relative. Raises UserError: a value cannot be written (a
+    number that is not finite, text not Unicode)."""
     path = Path(path)
     with atomic(path) as handle:
         for u in utterances:

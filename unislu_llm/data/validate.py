@@ -100,7 +100,8 @@ def validate(manifests: Sequence[Path], *, tasks_file: Path | None = None,
         raise UserError(f"--fix: {fix} or a file in it exists, or two manifests have one name; "
                         "name another")
     registry = TaskRegistry.from_yaml(tasks_file)
-    report, checker = Report(manifests, Summary(registry)), Checker(registry, audio)
+    report = Report(manifests, Summary(registry))
+    checker = Checker(registry, audio, RowReader(registry))
     for path in manifests:
         copy = copies.get(path, path)
         try:
@@ -123,19 +124,20 @@ def validate(manifests: Sequence[Path], *, tasks_file: Path | None = None,
     return report
 
 
+@dataclass
 class Checker:
     """Checks manifests one after another, and against each other."""
 
-    def __init__(self, registry: TaskRegistry, audio: AudioCheck = "header") -> None:
-        self._registry, self._audio = registry, audio
-        self._reader = RowReader(registry)
-        self._ids: Ids = {}
-        self._seen: dict[tuple[str, str], tuple[Path, int]] = {}  # each audio and text, where first
+    registry: TaskRegistry
+    audio: AudioCheck
+    reader: RowReader
+    ids: Ids = field(default_factory=dict)
+    seen: Ids = field(default_factory=dict)  # each audio and text, where first
 
     def check(self, path: Path, mender: Mender, mend: bool = False) -> Iterator[Row]:
         """Every row of a manifest, its duration measured; line 0 is for the file as a whole."""
-        good, fields = Summary(self._registry), UnreadFields(str(path), self._registry)
-        for row in iter_rows(path, self._registry, ids=self._ids, mend=mender if mend else dict):
+        good, fields = Summary(self.registry), UnreadFields(str(path), self.registry)
+        for row in iter_rows(path, self.registry, ids=self.ids, mend=mender if mend else dict):
             fields.add(row)
             checked = self._check(row, row.utterance, path) if row.utterance else row
             if checked.utterance:
@@ -149,11 +151,11 @@ class Checker:
                                     for p in (*guess, *unread, *_rare(good.labels))))
 
     def _check(self, row: Row, u: Utterance, path: Path) -> Row:
-        problems, seconds, key = _check_audio(u, self._audio)
+        problems, seconds, key = _check_audio(u, self.audio)
         if row.content.get("segments") is not None and all(p.warning for p in problems):
             # Audio that was not opened is believed to be long enough.
             end = math.inf if seconds is None else u.start + seconds
-            pieces, found = read_segments(u, self._reader, end)
+            pieces, found = read_segments(u, self.reader, end)
             problems += [*found, *(p for i, piece in enumerate(pieces)
                                    for p in _misplaced(piece, f"segments[{i}]."))]
         if seconds is not None and seconds > MAX_SECONDS:
@@ -171,9 +173,9 @@ class Checker:
     def _shared(self, u: Utterance, audio: str, path: Path, line: int) -> Iterator[Problem]:
         """The same audio or text in another manifest, and the same audio twice in one."""
         long_text = u.text if len(u.text.split()) >= _LEAK_WORDS else ""
+        # Rows without audio, or with few words, share an empty key that says nothing.
         for what, key in (("audio", audio), ("text", long_text)):
-            # Rows without audio, or with few words, share an empty key that says nothing.
-            file, first = self._seen.setdefault((what, key), (path, line))
+            file, first = self.seen.setdefault(f"{what} {key}", (path, line))
             if key and file != path:
                 yield Problem(what, "leak", f"the same {what} is in {file}:{first}; if one of the "
                               "manifests is there to test, take it out of the other")

@@ -177,11 +177,9 @@ def cache_dir() -> Path:
 
 
 def weight_names(names: Iterable[str]) -> list[str]:
-    """The weight files that transformers would load, sorted; empty where there are none.
-
-    One set only, and only with all of its shards: repositories also hold the same weights in other
-    formats and precisions.
-    """
+    """The weight files that transformers would load, sorted; empty where there are none. One set
+    only, and only with all of its shards: repositories also hold the same weights in other formats
+    and precisions."""
     present = sorted(names)
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         if f"{stem}.{suffix}" in present:
@@ -221,12 +219,10 @@ def weights_hash(folder: Path) -> str:
 
 
 def fetch_model(name: str, *, again: bool = False) -> Path:
-    """Folder with a saved model of the hub, `user/model` or `user/model@revision`.
-
-    A name stays what it was when first asked for, or last `again`: a run's settings, tasks and
-    weights are of one commit. Raises UserError: it is not there, cannot be reached and is not
-    cached, or is no model of ours.
-    """
+    """Folder with a saved model of the hub, `user/model` or `user/model@revision`. A name stays
+    what it was when first asked for, or last `again`: a run's settings, tasks and weights are of
+    one commit. Raises UserError: it is not there, cannot be reached and is not cached, or is no
+    model of ours."""
     if name in _fetched and not again:
         return _fetched[name]
     try:

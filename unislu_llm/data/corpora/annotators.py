@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 from unislu_llm.data.corpora import source
 from unislu_llm.data.corpora.source import Dropped, FileSource, Rows
@@ -25,7 +25,6 @@ _Item = tuple[str, list[tuple[str, int, int]] | None, list[str] | None, Any]
 class _Export(FileSource):
     """JSON lines or an array, an object a text."""
 
-    own: ClassVar[bool] = True
     task: str = "ner"  # Task of labelled spans.
     label_task: str = "sa"  # Task of labels of a whole text.
 
@@ -34,16 +33,18 @@ class _Export(FileSource):
             with source.as_published(where):
                 if (item := self.read(row, where, dropped)) is None:
                     continue
-                text, spans = source.tidy(item[0], item[1] or ())
+                said, spans, labels, audio = item
+                text, moved = source.tidy(said, spans or ())
             made: dict[str, Any] = {"id": str(row.get("id", f"{self.file.stem}-{number}")),
                                     "text": text}
-            made |= {} if item[1] is None else {registry[self.task].name: spans}
-            if (labels := item[2]) is not None:
+            if spans is not None:
+                made[registry[self.task].name] = moved
+            if labels is not None:
                 task = registry[self.label_task]
                 one = isinstance(task, LabelTask) and not task.multi and len(labels) == 1
-                made |= {task.name: labels[0] if one else labels}
-            if self.audio and item[3]:  # an address of the tool's server: its last part counts,
-                name = re.split(r"[/\\=]", str(item[3]))[-1]  # after Label Studio's eight digits
+                made[task.name] = labels[0] if one else labels
+            if self.audio and audio:  # an address of the tool's server: its last part counts,
+                name = re.split(r"[/\\=]", str(audio))[-1]  # after Label Studio's eight digits
                 plain = re.sub(r"^[0-9a-f]{8}-", "", name)
                 made["audio"] = name if (self.audio / name).is_file() else plain
             yield where, source.with_audio(made, self.audio, self.file)
@@ -109,9 +110,9 @@ class Prodigy(_Export):
             dropped[f"row dropped: answer: {answer}"].append(where)
             return None
         audio = row.get("path", "" if "data:" in row.get("audio", "") else row.get("audio"))
-        return (row.get("text") or row["transcript"], [
-            (s["label"], s["start"], s["end"]) for s in row["spans"]] if "spans" in row else None,
-            row.get("accept") or ([row["label"]] if "label" in row else None), audio)
+        spans = [(s["label"], s["start"], s["end"]) for s in row.get("spans", ())]
+        return (row.get("text") or row["transcript"], spans if "spans" in row else None,
+                row.get("accept") or ([row["label"]] if "label" in row else None), audio)
 
 
 class Doccano(_Export):
@@ -120,13 +121,12 @@ class Doccano(_Export):
     def read(self, row: dict[str, Any], where: str, dropped: Dropped) -> _Item | None:
         if row.get("relations"):
             dropped["annotation dropped: relations"].append(where)
-        if "entities" in row:
-            return (row["text"], [(e["label"], e["start_offset"], e["end_offset"])
-                                  for e in row["entities"]], None, row.get("audio"))
         given = row.get("label", row.get("labels")) or []
-        if not self._spans:
+        if "entities" not in row and not self._spans:
             return row["text"], None, given or None, row.get("audio")
-        return row["text"], [(a[2], a[0], a[1]) for a in given], None, row.get("audio")
+        spans = ([(e["label"], e["start_offset"], e["end_offset"]) for e in row["entities"]]
+                 if "entities" in row else [(label, start, end) for start, end, label in given])
+        return row["text"], spans, None, row.get("audio")
 
     @cached_property
     def _spans(self) -> bool:
@@ -141,7 +141,6 @@ class Brat(FileSource):
 
     The id is the file's name, and where it has several lines a number."""
 
-    own: ClassVar[bool] = True
     task: str = "ner"  # Task of the spans.
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:

@@ -28,7 +28,6 @@ class Table(FileSource):
     Spans and label sets in a cell are JSON, as a manifest has them; an empty cell is "not
     annotated". Without a column `id` the ids are the file's name and a number."""
 
-    own: ClassVar[bool] = True
     names: ClassVar[Mapping[str, str]] = {}  # columns by key of another tool, where it has them
     # Where columns have other names: KEY=COLUMN ..., e.g. audio=path text=sentence.
     columns: tuple[str, ...] = ()
@@ -60,7 +59,6 @@ class Nemo(Table):
 class CommonVoice(Table):
     """Common Voice: a split's TSV; its clips are in --audio, or in the folder clips beside it."""
 
-    own: ClassVar[bool] = False
     names: ClassVar[Mapping[str, str]] = {"id": "path", "audio": "path", "text": "sentence",
                                           "speaker": "client_id", "language": "locale"}
 
@@ -106,7 +104,6 @@ class Conll(FileSource):
     (id, audio, speaker, language, a task) describe the sentence that follows; the id is else file
     name and number. No blank follows a token with `SpaceAfter=No` in its line."""
 
-    own: ClassVar[bool] = True
     token_column: int = 0  # Column of the token, from 0.
     tag_column: int = -1  # Column of the tag; negative from the end.
     task: str = "ner"  # The task of the tags.
@@ -182,7 +179,6 @@ def read_cell(key: str, value: Any, registry: TaskRegistry, where: str) -> Any:
 class Kaldi(Source):
     """Own data in a Kaldi folder: text, wav.scp, segments, utt2spk, utt2lang."""
 
-    own: ClassVar[bool] = True
     folder: Path  # The folder with these files.
     audio: Path = Path()  # Folder from which the paths of wav.scp start; default: the current one.
 
@@ -221,7 +217,6 @@ class Kaldi(Source):
 class Hub(Source):
     """A data set of the Hugging Face hub, or of its package `datasets`."""
 
-    own: ClassVar[bool] = True
     # Name on the hub; or a folder that `save_to_disk` wrote, of data files, or of clips beside
     # metadata.csv or metadata.jsonl.
     name: str
@@ -237,7 +232,7 @@ class Hub(Source):
             yield from Table(metadata[0], columns=("audio=file_name", *self.columns)).rows(
                 registry, dropped, clips)
             return
-        names = {"audio": "audio"} | column_names(self.columns, registry)
+        names = {"audio": "audio", **column_names(self.columns, registry)}
         for i, cells in enumerate(load_split(self.name, self.config, self.split)):
             where = f"{self.name}[{i}]"
             row = {"id": f"{self.split}-{i}"} | renamed(cells, names, registry, where)
@@ -246,13 +241,9 @@ class Hub(Source):
             yield where, row
 
 
-def load_split(name: str, config: str, split: str,
-               advice: str = "is the name right, and the data whole?") -> Iterator[dict[str, Any]]:
+def load_split(name: str, config: str, split: str) -> Iterator[dict[str, Any]]:
     """Rows of a split of a data set, by its name on the hub or from a folder; audio undecoded, and
-    classes by their names.
-
-    Raises UserError: there is no such data set or split, or it cannot be read; with this advice.
-    """
+    classes by their names. Raises UserError: it is not there, or cannot be read."""
     import datasets
 
     folder = Path(name)
@@ -270,7 +261,8 @@ def load_split(name: str, config: str, split: str,
             yield row | {c: every[n] if n is not None and n >= 0 else None  # -1 is for none
                          for c, every in classes.items() for n in [row[c]]}
     except Exception as error:  # the package has no common class: no network, no agreement, ...
-        raise UserError(f"{name}, split '{split}': {error}; {advice}") from error
+        raise UserError(f"{name}, split '{split}': {error}; is the copy whole, or the name right, "
+                        "its agreement accepted on the hub, and `hf auth login` done?") from error
 
 
 def save_clip(audio: Mapping[str, Any], folder: Path, name: str) -> str | None:

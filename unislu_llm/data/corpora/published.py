@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from unislu_llm.data.corpora import source
-from unislu_llm.data.corpora.own_data import Hub, load_split, read_cell, save_clip
+from unislu_llm.data.corpora.own_data import CommonVoice, Hub, load_split, read_cell, save_clip
 from unislu_llm.data.corpora.source import Dropped, FileSource, Rows, Source
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import RAW_TO_COMBINED, Task, TaskRegistry
@@ -63,8 +63,6 @@ class Slurp(FileSource):
 
 class SpeechMassive(Hub):
     """Speech-MASSIVE: intents and slots (--name FBK-MT/Speech-MASSIVE --config de-DE)."""
-
-    own: ClassVar[bool] = False
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
         for i, item in enumerate(load_split(self.name, self.config, self.split)):
@@ -151,8 +149,10 @@ class _Tsv(Source):
 
 
 class SlueVoxPopuli(_Tsv):
-    """Entities of SLUE-VoxPopuli, original layout; in the seven combined labels, or where the tasks
-    have them (tasks_ontonotes.yaml) the 18 raw ones."""
+    """Entities of SLUE-VoxPopuli, original layout.
+
+    In the seven combined labels, or where tasks have them (tasks_ontonotes.yaml) the 18 raw ones.
+    """
 
     corpus = "voxpopuli"
     clip = "{split}/{id}.ogg"
@@ -180,11 +180,9 @@ class SlueHub(Source):
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
         if self.path is not None and not self.path.exists():  # or the hub is asked for this name
             raise UserError(f"--path {self.path} does not exist; correct it")
-        name = str(self.path or _SLUE[self.corpus][0])
-        advice = "is the copy whole?" if self.path else (
-            "accept the agreement on the hub and log in (`hf auth login`), or name a copy (--path)")
-        for i, row in enumerate(load_split(name, "" if self.path else self.corpus, self.split,
-                                           advice)):
+        name, config = ((str(self.path), "") if self.path else
+                        (_SLUE[self.corpus][0], self.corpus))
+        for i, row in enumerate(load_split(name, config, self.split)):
             clip = row.get("audio") or {}
             # Rows of dialogue acts have no id: the name of the clip has call, start and end in it.
             name = row.get("id") or Path(clip.get("path") or f"row-{i:05d}").stem
@@ -237,5 +235,6 @@ def _entities(value: Any, where: str, task: Task, dropped: Dropped) -> list[list
 
 
 SOURCES: dict[str, type[Source]] = {
-    "librispeech": LibriSpeech, "slurp": Slurp, "speech-massive": SpeechMassive, "msner": Msner,
-    "slue-voxpopuli": SlueVoxPopuli, "slue-voxceleb": SlueVoxCeleb, "slue-hub": SlueHub}
+    "common-voice": CommonVoice, "librispeech": LibriSpeech, "slurp": Slurp,
+    "speech-massive": SpeechMassive, "msner": Msner, "slue-voxpopuli": SlueVoxPopuli,
+    "slue-voxceleb": SlueVoxCeleb, "slue-hub": SlueHub}

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TextIO
+from typing import Any, TextIO
 
 from unislu_llm.data.row_reader import resolve
 from unislu_llm.errors import UserError
@@ -29,8 +29,6 @@ _MOST = 1 << 26  # characters of one JSON object
 class Source:
     """A corpus in some layout. The fields of each kind are the flags of its subcommand, and the
     comments behind them their help."""
-
-    own: ClassVar[bool] = False  # the user's: what is wrong is an error; no row is dropped for it
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
         """The rows one by one; what is left out is named in `dropped`, clips go to a folder."""
@@ -99,11 +97,8 @@ def read_objects(path: Path) -> Rows:
 
 
 def read_table(path: Path, needed: Sequence[str]) -> Rows:
-    """Rows of a CSV file, or by the suffix .tsv one parted by tabs.
-
-    Raises UserError: no such file; a `needed` column is missing, or any is there twice; a row has
-    another number of cells.
-    """
+    """Rows of a CSV file, or by the suffix .tsv one parted by tabs. Raises UserError: no such file;
+    a `needed` column is missing, or any is there twice; a row has another number of cells."""
     # In tab-separated text a quotation mark is speech, and often unpaired.
     dialect: Any = ({"delimiter": "\t", "quoting": csv.QUOTE_NONE}
                     if path.suffix.lower() == ".tsv" else {"strict": True})
