@@ -29,16 +29,15 @@ RUN_CONFIG, RUN_BEGAN = "config.yaml", "began.json"  # a run's settings; its kin
 def git_revision() -> str:
     """Commit of the checkout that runs, `+dirty` where files have changed; empty if it is none."""
     root = Path(__file__).resolve().parents[1]
-    # An installed package may lie inside a checkout of something else, whose commit says nothing.
-    if not (root / ".git").exists():
-        return ""
     # Tags are excluded, for they are no commits.
     git = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=40",
            "--dirty=+dirty"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        # An installed package may lie inside a checkout of something else, whose commit says
+        # nothing.
+        if (root / ".git").exists():
+            return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return ""
 
 
 @contextlib.contextmanager
@@ -81,15 +80,14 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def append_json(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON line."""
-    append_text(path, json.dumps(row, ensure_ascii=False) + "\n")
-
-
 def append_text(path: Path, text: str) -> None:
     """Append to a text file, which is made where it is missing."""
     with named(path), path.open("a", encoding="utf-8") as file:
         file.write(text)
+
+
+def append_json(path: Path, row: Mapping[str, Any]) -> None:
+    append_text(path, json.dumps(row, ensure_ascii=False) + "\n")
 
 
 def read_json(path: str | Path) -> dict[str, Any]:
@@ -254,9 +252,10 @@ def find_model(folder: str | Path) -> Path | None:
 
 def kind_of_run(folder: Path) -> str:
     """`speech_llm` or `whisper_slu`; empty for a run that does not say so yet."""
-    model, began = find_model(folder), folder / RUN_BEGAN
-    file, key = (began, "kind") if began.is_file() else (model and model / MODEL_FILE, "model_type")
-    return str(read_json(file)[key]) if file else ""
+    if (began := folder / RUN_BEGAN).is_file():
+        return str(read_json(began)["kind"])
+    model = find_model(folder)
+    return str(read_json(model / MODEL_FILE)["model_type"]) if model else ""
 
 
 def near_models(path: str | Path) -> str:

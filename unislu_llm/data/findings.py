@@ -39,7 +39,7 @@ class UnreadFields(dict[str, Unread]):
     """Keys of a manifest's rows that nothing reads; more rows are added one by one."""
 
     def __init__(self, path: str, registry: TaskRegistry, rows: Iterable[Row] = ()) -> None:
-        self._path, self._known = path, {*FIELDS, "condition", *registry.names}  # it is for people
+        self._path, self._known = path, (*FIELDS, "condition", *registry.names)  # it is for people
         for row in rows:
             self.add(row)
 
@@ -117,14 +117,12 @@ def _shared(train: Sequence[Example], dev: Sequence[Example]) -> Iterator[str]:
 
 def _tasks(train: Sequence[Example], dev: Sequence[Example]) -> Iterator[str]:
     trained, scored = (Counter(e.task for e in some if e.task) for some in (train, dev))
-    for task, n in scored.items():
-        if task not in trained:
-            yield (f"task '{task}': {_count(n, 'example')} in data.dev and none in data.train; it "
-                   "is scored, and counts for the best checkpoint, but does not train")
-    for task, n in trained.items() if dev else ():
-        if task not in scored:
-            yield (f"task '{task}': {_count(n, 'example')} in data.train and none in data.dev; it "
-                   "trains, and nothing measures it")
+    yield from (f"task '{task}': {_count(n, 'example')} in data.dev and none in data.train; it is "
+                "scored, and counts for the best checkpoint, but does not train"
+                for task, n in scored.items() if task not in trained)
+    yield from (f"task '{task}': {_count(n, 'example')} in data.train and none in data.dev; it "
+                "trains, and nothing measures it"
+                for task, n in trained.items() if dev and task not in scored)
     # Where no task is scored at all, the lines above have said so.
     if trained.keys() & scored.keys():
         sources: dict[str, Counter[bool]] = {}

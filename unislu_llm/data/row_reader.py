@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -148,15 +148,13 @@ class RowReader:
     def __post_init__(self) -> None:
         self._models = {phrases: _row_model(self.registry, phrases)
                         for phrases in {False, self.without_text}}
-        self._known = dict.fromkeys((*FIELDS, *self.registry.names))
-        # Rows of a manifest have the same keys.
-        self._lookalike = lru_cache(maxsize=4096)(partial(lookalike, known=self._known))
+        self._known = (*FIELDS, *self.registry.names)
 
     def read(self, row: Mapping[str, Any], source: str) -> tuple[Utterance | None, list[Problem]]:
         """The utterance of a row, None where there are problems, and these; `source` names it."""
         row = rewrite(dict(row), ("text", "hypothesis", *self.registry.names), composed)
         alike = [(key, like) for key in row if key not in self._known
-                 and (like := self._lookalike(key)) is not None]
+                 and (like := lookalike(key, self._known)) is not None]
         renamed = next((f"; rename '{key}'" for key, like in alike if like == "text"), "")
         values = {key: row[key] for key in self._known if row.get(key) is not None}
         unheard = self.without_text and not (renamed or row.get("text")) and "audio" in values
@@ -220,7 +218,8 @@ def _counts(key: str, like: str, row: Mapping[str, Any]) -> bool:
     return key not in _SYNONYMS or like not in _LENIENT
 
 
-def lookalike(key: str, known: Collection[str]) -> str | None:
+@lru_cache(maxsize=4096)  # rows of a manifest have the same keys
+def lookalike(key: str, known: tuple[str, ...]) -> str | None:
     """The key of a manifest that another key may stand for, by its letters or in another tool."""
     plain = key.casefold()
     if _SYNONYMS.get(plain, "") in known:

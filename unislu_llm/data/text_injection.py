@@ -65,7 +65,6 @@ class SimulationRates(BaseModel):
         return SimulationRates.model_validate(rates)
 
     def save(self, folder: Path) -> None:
-        """Write `simulation.json` into a folder."""
         write_saved(folder / RATES_FILE, self.model_dump_json(indent=1) + "\n")
 
     @classmethod

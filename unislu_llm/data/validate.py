@@ -27,7 +27,7 @@ from unislu_llm.data.mending import CURLY, HIDDEN, Mender, misplaced
 from unislu_llm.data.row_reader import Problem, RowReader
 from unislu_llm.errors import UserError
 from unislu_llm.io import atomic
-from unislu_llm.tasks import Span, SpanTask, Task, TaskRegistry
+from unislu_llm.tasks import Span, SpanTask, TaskRegistry
 from unislu_llm.utterance import Utterance
 
 AudioCheck = Literal["none", "header", "full"]
@@ -212,15 +212,10 @@ def _misplaced(u: Utterance, place: str = "") -> Iterator[Problem]:
 
 
 def _pace(u: Utterance, seconds: float | None) -> Iterator[Problem]:
-    if not seconds:
-        return
-    pace = len(u.text) / seconds
-    if pace > _FAST:
-        yield Problem("text", "pace", f"{pace:.0f} characters a second; text and audio hardly "
-                      "belong together")
-    elif pace < _SLOW and seconds >= _SLOW_FROM:
-        yield Problem("text", "pace", f"{len(u.text)} characters in {seconds:.1f} s; is the "
-                      "transcript whole?")
+    pace = len(u.text) / seconds if seconds else _SLOW
+    if seconds and (pace > _FAST or (pace < _SLOW and seconds >= _SLOW_FROM)):
+        doubt = "is the transcript whole?" if pace < _SLOW else "is it what is said there?"
+        yield Problem("text", "pace", f"{pace:.2g} characters a second; {doubt}")
 
 
 def _check_audio(u: Utterance, how: AudioCheck) -> tuple[list[Problem], float | None, str]:
@@ -316,8 +311,7 @@ class Summary:
 
     def __str__(self) -> str:
         lines = {
-            "rows": f"{self.rows + self.bad_rows} ({self.bad_rows} with errors, not counted "
-                    "below)",
+            "rows": f"{self.rows + self.bad_rows} ({self.bad_rows} with errors, not counted below)",
             "text-only rows": self.mute,
             "pseudo-labels": f"{self._n['pseudo']} rows, transcribed by a recogniser",
             "audio": f"{self._seconds / 3600:.2f} h; longest {self._longest:.1f} s; "
@@ -325,11 +319,9 @@ class Summary:
             "words": self._n["words"],
             "corpora": ", ".join(f"{name} {m}" for name, m in sorted(self._corpora.items())),
             "speakers": len(self._speakers) or "not given",
-            **{task.name: self._task_line(task) for task in self._registry},
+            **{task.name: f"{self._n[task.name]} rows"
+               + f" ({self._n[f'no {task.name}']} of them empty)" * isinstance(task, SpanTask)
+               + ": " + ", ".join(f"{label} {n}" for label, n in self.labels[task.name].items())
+               for task in self._registry},
             "no annotation": self._n["bare"]}
         return "\n".join(f"{name:<15} {value}" for name, value in lines.items())
-
-    def _task_line(self, task: Task) -> str:
-        empty = f" ({self._n[f'no {task.name}']} of them empty)" * isinstance(task, SpanTask)
-        listed = ", ".join(f"{label} {self.labels[task.name][label]}" for label in task.labels)
-        return f"{self._n[task.name]} rows{empty}: {listed}"

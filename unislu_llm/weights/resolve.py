@@ -105,10 +105,10 @@ def described(name: str) -> Found:
 
 def _from_folder(text: str, revision: str | None, files: Sequence[str]) -> Found:
     folder = Path(text).expanduser()
-    if not folder.is_dir():
-        raise NotHereError(f"local folder: there is none at {folder.absolute()}")
     if not (folder / "config.json").is_file():
-        raise NotHereError(f"local folder: {folder.absolute()} has no config.json")
+        place = folder.absolute()
+        raise NotHereError(f"local folder: {place} has no config.json" if folder.is_dir() else
+                           f"local folder: there is none at {place}")
     return Found(folder.resolve(), None)
 
 
@@ -206,8 +206,7 @@ def weights_hash(folder: Path) -> str:
     key = hashlib.sha256(str(folder).encode()).hexdigest()[:32]
     memo = cache_dir() / "hashes" / f"{key}.json"
     with contextlib.suppress(UserError):
-        known = read_json(memo)
-        if known.get("stamp") == stamp and isinstance(known.get("sha256"), str):
+        if (known := read_json(memo)).get("stamp") == stamp and known.get("sha256"):
             return str(known["sha256"])
     digest = hashlib.sha256()
     for file in files:

@@ -12,6 +12,7 @@ from typing import Any
 
 from unislu_llm.data.corpora import source
 from unislu_llm.data.corpora.source import Dropped, FileSource, Rows
+from unislu_llm.data.mending import from_utf16
 from unislu_llm.data.row_reader import lookalike
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import LabelTask, TaskRegistry
@@ -45,8 +46,8 @@ class _Export(FileSource):
                 made[task.name] = labels[0] if one else labels
             if self.audio and audio:  # an address of the tool's server: its last part counts,
                 name = re.split(r"[/\\=]", str(audio))[-1]  # after Label Studio's eight digits
-                plain = re.sub(r"^[0-9a-f]{8}-", "", name)
-                made["audio"] = name if (self.audio / name).is_file() else plain
+                made["audio"] = name if (self.audio / name).is_file() else re.sub(
+                    r"^[0-9a-f]{8}-", "", name)
             yield where, source.with_audio(made, self.audio, self.file)
 
     def read(self, row: dict[str, Any], where: str, dropped: Dropped) -> _Item | None:
@@ -66,7 +67,7 @@ class LabelStudio(_Export):
                     "row dropped: not annotated, or skipped"].append(where)
         data, spans, labels = row["data"], [], list[str]()
         text = data.get("text") or next((v for key, v in data.items() if isinstance(v, str) and (
-            key == "html" or lookalike(key, ["text"]))), "")  # any key may be shown
+            key == "html" or lookalike(key, ("text",)))), "")  # any key may be shown
         results = done[0]["result"] if done else []
         if any(region["type"] == "hypertextlabels" for region in results):
             text = html.unescape(re.sub(r"<[^>]*>", "", text))  # what is shown, and counted
@@ -79,9 +80,7 @@ class LabelStudio(_Export):
             elif kind in _SPANS and "text" in value:
                 start, end = map(value.get("globalOffsets", value).get, ("start", "end"))
                 if text[start:end] != value["text"]:  # JavaScript counts an emoji as two
-                    raw = text.encode("utf-16-le")
-                    start, end = (len(raw[:2 * n].decode("utf-16-le", "replace"))
-                                  for n in (start, end))
+                    start, end = from_utf16(text, start, end)
                 spans += [(label, start, end) for label in value[kind]]
             else:
                 dropped[f"annotation dropped: '{kind}' is no span of the text"].append(where)
@@ -95,8 +94,8 @@ class LabelStudio(_Export):
 def _minimal(row: dict[str, Any], label_task: str) -> Iterator[dict[str, Any]]:
     """The results of a row of JSON-MIN, which stand beside its data, as JSON has them."""
     for key, value in row.items():
-        if isinstance(value, str) and lookalike(key, [label_task]):
-            yield {"type": "choices", "value": {"choices": [value]}}
+        if isinstance(value, str) and lookalike(key, (label_task,)):
+            value = {"choices": [value]}
         for one in value if isinstance(value, list) else [value]:
             yield from ({"type": kind, "value": one} for kind in (*_SPANS, "choices")
                         if isinstance(one, dict) and kind in one)

@@ -57,8 +57,7 @@ class Slurp(FileSource):
                 yield where, row
             elif not files:
                 dropped["row dropped: no recording"].append(where)
-            for file in files:
-                yield where, row | {"id": file.stem, "audio": str(file)}
+            yield from ((where, row | {"id": f.stem, "audio": str(f)}) for f in files)
 
 
 class SpeechMassive(Hub):
@@ -103,12 +102,13 @@ def _understood(text: str, annotated: str, intent: str, where: str, registry: Ta
     if "intent" not in registry and "slots" not in registry:
         raise UserError("the corpus has intents and slots; name a tasks file with `intent` or "
                         "`slots`: --tasks-file recipes/configs/tasks_slurp.yaml")
-    bare, at, spans = "", 0, []
-    for slot in _SLOT.finditer(annotated):
-        bare += annotated[at:slot.start()]
-        spans.append((slot[1], len(bare), len(bare) + len(slot[2])))
-        bare, at = bare + slot[2], slot.end()
-    bare, slots = source.tidy(bare + annotated[at:], spans)
+    # What is before the first slot; then label and phrase of each, and what follows it.
+    bare, *rest = _SLOT.split(annotated)
+    spans = []
+    for label, phrase, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+        spans.append((label, len(bare), len(bare) + len(phrase)))
+        bare += phrase + after
+    bare, slots = source.tidy(bare, spans)
     row: dict[str, Any] = {"text": " ".join(text.split()), "intent": intent, "slots": slots}
     if bare.lower() != row["text"].lower():  # case may differ, and places do not
         dropped["annotation dropped: slots of another text"].append(where)
@@ -198,10 +198,10 @@ def _row(corpus: Corpus, row: Mapping[str, Any], audio: Path | str | None, where
     """A row of the corpus as a manifest has it; who reads it finds what is wrong with it."""
     task = registry[_SLUE[corpus][1]]
     text = str(row["text" if corpus == "hvb" else "normalized_text"] or "")
+    speaker = row.get("speaker_id")
     # The TSV files write `None`, pandas writes `nan` where a speaker is not known.
-    speaker = str(row.get("speaker_id") or "None")
     values = {"id": str(row["id"]), "text": text, "corpus": f"slue-{corpus}", "language": "en",
-              "speaker": None if speaker in ("None", "nan") else speaker,
+              "speaker": str(speaker) if str(speaker) not in ("None", "nan", "") else None,
               "audio": audio and str(audio)}
     if corpus == "voxpopuli":
         return values | {"ner": _entities(row.get("normalized_ner", ""), where, task, dropped)}
