@@ -24,6 +24,7 @@ from typing import Any, Literal
 import torch
 import tyro
 from benchmark import random_clips, random_model, wait
+from gpu_parts import adapters, decode, launches, shards
 from tabulate import tabulate
 from tiny_runs import tiny
 from torch import Tensor, nn
@@ -35,13 +36,12 @@ from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.decoding.engine import Engine
 from unislu_llm.io import write_json
 from unislu_llm.loss import weighted_loss
-from unislu_llm.models.base import SLUModel
-from unislu_llm.run_folder import load, versions
+from unislu_llm.models.base import SLUModel, gathered
+from unislu_llm.run_folder import versions
 from unislu_llm.training.optim import build_optimizer
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPES = [("base", "smollm2-135m"), ("medium", "qwen2.5-0.5b"), ("medium", "qwen2.5-7b")]
-ADAPTERS = ("whisper-base--smollm2-135m", "whisper-base--gemma-3-270m")
 
 
 @dataclass
@@ -49,7 +49,7 @@ class Options:
     """What is measured, and on what."""
 
     only: tuple[str, ...] = ()
-    """Parts: exact, train, profile, decode, adapters; default: all."""
+    """Parts: exact, train, decode, profile, shards, launches, adapters; default: all."""
     tiny: bool = False
     """Tiny models and few steps."""
     device: Literal["cuda", "cpu"] = "cuda"
@@ -123,7 +123,8 @@ def gradients(model: SLUModel, batch: Batch, bf16: bool) -> tuple[float, Tensor]
         batch = batch.to(model.device)
         loss = weighted_loss(model.losses(batch), batch.target_parts, "dynamic")
     loss.backward()
-    found = [p.grad.float().cpu().flatten() for p in model.parameters() if p.grad is not None]
+    found = [gathered(p.grad).float().cpu().flatten() for p in model.parameters()
+             if p.grad is not None]
     return loss.item(), torch.cat(found)
 
 
@@ -257,57 +258,6 @@ def profile(job: Job) -> Iterator[dict[str, Any]]:
                "cpu_ms": r.self_cpu_time_total / 1e3}
 
 
-# ---- (d) how fast it answers, (f) what
-
-
-def decode(job: Job) -> Iterator[dict[str, Any]]:
-    """Answers at several batch sizes, beside plain `generate` of the same LLM and prompt."""
-    encoder, llm = job.shapes[min(1, len(job.shapes) - 1)]
-    model, new = job.model(encoder, llm), 8 if job.options.tiny else 64
-    options = DecodeConfig(max_new_tokens=new, tokens_per_second=1000.0)
-    for size in (1, 2) if job.options.tiny else (1, 16, 64):
-        batch = job.batch(model, size)
-        engine, counted = Engine(model, options), list[int]()
-
-        def ours(batch: Batch = batch, engine: Engine = engine, n: list[int] = counted) -> None:
-            with torch.autocast(job.options.device, torch.bfloat16):
-                answers = engine.answer(batch, [()] * len(batch))
-            n[:] = [sum(sum(a.n_tokens.values()) for a in answers)]
-
-        prompt = torch.randn(size, 128, model.lm.config.hidden_size, dtype=torch.bfloat16,
-                             device=job.options.device)
-
-        def plain(cache: str | None, prompt: Tensor = prompt) -> None:
-            model.lm.generate(inputs_embeds=prompt, max_new_tokens=new, min_new_tokens=new,
-                              do_sample=False, cache_implementation=cache, pad_token_id=0)
-
-        ways: dict[str, Callable[[], None]] = {
-            "engine": ours, "generate": lambda: plain(None),
-            "generate, static cache": lambda: plain("static")}
-        for way, work in ways.items():
-            if "static" in way and job.options.device == "cpu":
-                continue
-            took = job.seconds(work, 2)
-            tokens = counted[0] if way == "engine" else size * new
-            yield {"way": way, "batch": size, "seconds": took, "tokens_per_s": tokens / took,
-                   "rtf": took / sum(batch.durations) if way == "engine" else None}
-
-
-def adapters(job: Job) -> Iterator[dict[str, Any]]:
-    """Answers of the shipped adapters on clips that ship, against the CPU's."""
-    from unislu_llm.decoding.predict import understand
-
-    clips = sorted((ROOT / "recipes/data/mini/audio").glob("iv_dev_*.opus"))
-    clips = clips[:2 if job.options.tiny else 20]
-    for name in ADAPTERS:
-        told = [[(a.transcript, a.outputs) for a in understand(
-            load(ROOT / "adapters" / name, device=device), clips)]
-            for device in ("cpu", job.options.device)]
-        yield {"adapter": name, "clips": len(clips),
-               "equal": sum(a == b for a, b in zip(*told, strict=True))}
-        free()
-
-
 def free() -> None:
     """Give memory back before the next model comes."""
     gc.collect()
@@ -316,7 +266,8 @@ def free() -> None:
 
 
 PARTS: dict[str, Callable[[Job], Iterator[dict[str, Any]]]] = {
-    "exact": exact, "train": train, "decode": decode, "profile": profile, "adapters": adapters}
+    "exact": exact, "train": train, "decode": decode, "profile": profile, "shards": shards,
+    "launches": launches, "adapters": adapters}
 
 
 def main(options: Options) -> int:

@@ -14,7 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,10 +89,20 @@ def train(bench: Bench, name: str, way: Way) -> list[float]:
     return [row["loss"] for row in read_metrics(run) if row["part"] == "train"]
 
 
-def run_all(bench: Bench) -> dict[str, dict[str, Any]]:
-    """What came of each way, the plain one first."""
+def wide_bench(home: Path) -> Bench:
+    """A corpus and tiny models; the LLM is wide enough for 4 bits, which come in blocks of 64."""
+    bench, tokenizer = Bench(home), tiny.make_tokenizer()
+    tiny.make_llm("llama", tokenizer, hidden_size=64, intermediate_size=128,
+                  head_dim=16).save_pretrained(home / "llm")
+    return bench
+
+
+def run_all(bench: Bench, only: Sequence[str] = ()) -> dict[str, dict[str, Any]]:
+    """What came of each way (or of some), the plain one first."""
     found: dict[str, dict[str, Any]] = {}
     for name, way in WAYS.items():
+        if only and name not in only:
+            continue
         if way.needs and not importlib.util.find_spec(way.needs):
             found[name] = {"status": "not run", "why": f"{way.needs} is not installed"}
         elif "processes" in name and torch.cuda.device_count() == 1:
@@ -135,11 +145,7 @@ def main(options: Options) -> None:
     if not options.table:
         device = torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"
         with tempfile.TemporaryDirectory() as folder:
-            bench, tokenizer = Bench(Path(folder)), tiny.make_tokenizer()
-            # 4 bits come in blocks of 64.
-            tiny.make_llm("llama", tokenizer, hidden_size=64, intermediate_size=128,
-                          head_dim=16).save_pretrained(bench.home / "llm")
-            found = run_all(bench)
+            found = run_all(wide_bench(Path(folder)))
         write_json(RESULTS / f"{device.replace(' ', '-').lower()}.json", {
             "versions": versions(), "device": device, "ways": found})
     write_page(f"{table(read_results())}\n", ROOT / "README.md", "eval/what_ran.py")

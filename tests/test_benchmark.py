@@ -47,7 +47,7 @@ def test_the_gpu_job_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.syspath_prepend(str(folder))
     monkeypatch.setattr("sys.argv", [
         "gpu_job.py", "--tiny", "--device", "cpu", "--steps", "1", "--out", str(tmp_path),
-        "--only", "exact", "train", "decode"])
+        "--only", "exact", "train", "decode", "shards"])
     with pytest.raises(SystemExit) as stop:
         runpy.run_path(str(folder / "gpu_job.py"), run_name="__main__")
     assert stop.value.code == 0, capsys.readouterr().out
@@ -55,5 +55,8 @@ def test_the_gpu_job_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [row["equal"] for row in exact if "equal" in row] == [4, 4]
     assert all(row["gradient_difference"] < (0.1 if "bf16" in row["what"] else 1e-6)
                for row in exact if "loss" in row)
+    shards = json.loads((tmp_path / "shards.json").read_text())["rows"]
+    assert [row["what"][:3] for row in shards if row["gradient_difference"] < 1e-5] == [
+        "whi", "llm"]
     train = json.loads((tmp_path / "train.json").read_text())["rows"]
     assert [row["way"] for row in train if "failed" in row] in ([], ["4-bit"])

@@ -132,7 +132,8 @@ def open_audio(name: str | Path, content: bytes | None = None) -> soundfile.Soun
     if content is None and not os.path.isfile(name):  # of a name that cannot be, unlike `is_file()`
         if address := _ADDRESS.search(Path(name).as_posix()):  # `pathlib` makes two slashes one
             url = f"{address[1]}://{address[2]}"
-            raise UserError(f"{url}: is an address, not a file; download it: curl -LO '{url}'")
+            how = f": curl -LO '{url}'" if url.startswith("http") else " first"
+            raise UserError(f"{url}: is an address, not a file; download it{how}")
         raise UserError(f"{name}: not a file; give an audio file" if os.path.exists(name) else
                         f"{name}: audio file does not exist; correct the path (in a manifest: from "
                         "its folder)")
