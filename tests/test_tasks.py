@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.tiny import unified_string
 from unislu_llm.data.row_reader import FIELDS
 from unislu_llm.decoding.answer import Answer
 from unislu_llm.errors import UserError
 from unislu_llm.scoring.predictions import Prediction
 from unislu_llm.tasks import NER, RESERVED, SA, SEPARATOR, LabelTask, SpanTask, TaskRegistry
-from unislu_llm.unified import encode, parse, render
+from unislu_llm.unified import parse
 from unislu_llm.utterance import Utterance
 
 SLOTS = {"kind": "span", "name": "slots", "marker": "[SLOTS]", "labels": ["CITY", "TIME"],
@@ -106,7 +107,7 @@ def test_a_new_task_comes_from_yaml_alone(tmp_path: Path) -> None:
     assert list(registry) == list(made)
     utterance = Utterance("1", None, "hello how are you",
                           {"acts": ("greeting", "question"), "ner": ()})
-    text = render(encode(utterance, registry["acts"]))
+    text = unified_string(utterance, registry["acts"])
     assert text == "hello how are you[T/L][DA][A]question[/A][A]greeting[/A]"
     parsed = parse(text, registry, "acts")
     assert parsed.outputs == ("question", "greeting")

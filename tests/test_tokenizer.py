@@ -11,12 +11,13 @@ from hypothesis import strategies as st
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerFast
 
+from tests.tiny import unified_string
 from unislu_llm import weights
 from unislu_llm.errors import UserError
 from unislu_llm.loss import ASR_PART, TASK_PART
 from unislu_llm.tasks import NER, SA, LabelTask, Span, TaskRegistry
 from unislu_llm.tokenizer import Example, UnifiedTokenizer, make_examples
-from unislu_llm.unified import encode, find_marker, parse, render
+from unislu_llm.unified import encode, find_marker, parse
 from unislu_llm.utterance import Utterance
 
 ACTS = LabelTask("acts", "[DA]", ("yes", "thank you", "naïve 東"), "[A]", "[/A]", multi=True)
@@ -100,7 +101,7 @@ def test_ids_decode_to_the_unified_string_and_have_their_parts(
         tokenizer: UnifiedTokenizer, utterance: Utterance) -> None:
     for task in (None, *REGISTRY):
         target = tokenizer.target(Example(utterance, None if task is None else task.name))
-        unified = render(encode(utterance, task))
+        unified = unified_string(utterance, task)
         # The end of text adds nothing, and what follows it does not count.
         for ids in (target.ids, target.ids[:-1], [*target.ids, *target.ids]):
             assert tokenizer.decode(ids) == unified
@@ -236,6 +237,6 @@ def test_real_tokenizers_spell_targets_back(name: str) -> None:
                           {"ner": (Span("ORG", start, stop),), "acts": ACTS.labels})
             for task in (NER, ACTS):
                 ids = tokenizer.target(Example(u, task.name)).ids
-                assert tokenizer.decode(ids) == render(encode(u, task))
+                assert tokenizer.decode(ids) == unified_string(u, task)
                 assert ids.count(tokenizer.eos_id) == 1
             check_phrase(tokenizer, u)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.tiny import unified_string
 from unislu_llm.errors import UserError
 from unislu_llm.loss import ASR_PART, TASK_PART
 from unislu_llm.tasks import ASR, NER, SA, LabelTask, Span, SpanTask, Task, TaskRegistry
@@ -21,7 +22,6 @@ from unislu_llm.unified import (
     find_marker,
     parse,
     reference_output,
-    render,
 )
 from unislu_llm.utterance import Utterance
 
@@ -93,16 +93,16 @@ def test_the_strings_of_the_paper() -> None:
     text = "the council of europe met"
     u = Utterance("u", None, text,
                   {"ner": (Span("PLACE", 15, 21), Span("ORG", 4, 11)), "sa": "Positive"})
-    assert render(encode(u, NER)) == text + "[T/L][NER][ORG]council[/ORG][PLACE]europe[/PLACE]"
-    assert render(encode(u, SA)) == text + "[T/L][SA][S]Positive[/S]"
-    assert render(encode(u, None)) == text
-    assert render(encode(Utterance("u", None, text, {"ner": ()}), NER)) == text + "[T/L][NER]"
+    assert unified_string(u, NER) == text + "[T/L][NER][ORG]council[/ORG][PLACE]europe[/PLACE]"
+    assert unified_string(u, SA) == text + "[T/L][SA][S]Positive[/S]"
+    assert unified_string(u, None) == text
+    assert unified_string(Utterance("u", None, text, {"ner": ()}), NER) == text + "[T/L][NER]"
 
 
 def test_a_transcript_keeps_its_punctuation() -> None:
     text = "yes, of course: it's 5 o'clock."
     u = Utterance("u", None, text, {"ner": (Span("WHEN", 21, 31),)})
-    assert render(encode(u, NER)) == text + "[T/L][NER][WHEN]5 o'clock.[/WHEN]"
+    assert unified_string(u, NER) == text + "[T/L][NER][WHEN]5 o'clock.[/WHEN]"
 
 
 @settings(deadline=None, max_examples=150)
@@ -111,12 +111,12 @@ def test_parse_is_the_inverse_of_encode(data: st.DataObject) -> None:
     registry = data.draw(registries())
     utterance = data.draw(annotated(registry))
     for task in registry:
-        parsed = parse(render(encode(utterance, task)), registry, task.name)
+        parsed = parse(unified_string(utterance, task), registry, task.name)
         assert parsed == Parsed(utterance.text, task.name, said(task, utterance))
         assert reference_output(utterance, task) == said(task, utterance)
         # Without being told the task.
-        assert parse(render(encode(utterance, task)), registry) == parsed
-    assert parse(render(encode(utterance, None)), registry, ASR) == Parsed(utterance.text)
+        assert parse(unified_string(utterance, task), registry) == parsed
+    assert parse(unified_string(utterance, None), registry, ASR) == Parsed(utterance.text)
 
 
 @settings(deadline=None, max_examples=50)

@@ -24,7 +24,8 @@ from unislu_llm.config import Config, ModelConfig
 from unislu_llm.models.projectors import NONE
 from unislu_llm.models.speech_llm import SpeechLLM
 from unislu_llm.models.whisper_slu import WhisperSLU
-from unislu_llm.tasks import Span, TaskRegistry
+from unislu_llm.tasks import Span, Task, TaskRegistry
+from unislu_llm.unified import encode
 from unislu_llm.utterance import Utterance
 
 TEXTS = (
@@ -151,6 +152,10 @@ def make_whisper_slu(*, seed: int = 0, whisper_options: dict[str, Any] | None = 
     config = model_config(**{"encoder_mode": "full"} | settings)
     torch.manual_seed(seed)
     return WhisperSLU(config, registry or TaskRegistry(), whisper, tokenizer).eval()
+
+
+def unified_string(utterance: Utterance, task: Task | None) -> str:
+    return "".join(piece.text for piece in encode(utterance, task))
 
 
 def write_utterances(folder: Path, *, seconds: Sequence[float] = (0.9, 1.6, 0.6, 1.2),

@@ -50,18 +50,9 @@ def _as_given(info: tyro.constructors.PrimitiveTypeInfo
 
 def parse_flags(config: Config, args: Sequence[str], *, prog: str | None = None,
                 description: str = "", extra: Extra | None = None) -> Config:
-    """A configuration with flags laid over it.
-
-    Args:
-        config: defaults of the flags, which `--help` shows.
-        args: command line without the program.
-        prog: name of the program in `--help`.
-        description: shown by `--help`.
-        extra: flags beside the settings, parsed and left out.
-
-    Raises UserError: a value out of bounds, or a list that is given twice. SystemExit: an unknown
-    flag, or help was asked for.
-    """
+    """A configuration with flags laid over it; those of `extra` are parsed and left out. Raises
+    UserError: a value out of bounds, or a list that is given twice. SystemExit: an unknown flag, or
+    help was asked for."""
     refuse_repeats(args, Config, nested=True)
     everything = any(arg.replace("_", "-") == "--help-all" for arg in args)
     if everything:
@@ -87,8 +78,8 @@ def parse_flags(config: Config, args: Sequence[str], *, prog: str | None = None,
                 print(said.getvalue(), end="", file=sys.stderr)
             raise
         # pydantic knows the class of the section, and what lies in it, but not where it lies.
-        place, kind = next((found for found in _sections(Config)
-                            if found[1].__name__ == fault.title), ((), Config))
+        place, kind = next((found for found in _parameters(Config)
+                            if getattr(found[1], "__name__", "") == fault.title), ((), Config))
         raise explain(fault, kind, lambda at: flag_of((*place, *at))) from None
     return Config.model_validate(found.model_dump(include=set(Config.model_fields)))
 
@@ -99,27 +90,25 @@ def flag_of(place: Place) -> str:
 
 
 def refuse_repeats(args: Sequence[str], kind: Callable[..., Any], *, nested: bool = False) -> None:
-    """Raises UserError: a list flag is there twice, of which the parser would take the last.
-
-    `kind` is the function, dataclass or model whose parameters are the flags; `nested` says that
-    those of a model within it are written `--outer.inner`.
-    """
+    """Raises UserError: a list flag is there twice, of which the parser would take the last. `kind`
+    is the function, dataclass or model whose parameters are the flags; `nested` says that those of
+    a model within it are written `--outer.inner`."""
     flags = Counter(arg.partition("=")[0].replace("_", "-") for arg in args if arg[:2] == "--")
-    for name in _lists(kind, nested):
-        flag = "--" + name.replace("_", "-")
-        if flags[flag] > 1:
+    for place, hint in _parameters(kind):
+        flag = flag_of(place if nested else place[-1:])
+        if get_origin(hint) in (list, tuple, Sequence) and flags[flag] > 1:
             raise UserError(f"{flag} is given {flags[flag]} times; give all of its values behind "
                             f"one: {flag} A B")
 
 
-def _lists(kind: Any, nested: bool, prefix: str = "") -> Iterator[str]:
+def _parameters(kind: Any, place: Place = ()) -> Iterator[tuple[Place, Any]]:
+    """Place and type of each, and of those of the models and dataclasses among them."""
     hints = ({name: field.annotation for name, field in kind.model_fields.items()}
              if isinstance(kind, type) and issubclass(kind, BaseModel) else get_type_hints(kind))
     for name, hint in hints.items():
+        yield (*place, name), hint
         if isinstance(hint, type) and (issubclass(hint, BaseModel) or is_dataclass(hint)):
-            yield from _lists(hint, nested, f"{prefix}{name}." if nested else "")
-        elif get_origin(hint) in (list, tuple, Sequence):
-            yield prefix + name
+            yield from _parameters(hint, (*place, name))
 
 
 def _with_common_alone(model: type[Section]) -> type[Section]:
@@ -133,11 +122,3 @@ def _with_common_alone(model: type[Section]) -> type[Section]:
             fields[name] = (Annotated[kind, *field.metadata, tyro.conf.Suppress], field)
     made: Any = create_model(model.__name__, __base__=model, __doc__=model.__doc__, **fields)
     return made
-
-
-def _sections(model: type[Section], place: Place = ()) -> Iterator[tuple[Place, type[Section]]]:
-    for name, field in model.model_fields.items():
-        kind = field.annotation
-        if isinstance(kind, type) and issubclass(kind, Section):
-            yield (*place, name), kind
-            yield from _sections(kind, (*place, name))

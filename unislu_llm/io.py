@@ -17,34 +17,27 @@ from typing import IO, Any
 from unislu_llm.errors import UserError, hint
 from unislu_llm.text_files import read_text
 
-WEIGHTS_FILE = "model.safetensors"
-MODEL_FILE = "config.json"
-RATES_FILE = "simulation.json"
-"""Files of a saved model: what was trained, what it was trained on, the rates of text injection."""
-TRAINER_FILE = "trainer.json"
-SUMS_FILE = "SHA256SUMS"
-"""In a checkpoint: where the run stood, written last; the hash of every other file."""
-MODEL_TYPES = ("speech_llm", "whisper_slu")
-"""What a saved model may be; `models.KINDS` has their classes."""
-BEST, LAST = "best", "last"
-"""Folders of a run's checkpoints, which are saved models."""
-RUN_CONFIG, RUN_BEGAN = "config.yaml", "began.json"
-"""In a run folder: its settings; and of which kind, on which files it was begun."""
+# Of a saved model: what was trained, what it was trained on, the rates of text injection.
+WEIGHTS_FILE, MODEL_FILE, RATES_FILE = "model.safetensors", "config.json", "simulation.json"
+# Of a checkpoint: where the run stood, which is written last; the hash of every other file.
+TRAINER_FILE, SUMS_FILE = "trainer.json", "SHA256SUMS"
+MODEL_TYPES = ("speech_llm", "whisper_slu")  # `models.KINDS` has their classes
+BEST, LAST = "best", "last"  # folders of a run's checkpoints, which are saved models
+RUN_CONFIG, RUN_BEGAN = "config.yaml", "began.json"  # a run's settings; its kind, and its files
 
 
 def git_revision() -> str:
     """Commit of the checkout that runs, `+dirty` where files have changed; empty if it is none."""
     root = Path(__file__).resolve().parents[1]
-    # An installed package may lie inside a checkout of something else, whose commit says nothing.
-    if not (root / ".git").exists():
-        return ""
     # Tags are excluded, for they are no commits.
     git = ["git", "-C", str(root), "describe", "--always", "--exclude=*", "--abbrev=40",
            "--dirty=+dirty"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
+    with contextlib.suppress(OSError, subprocess.CalledProcessError):
+        # An installed package may lie inside a checkout of something else, whose commit says
+        # nothing.
+        if (root / ".git").exists():
+            return subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    return ""
 
 
 @contextlib.contextmanager
@@ -60,9 +53,7 @@ def named(path: str | Path) -> Iterator[None]:
 @contextlib.contextmanager
 def atomic(path: str | Path, mode: str = "w") -> Iterator[IO[Any]]:
     """Open a file that appears under its name when the block ends well, and not at all otherwise.
-
-    Its folder is made where it is missing. Text is UTF-8 with `\\n` line ends.
-    """
+    Its folder is made where it is missing. Text is UTF-8 with `\\n` line ends."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Machines that share a disk may give two processes one number.
@@ -89,23 +80,21 @@ def write_json(path: str | Path, value: Any, indent: int | None = 1) -> None:
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False, allow_nan=False) + "\n")
 
 
-def append_json(path: Path, row: Mapping[str, Any]) -> None:
-    """Append one JSON line."""
-    append_text(path, json.dumps(row, ensure_ascii=False) + "\n")
-
-
 def append_text(path: Path, text: str) -> None:
     """Append to a text file, which is made where it is missing."""
     with named(path), path.open("a", encoding="utf-8") as file:
         file.write(text)
 
 
+def append_json(path: Path, row: Mapping[str, Any]) -> None:
+    append_text(path, json.dumps(row, ensure_ascii=False) + "\n")
+
+
 def read_json(path: str | Path) -> dict[str, Any]:
     """A JSON object; a file that is missing or anything else is a `UserError`."""
+    text = read_text(path)
     try:
-        value = json.loads(read_text(path))
-    except UserError:
-        raise
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is not JSON: {error}") from error
     if not isinstance(value, dict):
@@ -114,25 +103,19 @@ def read_json(path: str | Path) -> dict[str, Any]:
 
 
 def read_json_lines(path: str | Path) -> list[dict[str, Any]]:
-    """The objects of a file of JSON lines.
-
-    Raises UserError: the file is missing, or a line is no JSON object; file and line are named.
-    """
+    """The objects of a file of JSON lines; raises UserError with file and line: it is none."""
     rows = []
     try:
         with Path(path).open(encoding="utf-8") as lines:
             for number, line in enumerate(lines, 1):
-                if not line.strip():
-                    continue
-                row = json.loads(line)
-                if not isinstance(row, dict):
-                    raise UserError(f"{path}:{number}: expected a JSON object, found "
-                                    f"{type(row).__name__}")
-                rows.append(row)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path} is no file of JSON lines: not UTF-8") from error
+                if line.strip():
+                    rows.append(json.loads(line))
+                    if not isinstance(rows[-1], dict):
+                        raise UserError(f"{path}:{number}: expected a JSON object, found "
+                                        f"{type(rows[-1]).__name__}")
+    except (OSError, UnicodeDecodeError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"{path} cannot be read: {why}") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise UserError(f"{path}:{number}: not JSON ({getattr(error, 'msg', 'too deep')}); write "
                         "one object a line") from error
@@ -179,13 +162,13 @@ def _read_sums(folder: Path, instead: str = "") -> dict[str, list[str]]:
         return sums
     text = path.read_text(encoding="utf-8", errors="replace")
     head, _, lines = text.partition("\n") if text.startswith("#") else ("", "", text)
-    for line in lines.splitlines():
-        found = re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\].*)", line)
-        # A list that somebody else wrote names nothing outside its folder.
-        if not found or ".." in Path(found[2]).parts:
-            raise UserError(f"{path} is damaged{instead}")
-        sums.setdefault(found[2], []).append(found[1])
-    if not sums or head not in ("", f"# {_digest(lines)}"):
+    found = [re.fullmatch(r"([0-9a-f]{64}) [ *]([^/\\].*)", line) for line in lines.splitlines()]
+    for line in found:
+        if line:
+            sums.setdefault(line[2], []).append(line[1])
+    # A list that somebody else wrote names nothing outside its folder.
+    outside = any(".." in Path(name).parts for name in sums)
+    if not all(found) or not sums or outside or head not in ("", f"# {_digest(lines)}"):
         raise UserError(f"{path} is damaged{instead}")
     return sums
 
@@ -196,9 +179,7 @@ def _digest(text: str) -> str:
 
 def check_saved(folder: str | os.PathLike[str], *names: str) -> None:
     """Compare the files of a saved model (default: all) with its `SHA256SUMS`, if it has one.
-
-    Raises UserError: one is missing or damaged; it is named, and of a run what to use instead.
-    """
+    Raises UserError: one is missing or damaged; it is named, and of a run what to use instead."""
     folder = Path(folder)
     last = folder.with_name(LAST)
     instead = f"; use {last}" if folder.name == BEST and is_saved_model(last) else ""
@@ -248,12 +229,10 @@ def is_saved_model(folder: str | Path) -> bool:
     # Ours, damaged or not: who loads it is told, and gets no other model in its place.
     if (folder / TRAINER_FILE).is_file():
         return True
-    if not (folder / WEIGHTS_FILE).is_file():
-        return False
-    try:
-        return read_json(folder / MODEL_FILE).get("model_type") in MODEL_TYPES
-    except UserError:
-        return False
+    with contextlib.suppress(UserError):
+        return ((folder / WEIGHTS_FILE).is_file()
+                and read_json(folder / MODEL_FILE).get("model_type") in MODEL_TYPES)
+    return False
 
 
 def checkpoint_folder(run: Path, name: str) -> Path:
@@ -273,9 +252,10 @@ def find_model(folder: str | Path) -> Path | None:
 
 def kind_of_run(folder: Path) -> str:
     """`speech_llm` or `whisper_slu`; empty for a run that does not say so yet."""
-    model, began = find_model(folder), folder / RUN_BEGAN
-    file, key = (began, "kind") if began.is_file() else (model and model / MODEL_FILE, "model_type")
-    return str(read_json(file)[key]) if file else ""
+    if (began := folder / RUN_BEGAN).is_file():
+        return str(read_json(began)["kind"])
+    model = find_model(folder)
+    return str(read_json(model / MODEL_FILE)["model_type"]) if model else ""
 
 
 def near_models(path: str | Path) -> str:

@@ -19,11 +19,8 @@ from pydantic.dataclasses import dataclass
 from unislu_llm.errors import UserError, dotted, explain, hint
 from unislu_llm.text_files import read_yaml
 
-SEPARATOR = "[T/L]"
-"""Marker between the transcript and the task part."""
-
-ASR = "asr"
-"""Name of an example that has a transcript and no task part. Every utterance has one."""
+SEPARATOR = "[T/L]"  # marker between the transcript and the task part
+ASR = "asr"  # name of an example that has a transcript and no task part; every utterance has one
 
 # Strict: YAML reads `yes`, `no` and `1` as no strings, and they must not turn into some.
 Text = Annotated[str, Strict()]
@@ -120,23 +117,15 @@ LabelValue = tuple[Span, ...] | tuple[str, ...] | str
 NER = SpanTask(
     name="ner", marker="[NER]",
     labels=("PLACE", "QUANT", "ORG", "WHEN", "NORP", "PERSON", "LAW"),
-    words={
-        "[NER]": "named entities",
-        "PLACE": "country city place",
-        "QUANT": "number amount quantity",
-        "ORG": "organization institution company",
-        "WHEN": "date time day",
-        "NORP": "nationality religion party",
-        "PERSON": "person name",
-        "LAW": "law treaty act",
-    },
-)
+    words={"[NER]": "named entities", "PLACE": "country city place",
+           "QUANT": "number amount quantity", "ORG": "organization institution company",
+           "WHEN": "date time day", "NORP": "nationality religion party", "PERSON": "person name",
+           "LAW": "law treaty act"})
 """SLUE-VoxPopuli named entities, the seven combined types."""
 
 SA = LabelTask(
     name="sa", marker="[SA]", labels=("Positive", "Neutral", "Negative"), open="[S]", close="[/S]",
-    words={"[SA]": "sentiment analysis", "[S]": "sentiment label", "[/S]": "end sentiment"},
-)
+    words={"[SA]": "sentiment analysis", "[S]": "sentiment label", "[/S]": "end sentiment"})
 """SLUE-VoxCeleb sentiment, three classes."""
 
 # Facts from slue-toolkit (asappresearch/slue-toolkit): generic_utils.py, raw_to_combined_tag_map.
@@ -151,16 +140,13 @@ RAW_TO_COMBINED: dict[str, str | None] = {
 
 
 class TaskRegistry:
-    """The tasks of a system, by name. Iterates in order of registration.
-
-    Raises UserError: a name or marker is used twice, or is not well formed.
-    """
+    """The tasks of a system, by name. Iterates in order of registration. Raises UserError: a name
+    or marker is used twice, or is not well formed."""
 
     def __init__(self, tasks: Iterable[Task] = (NER, SA)) -> None:
         self._tasks: dict[str, Task] = {}
         for task in tasks:
-            _check(task, self)
-            self._tasks[task.name] = task
+            self._add(task)
 
     def __getitem__(self, name: str) -> Task:
         if name not in self._tasks:
@@ -208,20 +194,17 @@ class TaskRegistry:
     def _placed(cls, rows: Iterable[tuple[Mapping[str, Any], str]]) -> TaskRegistry:
         registry = cls(())
         for row, where in rows:
-            task = _from_row(row, where)
-            try:
-                _check(task, registry)
-            except UserError as error:
-                raise UserError(f"{where}: {error}") from None
-            registry._tasks[task.name] = task
+            registry._add(_from_row(row, where), f"{where}: ")
         return registry
+
+    def _add(self, task: Task, where: str = "") -> None:
+        _check(task, self, f"{where}task '{task.name}'")
+        self._tasks[task.name] = task
 
     @classmethod
     def from_yaml(cls, path: str | Path | None) -> TaskRegistry:
-        """Read a YAML list of tasks; without a file: the built-in ones.
-
-        Raises UserError: unreadable file, unknown key, duplicate name or marker.
-        """
+        """Read a YAML list of tasks; without a file: the built-in ones. Raises UserError:
+        unreadable file, unknown key, duplicate name or marker."""
         if not path:
             return cls()
         if not Path(path).is_file():
@@ -238,7 +221,14 @@ def _from_row(row: Mapping[str, Any], where: str) -> Task:
     if not isinstance(row, Mapping):
         raise UserError(f"{where}: expected a mapping, found {type(row).__name__}")
     if "builtin" in row:
-        return _builtin(row, where)
+        name, known = str(row["builtin"]), {task.name: task for task in (NER, SA)}
+        if name not in known:
+            raise UserError(f"{where}.builtin: '{name}' is not one of {', '.join(known)}"
+                            f"{hint(name, known)}")
+        if len(row) > 1:
+            raise UserError(f"{where}: a builtin task is taken as it is; remove the other keys "
+                            f"({', '.join(map(str, row))}), or write out a task of your own")
+        return known[name]
     values = dict(row)
     kind: Any = {"span": SpanTask, "label": LabelTask}.get(str(values.pop("kind", None)))
     if kind is None:
@@ -249,20 +239,8 @@ def _from_row(row: Mapping[str, Any], where: str) -> Task:
         raise explain(error, kind, lambda place: f"{where}.{dotted(place)}") from None
 
 
-def _builtin(row: Mapping[str, Any], where: str) -> Task:
-    name, known = str(row["builtin"]), {task.name: task for task in (NER, SA)}
-    if name not in known:
-        raise UserError(f"{where}.builtin: '{name}' is not one of {', '.join(known)}"
-                        f"{hint(name, known)}")
-    if len(row) > 1:
-        raise UserError(f"{where}: a builtin task is taken as it is; remove the other keys "
-                        f"({', '.join(map(str, row))}), or write out a task of your own")
-    return known[name]
-
-
-def _check(task: Task, known: TaskRegistry) -> None:
+def _check(task: Task, known: TaskRegistry, where: str) -> None:
     """Whether a task can be told apart from the known ones, in a manifest and in decoded text."""
-    where = f"task '{task.name}'"
     if not _NAME.fullmatch(task.name) or task.name in RESERVED:
         taken = f", and not '{task.name}', which has a meaning already" * (task.name in RESERVED)
         raise UserError(f"{where}: a name is lower-case letters, digits and _{taken}; rename it")

@@ -33,10 +33,8 @@ def read_text(path: str | os.PathLike[str], most: int = _MOST_BYTES) -> str:
 
 def read_yaml(path: str | os.PathLike[str], loader: type[yaml.SafeLoader] = yaml.SafeLoader,
               ) -> tuple[yaml.Node | None, Any]:
-    """What a YAML file says, and the nodes that it was made from, which know their lines.
-
-    Raises UserError: it cannot be read, is no YAML (with its line), or means too much.
-    """
+    """What a YAML file says, and the nodes that it was made from, which know their lines. Raises
+    UserError: it cannot be read, is no YAML (with its line), or means too much."""
     text = read_text(path, _MOST_YAML)
     try:
         parser = loader(text)

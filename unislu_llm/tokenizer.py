@@ -61,15 +61,10 @@ class Target:
 
 
 class UnifiedTokenizer:
-    """A tokenizer and a task registry as one: utterances to targets, ids to unified strings.
-
-    Args:
-        base: any Hugging Face tokenizer; the markers are added to it in place.
-        registry: tasks whose markers it learns.
-        eos_id: id that ends a target; default: the tokenizer's end-of-text token.
-
-    Raises UserError: no end-of-text token, or a marker that the tokenizer has in another meaning.
-    """
+    """A tokenizer and a task registry as one: utterances to targets, ids to unified strings. `base`
+    is any Hugging Face tokenizer, to which the markers are added in place; `eos_id` ends a target
+    (default: its end-of-text token). Raises UserError: no end-of-text token, or a marker that the
+    tokenizer has in another meaning."""
 
     def __init__(self, base: PreTrainedTokenizerBase, registry: TaskRegistry,
                  eos_id: int | None = None) -> None:
@@ -122,10 +117,8 @@ class UnifiedTokenizer:
         return [j for i in ids for j in self._spelled.get(i, (i,))]
 
     def prompt_ids(self, text: str, *, first: bool = False) -> list[int]:
-        """Ids of a part of a prompt, in which special tokens may be written out.
-
-        The first part gets a beginning-of-text token where the tokenizer wants one.
-        """
+        """Ids of a part of a prompt, in which special tokens may be written out; the first gets a
+        beginning-of-text token where the tokenizer wants one."""
         ids = list(self.base(text, add_special_tokens=False)["input_ids"]) if text else []
         bos = self.base.bos_token_id
         wants = first and bos is not None and self.base("a")["input_ids"][0] == bos
@@ -134,8 +127,7 @@ class UnifiedTokenizer:
     def target(self, example: Example) -> Target:
         """Ids and parts of an example's target, the end of text included."""
         task = None if example.task is None else self.registry[example.task]
-        ids: list[int] = []
-        parts: list[int] = []
+        ids, parts = list[int](), list[int]()
         for piece in encode(example.utterance, task):
             new = [self.marker_ids[piece.text]] if piece.marker else self.text_ids(piece.text)
             ids += new

@@ -1,16 +1,15 @@
 """The unified format `transcript[T/L][task]outputs` (UniSLU, arXiv 2507.12951): encode and parse.
 
 A target is made of pieces; each is a marker (one token id) or plain text. Tokenizers see the
-pieces and never the joined string, so that no token straddles a marker. :func:`render` gives the
-string for people and files.
+pieces and never the joined string, so that no token straddles a marker.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import ASR, SEPARATOR, LabelTask, Span, SpanTask, Task, TaskRegistry
@@ -61,9 +60,8 @@ class Parsed:
 
 def encode(utterance: Utterance, task: Task | None) -> list[Piece]:
     """Pieces of the target of `utterance` for one annotated task, or for its transcript alone.
-
-    Raises UserError: the task is not annotated, a span does not fit the text, or an unknown label.
-    """
+    Raises UserError: the task is not annotated, a span does not fit the text, or an unknown
+    label."""
     pieces = [Piece(utterance.text, "asr", False)] if utterance.text else []
     if task is None:
         return pieces
@@ -76,11 +74,6 @@ def encode(utterance: Utterance, task: Task | None) -> list[Piece]:
         pieces += [Piece(opening, "task", True), Piece(text, "task", False),
                    Piece(closing, "task", True)]
     return pieces
-
-
-def render(pieces: Sequence[Piece]) -> str:
-    """The unified string, without blanks around markers."""
-    return "".join(piece.text for piece in pieces)
 
 
 def reference_output(utterance: Utterance, task: Task) -> Output:
@@ -101,7 +94,11 @@ def _groups(utterance: Utterance, task: Task) -> Iterator[tuple[str, str, str]]:
     """Opening marker, text and closing marker of every output."""
     where, value = f"{utterance.where}: {task.name}", utterance.labels[task.name]
     if isinstance(task, LabelTask):
-        yield from ((task.open, label, task.close) for label in _labels_of(task, value, where))
+        labels = [value] if isinstance(value, str) else [*map(str, value)]
+        if len({*labels} & {*task.labels}) < len(labels) or (not task.multi and len(labels) != 1):
+            raise UserError(f"{where}: {labels} must be {'labels' if task.multi else 'one label'} "
+                            f"of {', '.join(task.labels)}, none twice")
+        yield from ((task.open, label, task.close) for label in task.labels if label in labels)
         return
     # From left to right, as the transcript was just spoken: the order of an annotation file would
     # be one that no model can foresee.
@@ -116,29 +113,11 @@ def _groups(utterance: Utterance, task: Task) -> Iterator[tuple[str, str, str]]:
         yield task.open_of(label), phrase, task.close_of(label)
 
 
-def _labels_of(task: LabelTask, value: Iterable[Any], where: str) -> list[str]:
-    labels = [value] if isinstance(value, str) else [str(v) for v in value]
-    unknown = [label for label in labels if label not in task.labels]
-    if unknown or (not task.multi and len(labels) != 1):
-        raise UserError(f"{where}: {labels} must be {'labels' if task.multi else 'one label'} of "
-                        f"{', '.join(task.labels)}")
-    if len(set(labels)) < len(labels):
-        raise UserError(f"{where}: {labels} has a label twice; keep one")
-    return sorted(labels, key=task.labels.index)
-
-
 def parse(text: str, registry: TaskRegistry, task: str | None = None) -> Parsed:
-    """Read a decoded string. Never raises: every malformation is named, the rest is kept.
-
-    Args:
-        text: decoded string, end-of-text token removed.
-        registry: the tasks whose markers count.
-        task: that was asked for; None or `asr` accepts a bare transcript and any task.
-    """
+    """Read a decoded string, its end-of-text token removed. Never raises: every malformation is
+    named, the rest is kept. None or `asr` for `task` accepts a bare transcript and any task."""
     asked = None if task in (None, ASR) else task
-    stream = _stream(text, registry)
-    problems: list[str] = []
-    words: list[str] = []
+    stream, problems, words = _stream(text, registry), list[str](), list[str]()
     for chunk, is_marker in stream:
         if is_marker and chunk == SEPARATOR:
             break
@@ -182,13 +161,10 @@ def _read_groups(stream: Iterator[tuple[str, bool]], task: Task, registry: TaskR
     words: list[str] = []
     for chunk, is_marker in stream:
         if not is_marker:
-            if opening is None:
-                problems.append("text_outside")
-            else:
-                words.append(chunk)
+            words.append(chunk)
+            problems += ["text_outside"] * (opening is None)
         elif chunk in task.pairs:
-            if opening is not None:
-                problems.append("unclosed_tag")
+            problems += ["unclosed_tag"] * (opening is not None)
             opening, words = chunk, []
         elif chunk in task.pairs.values():
             if opening is None:
@@ -202,23 +178,15 @@ def _read_groups(stream: Iterator[tuple[str, bool]], task: Task, registry: TaskR
             opening = None
         else:
             problems.append("repeated_separator" if chunk in controls else "foreign_marker")
-    if opening is not None:
-        problems.append("unclosed_tag")
+    problems += ["unclosed_tag"] * (opening is not None)
 
 
 def _labels(task: LabelTask, texts: list[str], problems: list[str]) -> Output | None:
-    labels: list[str] = []
-    for text in texts:
-        if text not in task.labels:
-            problems.append("unknown_label")
-        elif text in labels and task.multi:
-            problems.append("repeated_label")
-        else:
-            labels.append(text)
+    known = [text for text in texts if text in task.labels]
+    problems += ["unknown_label"] * (len(texts) - len(known))
     if task.multi:
-        return tuple(sorted(labels, key=task.labels.index))
-    if not labels:
-        problems.append("missing_label")
-        return None
-    problems += ["extra_label"] * (len(labels) - 1)
-    return labels[0]
+        labels = tuple(label for label in task.labels if label in known)
+        problems += ["repeated_label"] * (len(known) - len(labels))
+        return labels
+    problems += ["extra_label"] * (len(known) - 1) if known else ["missing_label"]
+    return known[0] if known else None

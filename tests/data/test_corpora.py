@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import soundfile
 
+from tests.tiny import unified_string
 from unislu_llm.data import audio
 from unislu_llm.data.corpora import prepare, published
 from unislu_llm.data.corpora.own_data import Conll, Table
@@ -24,7 +25,6 @@ from unislu_llm.data.manifest import read_manifest
 from unislu_llm.data.row_reader import RowReader
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import RAW_TO_COMBINED, Span, TaskRegistry
-from unislu_llm.unified import encode, render
 from unislu_llm.utterance import Utterance
 
 CONFIGS = Path(__file__).parents[2] / "recipes" / "configs"
@@ -225,7 +225,7 @@ def test_raw_labels(voxpopuli: Path) -> None:
     assert [phrases(u) for u in rows] == [[("GPE", "paris"), ("DATE", "may")], [],
                                           [("EVENT", "euro two thousand")]]
     assert set(registry["ner"].labels) == set(RAW_TO_COMBINED)
-    target = render(encode(rows[2], registry["ner"]))
+    target = unified_string(rows[2], registry["ner"])
     assert target.endswith("[NER][EVENT]euro two thousand[/EVENT]")
 
 
@@ -299,7 +299,7 @@ def test_dialogue_acts_are_a_task_of_the_registry_alone(tmp_path: Path, hub: Any
     assert [u.id for u in found] == ["c0ffee_100_900", "c0ffee_900_990"]
     assert [u.labels["da"] for u in found] == [("statement_close", "thanks"), ()]
     assert not dropped
-    assert render(encode(found[0], HVB["da"])) == (
+    assert unified_string(found[0], HVB["da"]) == (
         "thanks bye[T/L][DA][A]statement_close[/A][A]thanks[/A]")
     rows[0]["dialog_acts"] = ["thanks", "shout"]
     assert len(read(SlueHub("hvb", "dev", with_audio=False), dropped)) == 1

@@ -16,8 +16,7 @@ import soundfile
 from unislu_llm.cli import main
 from unislu_llm.data.corpora import SOURCES, prepare
 from unislu_llm.data.corpora.own_data import Conll, Hub, Table
-from unislu_llm.data.corpora.reading import read_objects, tidy
-from unislu_llm.data.corpora.source import Source
+from unislu_llm.data.corpora.source import Source, read_objects, tidy
 from unislu_llm.data.manifest import iter_rows, read_manifest
 from unislu_llm.data.validate import validate
 from unislu_llm.errors import UserError
@@ -51,23 +50,7 @@ def made(source: Source, tasks: Path | None = None, **options: Any) -> tuple[lis
     return read_manifest(out, TaskRegistry.from_yaml(tasks), check_audio=True), page
 
 
-# ---- keys of other tools (item by item as users reported them)
-
-
-@pytest.mark.parametrize(("row", "said"), [
-    ({"audio": "a.wav", "offset": 2.0}, "offset: unknown key; did you mean 'start'?"),
-    ({"audio": "a.wav", "start_time": 2.0, "end_time": 4.0}, "end_time: .* 'end'"),
-    ({"label": [[4, 11, "ORG"]]}, r"label: is not read; 'ner' .* a list of \[label, start, end\]"),
-    ({"label": "Positive"}, "label: is not read; 'sa' .* a label"),
-    ({"entities": []}, "entities: unknown key; did you mean 'ner'"),
-    ({"file_name": "a.wav"}, "file_name: .*'audio'"),
-    ({"answer": "reject"}, "answer: is 'reject'; take the row out"),
-])
-def test_keys_that_change_the_meaning_of_a_row_are_errors(row: dict[str, Any], said: str,
-                                                          tmp_path: Path) -> None:
-    path = write(tmp_path / "m.jsonl", {"id": "a", "text": "the council met"} | row)
-    with pytest.raises(UserError, match=said):
-        read_manifest(path, TaskRegistry())
+# ---- keys of other tools; those that change the meaning of a row are in test_manifest.py
 
 
 def test_other_keys_that_nothing_reads_are_named_once(tmp_path: Path) -> None:

@@ -23,6 +23,9 @@ from unislu_llm.tasks import LabelTask, Span, SpanTask, Task
 STRICT = ConfigDict(strict=True)  # "1.5" is no number, nor is 1 a name
 
 
+Phrase = Annotated[str, Field(pattern=r"\S")]
+
+
 class _Labelled(BaseModel):
     """A labelled phrase: an object, or a list in the order of the fields."""
 
@@ -36,8 +39,7 @@ class _Labelled(BaseModel):
         if isinstance(value, list) and len(value) == len(names):
             return dict(zip(names, value, strict=True))
         if not isinstance(value, dict):
-            listed = ", ".join(names)
-            raise Refused("type", f"must be an object of {listed} or a list [{listed}], found "
+            raise Refused("type", f"must be an object or a list [{', '.join(names)}], found "
                           f"{shown(value)}")
         return value
 
@@ -45,7 +47,7 @@ class _Labelled(BaseModel):
 class _PhraseRow(_Labelled):
     """The phrase itself, which has one place in the text or is looked for when there is a text."""
 
-    phrase: str = Field(pattern=r"\S")
+    phrase: Phrase
 
 
 class _SpanRow(_Labelled):
@@ -80,10 +82,8 @@ Item = tuple[Place, _PhraseRow | _SpanRow]
 
 class SpanReader:
     """Reads the annotation of a span task: a list of spans and phrases, or phrases by label.
-
     `[["DRUG", 4, 11]]`, `[{"label": "DRUG", "phrase": "aspirin"}]`, `{"DRUG": ["aspirin"]}`. With
-    `phrases_alone` there is no text yet: the task is "not annotated" until phrases have places.
-    """
+    `phrases_alone` there is no text yet: the task is "not annotated" until phrases have places."""
 
     def __init__(self, task: SpanTask, phrases_alone: bool) -> None:
         label: Any = Annotated[str, AfterValidator(partial(_check_label, task))]
@@ -92,13 +92,10 @@ class SpanReader:
         self._phrase, self._span = kinds
         self._alone, self._task = phrases_alone, task
         item: Any = Annotated[Any, pydantic.PlainValidator(self._item)]
-        phrase: Any = Annotated[str, Field(pattern=r"\S")]
-        one_or_more: Any = Annotated[list[phrase], pydantic.BeforeValidator(
+        one_or_more: Any = Annotated[list[Phrase], pydantic.BeforeValidator(
             lambda value: [value] if isinstance(value, str) else value)]
-        listed: Any = list[item]
-        by_label: Any = dict[label, one_or_more]
-        self._list = pydantic.TypeAdapter[Any](listed, config=STRICT)
-        self._mapping = pydantic.TypeAdapter[Any](by_label, config=STRICT)
+        self._list = pydantic.TypeAdapter[Any](list[item], config=STRICT)
+        self._mapping = pydantic.TypeAdapter[Any](dict[label, one_or_more], config=STRICT)
 
     def __call__(self, value: Any, info: ValidationInfo) -> tuple[Span, ...] | None:
         text, language = said = info.context  # type: ignore[misc]

@@ -70,28 +70,23 @@ def encoder_length(n_mel: int) -> int:
 def load(path: str | Path, start: float = 0.0, end: float | None = None, *,
          max_seconds: float = math.inf, samples: Tensor | None = None) -> Tensor:
     """Read a file of any rate, or a stretch of it in seconds: mono `(samples,)` float32 at 16 kHz.
-
-    Of `samples`, which are that already, the stretch alone; `path` is then their name.
-
-    Raises:
-        UserError: the file is missing, unreadable or truncated, the stretch is empty, outside or
-            longer than `max_seconds`, or samples are not usable.
-    """
+    Of `samples`, which are that already, the stretch alone; `path` is then their name. Raises
+    UserError: the file is missing, unreadable or truncated, the stretch is empty, outside or longer
+    than `max_seconds`, or samples are not usable."""
     path = Path(path)
     if samples is not None:
-        first, last = _stretch(path, len(samples), SAMPLE_RATE, start, end, max_seconds)
+        first, last = crop(path, len(samples), SAMPLE_RATE, start, end, max_seconds)
         return samples[first:last]
     with open_audio(path) as sound:
         rate = sound.samplerate
-        first, last = _stretch(path, sound.frames, rate, start, end, max_seconds)
+        first, last = crop(path, sound.frames, rate, start, end, max_seconds)
         return to_mono(path, read_frames(path, sound, first, last), rate)
 
 
 def from_bytes(content: bytes, name: str) -> Tensor:
     """:func:`load` from the content of a file, which messages call `name`."""
-    with _open(name, content) as sound:
-        block = read_frames(name, sound, 0, sound.frames)
-        return to_mono(name, block, sound.samplerate)
+    with open_audio(name, content) as sound:
+        return to_mono(name, read_frames(name, sound, 0, sound.frames), sound.samplerate)
 
 
 def to_mono(name: object, block: np.ndarray, rate: float) -> Tensor:
@@ -131,21 +126,17 @@ def files_below(folder: Path, more: Collection[str] = ()) -> list[Path]:
                   key=Path.as_posix)
 
 
-def open_audio(path: Path) -> soundfile.SoundFile:
-    """Open for reading; refuse what is not there, not audio, truncated or without a length."""
-    if not os.path.isfile(path):  # of a name that cannot be, unlike `path.is_file()`
-        if address := _ADDRESS.search(path.as_posix()):  # `pathlib` makes two slashes one
+def open_audio(name: str | Path, content: bytes | None = None) -> soundfile.SoundFile:
+    """Open a file, or the content of one, for reading; refuse what is not there, not audio,
+    truncated or without a length."""
+    if content is None and not os.path.isfile(name):  # of a name that cannot be, unlike `is_file()`
+        if address := _ADDRESS.search(Path(name).as_posix()):  # `pathlib` makes two slashes one
             url = f"{address[1]}://{address[2]}"
             how = f": curl -LO '{url}'" if url.startswith("http") else " first"
             raise UserError(f"{url}: is an address, not a file; download it{how}")
-        raise UserError(f"{path}: " + ("not a file; give an audio file" if os.path.exists(path) else
-                        "audio file does not exist; correct the path (in a manifest: from its "
-                        "folder)"))
-    return _open(path)
-
-
-def _open(name: str | Path, content: bytes | None = None) -> soundfile.SoundFile:
-    """The file of this name, or what is called so."""
+        raise UserError(f"{name}: not a file; give an audio file" if os.path.exists(name) else
+                        f"{name}: audio file does not exist; correct the path (in a manifest: from "
+                        "its folder)")
     try:
         sound = soundfile.SoundFile(name if content is None else io.BytesIO(content))
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: headerless .raw
@@ -192,17 +183,8 @@ def _ogg_cut(handle: BinaryIO) -> bool:
     return len(page) < 27 or len(page) < 27 + page[26] + sum(page[27:27 + page[26]])
 
 
-def _stretch(name: object, frames: int, rate: int, start: float, end: float | None,
-             max_seconds: float) -> tuple[int, int]:
-    """:func:`crop`, of so many seconds at most."""
-    first, last = crop(name, frames, rate, start, end)
-    if (last - first) / rate > max_seconds:
-        raise UserError(f"{name}: {(last - first) / rate:.2f} s is longer than the limit of "
-                        f"{max_seconds:g} s; cut it with `start` and `end`, or drop it")
-    return first, last
-
-
-def crop(path: object, frames: int, rate: int, start: float, end: float | None) -> tuple[int, int]:
+def crop(path: object, frames: int, rate: int, start: float, end: float | None,
+         max_seconds: float = math.inf) -> tuple[int, int]:
     """First and last (exclusive) frame of a stretch in seconds, as slue-toolkit crops."""
     total = frames / rate
     last = total if end is None else end
@@ -214,6 +196,9 @@ def crop(path: object, frames: int, rate: int, start: float, end: float | None) 
     if stop <= begin:
         raise UserError(f"{path}: the stretch from {start:g} s to {last:g} s is empty; `end` must "
                         "be after `start`")
+    if (seconds := (stop - begin) / rate) > max_seconds:
+        raise UserError(f"{path}: {seconds:.2f} s is longer than the limit of {max_seconds:g} s; "
+                        "cut it with `start` and `end`, or drop it")
     return begin, stop
 
 
@@ -236,9 +221,8 @@ def read_frames(path: object, sound: soundfile.SoundFile, first: int, last: int)
         raise UserError(f"{path}: cannot be decoded ({error}); fetch or convert it again"
                         ) from error
     if len(block) == 0 or len(block) < last - first - END_SLACK * sound.samplerate:
-        raise UserError(f"{path}: the file is truncated: {len(block) / sound.samplerate:.2f} s of "
-                        f"{(last - first) / sound.samplerate:.2f} s can be decoded; fetch or "
-                        "convert it again")
+        raise UserError(f"{path}: the file is truncated: {len(block)} of {last - first} samples can"
+                        " be decoded; fetch or convert it again")
     return check_samples(path, block)
 
 
@@ -255,19 +239,14 @@ def check_samples(name: object, block: np.ndarray) -> np.ndarray:
 @torch.no_grad()
 def log_mel(samples: Tensor, n_mels: int = 80, *, lengths: Sequence[int] | None = None,
             pad_to_30s: bool = False) -> Tensor:
-    """Whisper's log-mel; frames past a clip's own length are zero, whatever is in the batch.
+    """Whisper's log-mel `(n_mels, frames)` or `(batch, n_mels, frames)`, float32; frames past a
+    clip's own length are zero, whatever is in the batch. Raises UserError: a clip is over 30 s.
 
     Args:
         samples: `(samples,)` or `(batch, samples)`, float, 16 kHz.
         n_mels: mel bins, 80, or 128 for large-v3 and turbo.
         lengths: valid samples of each clip; None: all.
         pad_to_30s: give 3,000 frames, what 30 s of zero-padded samples give.
-
-    Returns:
-        `(n_mels, frames)` or `(batch, n_mels, frames)` float32.
-
-    Raises:
-        UserError: a clip is longer than 30 s.
     """
     batch = samples.float().reshape(-1, samples.shape[-1])
     n_samples = [batch.shape[1]] * len(batch) if lengths is None else list(lengths)
@@ -297,11 +276,8 @@ def log_mel(samples: Tensor, n_mels: int = 80, *, lengths: Sequence[int] | None 
 
 def batch_log_mel(waves: Sequence[Tensor], n_mels: int = 80, *,
                   pad_to_30s: bool = False) -> tuple[Tensor, tuple[int, ...]]:
-    """:func:`log_mel` of clips `(samples,)` of different lengths, on one device.
-
-    Returns:
-        `(batch, n_mels, frames)`, and each clip's own frames, also with `pad_to_30s`.
-    """
+    """:func:`log_mel` of clips `(samples,)` of different lengths, on one device: `(batch, n_mels,
+    frames)`, and each clip's own frames, also with `pad_to_30s`."""
     lengths = [len(wave) for wave in waves]
     waves = [wave if len(wave) else wave.new_zeros(1) for wave in waves]  # an empty clip is silence
     # On a CPU they are faster one by one: a clip fits the caches, and no padding is transformed.

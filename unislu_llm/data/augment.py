@@ -90,7 +90,11 @@ class Augmenter:
 
     def __init__(self, config: AugmentConfig) -> None:
         self.config = config
-        self.noises = _scan(Path(config.noise)) if config.noise else []
+        # Files with their samples at 16 kHz, in the same order everywhere.
+        self.noises = [(path, audio.count_samples(path)) for path in (
+            audio.files_below(Path(config.noise)) if config.noise else ())]
+        if config.noise and not self.noises:
+            raise UserError(f"augment.noise: {config.noise} is no folder with audio files")
 
     def clip(self, example: Example, wave: Tensor, key: Key) -> tuple[Example, Tensor]:
         """Speed, gain and noise on samples `(S,)` at 16 kHz; or no speech, no text and no task."""
@@ -154,14 +158,6 @@ def add_noise(wave: Tensor, noise: Tensor, snr: float) -> Tensor:
 
 def _rms(wave: Tensor) -> float:
     return float(wave.double().pow(2).mean().sqrt())  # fp32 would lose what is quiet
-
-
-def _scan(folder: Path) -> list[tuple[Path, int]]:
-    """Audio files below a folder with their samples at 16 kHz, in the same order everywhere."""
-    paths = audio.files_below(folder)
-    if not paths:
-        raise UserError(f"augment.noise: {folder} is no folder with audio files")
-    return [(path, audio.count_samples(path)) for path in paths]
 
 
 class HypothesisDropout:

@@ -18,10 +18,8 @@ text without audio, or nothing."""
 
 @dataclass(frozen=True)
 class Batch:
-    """Padded tensors of some examples, all of one kind of input.
-
-    Lengths are plain integers, known on the CPU: no forward pass asks the device for them.
-    """
+    """Padded tensors of some examples, all of one kind of input. Lengths are plain integers, known
+    on the CPU: no forward pass asks the device for them."""
 
     examples: tuple[Example, ...]  # what the tensors were made of, in order
     kind: InputKind  # which of mel, frames and posteriors is there

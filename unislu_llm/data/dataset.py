@@ -37,10 +37,8 @@ class Item:
 
 @dataclass(eq=False)
 class SpeechDataset(Dataset[Item]):
-    """Examples with their input, asked by `(index, times drawn before)` or by a micro-batch.
-
-    Access raises UserError: audio is missing, unreadable or too long, or frames are lost.
-    """
+    """Examples with their input, asked by `(index, times drawn before)` or by a micro-batch. Access
+    raises UserError: audio is missing, unreadable or too long, or frames are lost."""
 
     examples: Sequence[Example]
     listens: bool = True  # whether the model takes speech; otherwise no audio is read
@@ -69,7 +67,7 @@ class SpeechDataset(Dataset[Item]):
     def __getitem__(self, draw: Draw) -> Item:
         example, key = self.examples[draw[0]], Key(self.seed, self.epoch, *draw)
         kind, augmenter = self.kind(example), self.augmenter
-        found: Tensor | Frames | SparsePosteriors | None = None
+        found: Any = None
         if kind == "posteriors" and self.injector is not None:
             found = self.injector(example, key)
         elif kind == "frames" and self.frame_cache is not None:

@@ -39,8 +39,7 @@ class UnreadFields(dict[str, Unread]):
     """Keys of a manifest's rows that nothing reads; more rows are added one by one."""
 
     def __init__(self, path: str, registry: TaskRegistry, rows: Iterable[Row] = ()) -> None:
-        # A condition is for people.
-        self._path, self._known = path, {*FIELDS, "condition", *registry.names}
+        self._path, self._known = path, (*FIELDS, "condition", *registry.names)  # it is for people
         for row in rows:
             self.add(row)
 
@@ -58,12 +57,12 @@ class UnreadFields(dict[str, Unread]):
 
 def _are_spans(text: str, value: Any) -> bool:
     """Labelled spans or phrases, in the forms of manifests or of other tools."""
-    return isinstance(value, list) and all(
-        isinstance(item.get("label", item.get("phrase")), str) if isinstance(item, dict)
-        else _is_place(text, item) for item in value)
+    return isinstance(value, list) and all(_is_span(text, item) for item in value)
 
 
-def _is_place(text: str, item: Any) -> bool:
+def _is_span(text: str, item: Any) -> bool:
+    if isinstance(item, dict):
+        return isinstance(item.get("label", item.get("phrase")), str)
     kinds = [type(part) for part in item] if isinstance(item, list) else []
     if kinds in ([str, int, int], [int, int, str]):
         # Alignments are written alike, with times where spans have characters.
@@ -84,7 +83,7 @@ def run_findings(train: Sequence[Example], dev: Sequence[Example], mixture: Mixt
                  f"is {100 * share:.2g} % of {samples} samples" for name, share, members, there
                  in zip(mixture.names, mixture.shares, mixture.members, kept, strict=True)
                  if not there]
-    return [*found, *_twice(drawn), *_leaks(drawn, dev), *_tasks(drawn, dev)]
+    return [*found, *_shared(drawn, dev), *_tasks(drawn, dev)]
 
 
 def unspelled(train: Sequence[Example], tokenizer: UnifiedTokenizer) -> Iterator[str]:
@@ -100,19 +99,16 @@ def unspelled(train: Sequence[Example], tokenizer: UnifiedTokenizer) -> Iterator
                f"'{shorten(back[at:])}': write it otherwise, or take another LLM")
 
 
-def _twice(train: Sequence[Example]) -> Iterator[str]:
-    clips: dict[Any, list[str]] = {}
-    for e in train:
-        u = e.utterance
+def _shared(train: Sequence[Example], dev: Sequence[Example]) -> Iterator[str]:
+    """Examples that are there twice, and clips that train and are scored."""
+    places: dict[Any, list[str]] = {}
+    for u, task in ((e.utterance, e.task) for e in train):
         if u.audio is not None:  # sentences alone may well be the same
-            clips.setdefault((u.audio, u.start, u.end, u.text, e.task), []).append(u.where)
-    if again := [places for places in clips.values() if len(places) > 1]:
+            places.setdefault((u.audio, u.start, u.end, u.text, task), []).append(u.where)
+    if again := [where for where in places.values() if len(where) > 1]:
         yield (f"data.train: {_count(len(again), 'example')} more than once there, the first as "
                f"{' and '.join(again[0][:2])}")
-
-
-def _leaks(train: Sequence[Example], dev: Sequence[Example]) -> Iterator[str]:
-    known = {(u.audio, u.start, u.end) for u in (e.utterance for e in train) if u.audio}
+    known = {place[:3] for place in places}
     clips = {(u.audio, u.start, u.end): u.where for u in (e.utterance for e in dev)}
     if both := [where for clip, where in clips.items() if clip in known]:
         yield (f"data.dev: {len(both)} of {len(clips)} clips are in data.train too, the first "
@@ -121,14 +117,12 @@ def _leaks(train: Sequence[Example], dev: Sequence[Example]) -> Iterator[str]:
 
 def _tasks(train: Sequence[Example], dev: Sequence[Example]) -> Iterator[str]:
     trained, scored = (Counter(e.task for e in some if e.task) for some in (train, dev))
-    for task, n in scored.items():
-        if task not in trained:
-            yield (f"task '{task}': {_count(n, 'example')} in data.dev and none in data.train; it "
-                   "is scored, and counts for the best checkpoint, but does not train")
-    for task, n in trained.items() if dev else ():
-        if task not in scored:
-            yield (f"task '{task}': {_count(n, 'example')} in data.train and none in data.dev; it "
-                   "trains, and nothing measures it")
+    yield from (f"task '{task}': {_count(n, 'example')} in data.dev and none in data.train; it is "
+                "scored, and counts for the best checkpoint, but does not train"
+                for task, n in scored.items() if task not in trained)
+    yield from (f"task '{task}': {_count(n, 'example')} in data.train and none in data.dev; it "
+                "trains, and nothing measures it"
+                for task, n in trained.items() if dev and task not in scored)
     # Where no task is scored at all, the lines above have said so.
     if trained.keys() & scored.keys():
         sources: dict[str, Counter[bool]] = {}

@@ -40,10 +40,8 @@ class Frames(NamedTuple):
 
 
 class FrameCache:
-    """Frames of one encoder, by the content of the audio.
-
-    `folder` may hold those of others too; for `settings` see :func:`encoder_settings`.
-    """
+    """Frames of one encoder, by the content of the audio; `folder` may hold those of others too,
+    and `settings` are those of :func:`encoder_settings`."""
 
     def __init__(self, folder: str | Path, settings: Mapping[str, Any]) -> None:
         self.folder, self.settings = Path(folder), settings
@@ -91,9 +89,8 @@ class FrameCache:
             with atomic(self.home / f"{name}.npy", "wb") as file:
                 file.write(data + struct.pack("<I", zlib.crc32(data)))
         except OSError as error:
-            raise UserError(f"data.frame_cache: {self.folder} cannot be written "
-                            f"({error.strerror or error}); make room, or give another folder"
-                            ) from error
+            raise UserError(f"data.frame_cache: {self.folder} cannot be written ({error}); make "
+                            "room, or give another folder") from error
 
 
 def encoder_settings(encoder: Any, precision: Precision) -> dict[str, Any]:
@@ -119,12 +116,9 @@ def build_frames(cache: FrameCache, encoder: Any, utterances: Iterable[Utterance
                  progress: str = "") -> int:
     """Store the frames that a cache lacks, longest clips first; how many this process computed.
 
-    It can be stopped at any time. Raises as :func:`load_clip` and :meth:`FrameCache.put`.
-
-    Args:
-        encoder: on `device`; log-mel `(batch, n_mels, T_mel)` and lengths to frames and lengths.
-        utterances: those without audio are passed over; of the others, each process takes a share.
-        progress: title of the progress bar; empty shows none.
+    The encoder, on `device`, takes log-mel `(batch, n_mels, T_mel)` and lengths to frames and
+    lengths. Each process takes a share of the utterances with audio, and can be stopped at any
+    time; `progress` names its bar. Raises as :func:`load_clip` and :meth:`FrameCache.put`.
     """
     unique = {(u.audio, u.start, u.end): u for u in utterances if u.audio is not None}
     # Dealt before looking what is there: by then another process may have stored some.

@@ -35,17 +35,12 @@ _INHERITED = ("corpus", "speaker", "language", "text_source")
 def load_examples(manifests: Sequence[str], registry: TaskRegistry, *, limit: int = 0,
                   flag: str = "data.train", scored: bool = False,
                   language: str = "") -> list[Example]:
-    """Examples of some manifests.
+    """Examples of some manifests, which messages call `flag`.
 
-    Args:
-        limit: at most so many examples of each manifest, evenly spread; 0 takes all.
-        flag: what names the manifests, for messages.
-        scored: rows without audio are refused, and ids that come twice in a corpus.
-        language: of rows that name none.
-
-    Raises:
-        UserError: no manifest is named, one has problems or rows that cannot be used, or all
-            annotations of `data.train` are of unknown tasks.
+    At most `limit` of each manifest, evenly spread; 0 takes all. Where they are `scored` rows
+    without audio are refused, and ids that come twice in a corpus. Raises UserError: no manifest is
+    named, one has problems or rows that cannot be used, or all annotations of `data.train` are of
+    unknown tasks.
     """
     if not manifests:
         raise UserError(f"{flag} names no manifest; list JSON-lines files in the config or give "
@@ -62,9 +57,9 @@ def load_examples(manifests: Sequence[str], registry: TaskRegistry, *, limit: in
                             f"predicted for it; take it out of {flag}")
         pseudo = sum(u.text_source is not None for u in utterances)
         if pseudo and flag != "data.train":
-            _warn_once("%s: the transcripts of %d of %d rows were written by a recogniser "
-                       "(`text_source`); WER and the phrases of spans are measured against these "
-                       "pseudo-labels, not against what was said", path, pseudo, len(utterances))
+            _warn_once(f"{path}: the transcripts of {pseudo} of {len(utterances)} rows were written"
+                       " by a recogniser (`text_source`); WER and the phrases of spans are measured"
+                       " against these pseudo-labels, not against what was said")
         found = make_examples(utterances, registry)
         # Manifests are often sorted by speaker or length: the first ones would be no sample.
         step = len(found) / limit if limit and len(found) > limit else 1.0
@@ -82,22 +77,20 @@ def load_examples(manifests: Sequence[str], registry: TaskRegistry, *, limit: in
 def _check_unread(unread: Sequence[Unread], registry: TaskRegistry, flag: str,
                   annotated: bool) -> None:
     """Say which annotations no task reads; raises UserError: `data.train` has no others."""
-    known = ", ".join(registry.names) or "none"
+    known, bare = ", ".join(registry.names) or "none", flag == "data.train" and not annotated
     advice = "describe it in a tasks file (--data.tasks FILE)"
+    nothing = f"{flag}: nothing is annotated for a known task ({known})"
     spans = [field for field in unread if field.spans]
     # A list of no tasks says that transcripts are all that is wanted.
-    if spans and not annotated and registry.names and flag == "data.train":
-        raise UserError(f"{flag}: nothing is annotated for a known task ({known}); is the field "
-                        f"{spans[0]} a task? Then {advice}; else take it out")
+    if spans and bare and registry.names:
+        raise UserError(f"{nothing}; is the field {spans[0]} a task? Then {advice}; else take it "
+                        "out")
     for field in spans:
-        _warn_once("%s: the field %s is no known task (%s) and is not read; if it is one, %s",
-                   flag, field, known, advice)
-    rest = ", ".join(str(field) for field in unread if not field.spans)
-    if rest and not annotated and flag == "data.train":
-        _warn_once("%s: nothing is annotated for a known task (%s), so that transcripts alone "
-                   "train; not read: %s; if one is a task, %s", flag, known, rest, advice)
-    elif rest:
-        _warn_once("%s: not read: %s", flag, rest)
+        _warn_once(f"{flag}: the field {field} is no known task ({known}) and is not read; if it is"
+                   f" one, {advice}")
+    if rest := ", ".join(str(field) for field in unread if not field.spans):
+        _warn_once(f"{nothing}, so that transcripts alone train; not read: {rest}; if one is a "
+                   f"task, {advice}" if bare else f"{flag}: not read: {rest}")
 
 
 def check_hypotheses(examples: Sequence[Example], model: ModelConfig) -> list[Example]:
@@ -126,10 +119,8 @@ def check_hypotheses(examples: Sequence[Example], model: ModelConfig) -> list[Ex
 
 
 def handle_long(utterances: Sequence[Utterance], registry: TaskRegistry) -> list[Utterance]:
-    """Utterances of at most 30 s, in order, with their durations; longer ones are cut.
-
-    Raises UserError: one for all rows that are too long and cannot be cut; or an unreadable file.
-    """
+    """Utterances of at most 30 s, in order, with their durations; longer ones are cut. Raises
+    UserError: one for all rows that are too long and cannot be cut; or an unreadable file."""
     reader = RowReader(registry)
     out, bad = list[Utterance](), list[str]()
     for u in utterances:

@@ -1,12 +1,10 @@
-"""Manifests: JSON lines, one utterance a row, checked row by row.
+"""Manifests: JSON lines, one utterance a row, checked row by row. `docs/data.md` lists the keys.
 
     {"id": "a", "audio": "wav/a.flac", "text": "...", "sa": "Neutral",
      "ner": [{"label": "ORG", "start": 4, "end": 11}]}
 
-`docs/data.md` lists the keys. A task of the registry stands under its name: spans (objects, or
-`[label, start, end]`), phrases (objects, `[label, phrase]`, or `{label: [phrase, ...]}`), a label,
-or a list of labels; `null` is "not annotated". Any other key is not read, which is said; one that
-would change the audio, its crop or its labels is an error.
+Any other key is not read, which is said; one that would change the audio, its crop or its labels is
+an error.
 """
 
 from __future__ import annotations
@@ -48,10 +46,8 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
               check_audio: bool = False, ids: Ids | None = None, without_text: bool = False,
               language: str = "", mend: Callable[[Any], Any] = dict) -> Iterator[Row]:
     """The rows of a manifest in one pass, good ones and bad ones, as :class:`RowReader` reads them.
-
     `ids` are those of manifests read before, to find repetitions; `mend` changes rows before they
-    are read. Raises UserError: there is no such file.
-    """
+    are read. Raises UserError: there is no such file."""
     path, ids = Path(path), {} if ids is None else ids
     if not path.is_file():
         raise UserError(f"{path}: manifest does not exist or is no file; give a JSON-lines file")
@@ -67,9 +63,8 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
             if not raw.strip():
                 continue
             if not line and re.match(rb"\s*\[\s*(\{|$)", raw):  # else a fault of every line
-                yield Row(0, problems=(Problem(
-                    "file", "json", "is one JSON array; write one object a line, without brackets "
-                    "and commas (`unislu prepare table --file FILE` does)", file=path),))
+                yield Row(0, problems=(Problem("file", "json", "is one JSON array; write one object"
+                                               " a line (`unislu prepare table` does)", path),))
                 return
             line, utterance = number, None
             content, problems = _parse(raw)
@@ -81,15 +76,12 @@ def iter_rows(path: str | Path, registry: TaskRegistry, *, corpus: str | None = 
             yield Row(line, content, None if problems else utterance,
                       tuple(problem._replace(file=path, line=line) for problem in problems))
     if not line:
-        nothing = Problem("file", "empty", "the manifest has no rows; give one a line", file=path)
-        yield Row(0, problems=(nothing,))
+        yield Row(0, problems=(Problem("file", "empty", "the manifest has no rows", path),))
 
 
 def read_rows(path: str | Path, registry: TaskRegistry, **options: Any) -> list[Row]:
     """All rows of a manifest, each with its utterance; `options` are those of :func:`iter_rows`.
-
-    Raises UserError: one for the whole file, with its number of problems and the first ten.
-    """
+    Raises UserError: one for the whole file, with its number of problems and the first ten."""
     rows = list(iter_rows(path, registry, **options))
     if problems := [str(problem) for row in rows for problem in row.problems]:
         raise UserError(f"{path}: {len(problems)} problem{'s' * (len(problems) > 1)}; correct the "
@@ -110,11 +102,9 @@ def first_ten(lines: Sequence[str]) -> str:
 
 
 def write_manifest(path: str | Path, utterances: Iterable[Utterance]) -> None:
-    """Write utterances as a manifest, whole or not at all.
-
-    :func:`read_manifest` reads them back equal but for `source`. Audio paths are relative. Raises
-    UserError: a value cannot be written (a number that is not finite, text not Unicode).
-    """
+    """Write utterances as a manifest, whole or not at all. :func:`read_manifest` reads them back
+    equal but for `source`. Audio paths are relative. Raises UserError: a value cannot be written (a
+    number that is not finite, text not Unicode)."""
     path = Path(path)
     with atomic(path) as handle:
         for u in utterances:
@@ -143,10 +133,11 @@ def _repeated_id(name: Any, path: Path, line: int, ids: Ids) -> list[Problem]:
     if not isinstance(name, str) or not name:
         return []  # which is a problem of its own
     file, first = ids.setdefault(name, (path, line))
+    if (file, first) == (path, line):
+        return []
     where = (f"line {first}; ids must be unique in a manifest" if file == path else
              f"{file}:{first}; an id may be in one of the manifests only")
-    message = f"'{shorten(name)}' is already the id of {where}"
-    return [] if (file, first) == (path, line) else [Problem("id", "duplicate_id", message)]
+    return [Problem("id", "duplicate_id", f"'{shorten(name)}' is already the id of {where}")]
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -24,9 +24,11 @@ def _counted(encoding: str, size: int, text: str, *span: int) -> Any:
                  if 0 <= at * size <= len(units) else -1 for at in span)
 
 
+from_utf16 = partial(_counted, "utf-16-le", 2)
+
 # How offsets may have been counted, the rarer ways first: they are hardly right by chance.
 GUESSES: dict[str, Change] = {
-    "offsets count UTF-16 units, in which an emoji is two": partial(_counted, "utf-16-le", 2),
+    "offsets count UTF-16 units, in which an emoji is two": from_utf16,
     "offsets count UTF-8 bytes": partial(_counted, "utf-8", 1),
     "offsets count from 1": lambda text, start, end: (start - 1, end - 1),
     "the end is inclusive": lambda text, start, end: (start, end + 1),

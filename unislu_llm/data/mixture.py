@@ -25,12 +25,8 @@ class Mixture:
 
     Every corpus is walked along permutations of its own, one after another, and the next epoch goes
     on where this one stopped. Where it stands follows from the epoch's number: no state to save.
-
-    Args:
-        groups: group of each example, by name.
-        shares: of each group, adding up to 1.
-        epoch_samples: examples an epoch draws; 0: as many as the groups with a share have.
-        seed: of all draws.
+    `shares` of the groups add up to 1; `epoch_samples` are what an epoch draws, 0: as many examples
+    as the groups with a share have.
     """
 
     def __init__(self, groups: Sequence[str], shares: Mapping[str, float],
@@ -79,9 +75,7 @@ class Mixture:
     def _walk(self, group: int, start: int, n: int) -> np.ndarray:
         """Steps `start` to `start + n` of a group's endless walk."""
         members = self.members[group]
-        if not n:
-            return members[:0]
-        first, last = start // len(members), (start + n - 1) // len(members)
+        first, last = start // len(members), (start + max(n, 1) - 1) // len(members)
         # Seeded by name: a walk does not depend on which other corpora there are.
         name = zlib.crc32(self.names[group].encode())
         passes = [np.random.default_rng((self.seed, name, turn, _WALK)).permutation(members)
@@ -115,29 +109,22 @@ def build_mixture(data: DataConfig, examples: Sequence[Example], seed: int) -> M
     """How a run mixes its corpora, if it does; raises UserError: weights that do not fit them."""
     if not data.weights and data.temperature == 1 and not data.epoch_samples:
         return None
-    groups = _groups(examples, data.weights)
-    raw = {name: data.weights[name] if data.weights else n ** (1 / data.temperature)
-           for name, n in Counter(groups).items()}
-    shares = {name: value / sum(raw.values()) for name, value in raw.items()}
-    return Mixture(groups, shares, data.epoch_samples, seed)
-
-
-def _groups(examples: Sequence[Example], weights: Mapping[str, float]) -> list[str]:
-    """Group in which each example is drawn: its corpus, or the key of `weights` that names it."""
     # An example is called by its row's corpus, else its manifest; and by its manifest.
     pairs = [(e.utterance.corpus, manifest_name(e.utterance.source.rpartition(":")[0]))
              for e in examples]
     names = [(manifest,) if corpus == "default" and manifest else (corpus, manifest)
              for corpus, manifest in pairs]
-    groups = [next((n for n in own if n in weights), own[0]) for own in names]
+    # It is drawn with its corpus, or with what the weights name.
+    groups = [next((n for n in own if n in data.weights), own[0]) for own in names]
     known = list(dict.fromkeys(name for own in names for name in own if name))
-    for name in weights:
-        if name not in groups:
-            near = hint(name, [other for other in known if other != name])
-            raise UserError(f"data.weights: '{name}' is no corpus or manifest, or all of its "
-                            f"examples have another weight{near}; known: {', '.join(known)}")
+    if unused := [name for name in data.weights if name not in groups]:
+        near = hint(unused[0], [other for other in known if other != unused[0]])
+        raise UserError(f"data.weights: '{unused[0]}' is no corpus or manifest, or all of its "
+                        f"examples have another weight{near}; known: {', '.join(known)}")
+    raw = data.weights or {n: c ** (1 / data.temperature) for n, c in Counter(groups).items()}
     # A corpus that was forgotten must not be left out in silence.
-    if weights and (missing := [name for name in dict.fromkeys(groups) if name not in weights]):
+    if missing := [name for name in dict.fromkeys(groups) if name not in raw]:
         raise UserError(f"data.weights: no weight for {', '.join(missing)}; give every corpus one "
                         "(0 leaves it out)")
-    return groups
+    shares = {name: value / sum(raw.values()) for name, value in raw.items()}
+    return Mixture(groups, shares, data.epoch_samples, seed)

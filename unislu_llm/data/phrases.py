@@ -26,7 +26,6 @@ def place_phrases(text: str, phrases: Sequence[tuple[str, str]], spans: Iterable
                   ) -> tuple[list[Span], dict[int, str]]:
     """Spans of `(label, phrase)`, in order of their places and without overlap; and by its index
     why a phrase has none: it is said less often than it is given, or more often, which is unclear.
-
     `spans` are taken places; with `first` a phrase that is said more often takes the first ones."""
     said, placed, why = _Transcript(text, language), list(spans), dict[int, str]()
     taken = bytearray(len(text))

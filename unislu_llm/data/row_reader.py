@@ -8,10 +8,10 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -134,37 +134,27 @@ def _row_model(registry: TaskRegistry, phrases: bool) -> type[_Row]:
 
 @dataclass
 class RowReader:
-    """Checks rows and makes utterances of them, in time linear in the size of a row.
+    """Checks rows and makes utterances of them, in time linear in the size of a row."""
 
-    Args:
-        registry: the tasks whose annotations are read.
-        folder: folder of the manifest, from which audio paths start.
-        corpus: corpus of rows that name none.
-        check_audio: also look whether audio files exist.
-        without_text: rows with audio may lack `text`: the utterance's is empty, and spans that are
-            given by their phrases are checked and left out of `labels`, unless there are none.
-        language: of rows that name none; phrases are looked for by its normaliser.
-    """
-
-    registry: TaskRegistry
-    folder: Path = Path()
-    corpus: str = "default"
-    check_audio: bool = False
+    registry: TaskRegistry  # the tasks whose annotations are read
+    folder: Path = Path()  # of the manifest, from which audio paths start
+    corpus: str = "default"  # of rows that name none
+    check_audio: bool = False  # also look whether audio files exist
+    # Rows with audio may lack `text`: the utterance's is empty, and spans that are given by their
+    # phrases are checked and left out of `labels`, unless there are none.
     without_text: bool = False
-    language: str = ""
+    language: str = ""  # of rows that name none; phrases are looked for by its normaliser
 
     def __post_init__(self) -> None:
         self._models = {phrases: _row_model(self.registry, phrases)
                         for phrases in {False, self.without_text}}
-        self._known = dict.fromkeys((*FIELDS, *self.registry.names))
-        # Rows of a manifest have the same keys.
-        self._lookalike = lru_cache(maxsize=4096)(partial(lookalike, known=self._known))
+        self._known = (*FIELDS, *self.registry.names)
 
     def read(self, row: Mapping[str, Any], source: str) -> tuple[Utterance | None, list[Problem]]:
         """The utterance of a row, None where there are problems, and these; `source` names it."""
         row = rewrite(dict(row), ("text", "hypothesis", *self.registry.names), composed)
         alike = [(key, like) for key in row if key not in self._known
-                 and (like := self._lookalike(key)) is not None]
+                 and (like := lookalike(key, self._known)) is not None]
         renamed = next((f"; rename '{key}'" for key, like in alike if like == "text"), "")
         values = {key: row[key] for key in self._known if row.get(key) is not None}
         unheard = self.without_text and not (renamed or row.get("text")) and "audio" in values
@@ -183,8 +173,8 @@ class RowReader:
                 problems.append(Problem(name, "marker", f"holds the marker {marker}, which could "
                                         f"not be told from a real one; take it out of the {name}"))
         # `speaker_id` beside `speaker` is metadata; alone it is a speaker that nobody would see.
-        problems += (Problem(key, "unknown_key", f"unknown key; did you mean '{like}'? Rename or "
-                             "remove it") for key, like in alike if self._counts(key, like, row))
+        problems += [Problem(key, "unknown_key", f"unknown key; did you mean '{like}'? Rename or "
+                             "remove it") for key, like in alike if _counts(key, like, row)]
         problems += self._of_other_tools(row)
         audio = values.get("audio")
         path = resolve(self.folder, audio) if isinstance(audio, str) else None
@@ -201,15 +191,6 @@ class RowReader:
             found.corpus or self.corpus, found.duration, source,
             None if found.hypothesis is None else " ".join(found.hypothesis.split()),
             found.text_source, found.segments if isinstance(found.segments, list) else None), []
-
-    def _counts(self, key: str, like: str, row: Mapping[str, Any]) -> bool:
-        """Whether a key that is not read, and looks like another, makes the row another one."""
-        if row.get(like) is not None or like == "text" or row[key] is None:
-            return False
-        if key not in _SYNONYMS:
-            return True
-        crop = like in ("start", "end")  # of text, or from the start of the audio, it is none
-        return bool(row[key] and row.get("audio")) if crop else like not in _LENIENT
 
     def _of_other_tools(self, row: Mapping[str, Any]) -> Iterator[Problem]:
         """Annotations under other tools' names, and what an annotator threw away."""
@@ -228,7 +209,17 @@ class RowReader:
                     break
 
 
-def lookalike(key: str, known: Collection[str]) -> str | None:
+def _counts(key: str, like: str, row: Mapping[str, Any]) -> bool:
+    """Whether a key that is not read, and looks like another, makes the row another one."""
+    if row.get(like) is not None or like == "text" or row[key] is None:
+        return False
+    if key in _SYNONYMS and like in ("start", "end"):  # of text, or from the start, it is no crop
+        return bool(row[key] and row.get("audio"))
+    return key not in _SYNONYMS or like not in _LENIENT
+
+
+@lru_cache(maxsize=4096)  # rows of a manifest have the same keys
+def lookalike(key: str, known: tuple[str, ...]) -> str | None:
     """The key of a manifest that another key may stand for, by its letters or in another tool."""
     plain = key.casefold()
     if _SYNONYMS.get(plain, "") in known:
@@ -247,10 +238,9 @@ def _explain(error: pydantic.ValidationError, row: Mapping[str, Any],
         place = tuple(part for part in found["loc"] if part != "[key]")  # pydantic's own word
         field, kind, message = dotted(place), found["type"], found["msg"]
         if kind == "missing" and field in _REQUIRED:
-            message = f"{'is empty' if row.get(field) == '' else 'is missing'}; {_REQUIRED[field]}"
-            if field == "text":
-                advice = "; `unislu transcribe` writes a copy with a recogniser's"
-                message += renamed or (advice if row.get("audio") else "")
+            advice = "; `unislu transcribe` writes a copy with a recogniser's"
+            message = (f"{'is empty' if row.get(field) == '' else 'is missing'}; {_REQUIRED[field]}"
+                       + (renamed or advice * bool(row.get("audio"))) * (field == "text"))
         elif kind == "missing":
             message = "is missing; a span has label, start and end, or label and phrase"
         elif "_" in kind:  # one of pydantic's own

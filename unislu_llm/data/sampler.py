@@ -70,11 +70,9 @@ class BatchPlan:
         return [self._by_length(batch).tolist() for batch in batches]
 
     def micro_batches(self, epoch: int, rank: int = 0, world: int = 1) -> list[list[MicroBatch]]:
-        """The micro-batches of each step for one rank of `world`, which divides the parts.
-
-        All ranks have as many of the same kinds in the same order: under DDP and FSDP each pass
-        runs collectives that every process has to take part in.
-        """
+        """The micro-batches of each step for one rank of `world`, which divides the parts. All
+        ranks have as many of the same kinds in the same order: under DDP and FSDP each pass runs
+        collectives that every process has to take part in."""
         # Counted over the global batches, so that augmentation is the same on any number of ranks.
         times: defaultdict[int, Iterator[int]] = defaultdict(count)
         turns, steps = self.parts // world, []
@@ -134,11 +132,9 @@ class TokenPlan(BatchPlan):
     """Global batches by a budget of tokens: many short examples or few long ones, at equal cost.
 
     A batch costs its padded size, `examples x most tokens of an example`. A pool is cut into as few
-    batches as the budget allows, as equal as they can be, and so are the parts of each.
-
-    Args:
-        sizes: `(examples, 2)` speech and text tokens of each; the text includes the prompt.
-        batch_tokens: budget of a global batch; only a rest that cannot be shared out exceeds it.
+    batches as the budget allows, as equal as they can be, and so are the parts of each. `sizes`
+    `(examples, 2)` are speech and text tokens of each, the text with its prompt; only a rest that
+    cannot be shared out exceeds the budget `batch_tokens` of a global batch.
     """
 
     window = sys.maxsize  # an epoch: pools are not all of as many batches

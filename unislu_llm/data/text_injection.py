@@ -65,7 +65,6 @@ class SimulationRates(BaseModel):
         return SimulationRates.model_validate(rates)
 
     def save(self, folder: Path) -> None:
-        """Write `simulation.json` into a folder."""
         write_saved(folder / RATES_FILE, self.model_dump_json(indent=1) + "\n")
 
     @classmethod
@@ -81,15 +80,13 @@ class SimulationRates(BaseModel):
     def fit(cls, references: Sequence[Sequence[int]],
             log_posteriors: Sequence[Tensor]) -> SimulationRates:
         """Rates that make simulated posteriors like those `(T_ctc, 1 + V)` of real clips.
-
-        `references` are classes of their transcripts; the projector must not have trained on them.
-        """
+        `references` are classes of their transcripts; the projector must not have trained on
+        them."""
         n_ref = sum(map(len, references))
         if not n_ref:
             raise UserError("no reference tokens to fit a simulation on")
-        kinds: Counter[str] = Counter()
+        kinds, peaks = Counter[str](), list[Tensor]()
         confusions: defaultdict[int, Counter[int]] = defaultdict(Counter)
-        peaks: list[Tensor] = []
         for ref, log_posterior in zip(references, log_posteriors, strict=True):
             top, best = log_posterior.max(-1)
             hyp = [int(c) for c in torch.unique_consecutive(best) if c != BLANK]

@@ -27,7 +27,7 @@ from unislu_llm.data.mending import CURLY, HIDDEN, Mender, misplaced
 from unislu_llm.data.row_reader import Problem, RowReader
 from unislu_llm.errors import UserError
 from unislu_llm.io import atomic
-from unislu_llm.tasks import Span, SpanTask, Task, TaskRegistry
+from unislu_llm.tasks import Span, SpanTask, TaskRegistry
 from unislu_llm.utterance import Utterance
 
 AudioCheck = Literal["none", "header", "full"]
@@ -82,12 +82,9 @@ def validate(manifests: Sequence[Path], *, tasks_file: Path | None = None,
              audio: AudioCheck = "header", fix: Path | None = None) -> Report:
     """Check manifests, each to its end and against the others.
 
-    Args:
-        manifests: JSON-lines files.
-        tasks_file: YAML list of tasks; default: named entities and sentiment.
-        audio: none believes the manifest; header opens each file; full decodes the samples.
-        fix: file (for several manifests: folder) for copies, whole or not at all, of which spans
-            and characters are mended before rows are checked, without those that have errors.
+    `tasks_file` is a YAML list of tasks (default: named entities and sentiment); `fix` a file (for
+    several manifests: a folder) for copies, whole or not at all, of which spans and characters are
+    mended before rows are checked, without those that have errors.
 
     Raises UserError: no manifest, one missing or named twice, tasks that cannot be read, or a copy
     that is in the way or cannot be written.
@@ -103,7 +100,8 @@ def validate(manifests: Sequence[Path], *, tasks_file: Path | None = None,
         raise UserError(f"--fix: {fix} or a file in it exists, or two manifests have one name; "
                         "name another")
     registry = TaskRegistry.from_yaml(tasks_file)
-    report, checker = Report(manifests, Summary(registry)), Checker(registry, audio)
+    report = Report(manifests, Summary(registry))
+    checker = Checker(registry, audio, RowReader(registry))
     for path in manifests:
         copy = copies.get(path, path)
         try:
@@ -126,19 +124,20 @@ def validate(manifests: Sequence[Path], *, tasks_file: Path | None = None,
     return report
 
 
+@dataclass
 class Checker:
     """Checks manifests one after another, and against each other."""
 
-    def __init__(self, registry: TaskRegistry, audio: AudioCheck = "header") -> None:
-        self._registry, self._audio = registry, audio
-        self._reader = RowReader(registry)
-        self._ids: Ids = {}
-        self._seen: dict[tuple[str, str], tuple[Path, int]] = {}  # each audio and text, where first
+    registry: TaskRegistry
+    audio: AudioCheck
+    reader: RowReader
+    ids: Ids = field(default_factory=dict)
+    seen: Ids = field(default_factory=dict)  # each audio and text, where first
 
     def check(self, path: Path, mender: Mender, mend: bool = False) -> Iterator[Row]:
         """Every row of a manifest, its duration measured; line 0 is for the file as a whole."""
-        good, fields = Summary(self._registry), UnreadFields(str(path), self._registry)
-        for row in iter_rows(path, self._registry, ids=self._ids, mend=mender if mend else dict):
+        good, fields = Summary(self.registry), UnreadFields(str(path), self.registry)
+        for row in iter_rows(path, self.registry, ids=self.ids, mend=mender if mend else dict):
             fields.add(row)
             checked = self._check(row, row.utterance, path) if row.utterance else row
             if checked.utterance:
@@ -152,11 +151,11 @@ class Checker:
                                     for p in (*guess, *unread, *_rare(good.labels))))
 
     def _check(self, row: Row, u: Utterance, path: Path) -> Row:
-        problems, seconds, key = _check_audio(u, self._audio)
+        problems, seconds, key = _check_audio(u, self.audio)
         if row.content.get("segments") is not None and all(p.warning for p in problems):
             # Audio that was not opened is believed to be long enough.
             end = math.inf if seconds is None else u.start + seconds
-            pieces, found = read_segments(u, self._reader, end)
+            pieces, found = read_segments(u, self.reader, end)
             problems += [*found, *(p for i, piece in enumerate(pieces)
                                    for p in _misplaced(piece, f"segments[{i}]."))]
         if seconds is not None and seconds > MAX_SECONDS:
@@ -174,9 +173,9 @@ class Checker:
     def _shared(self, u: Utterance, audio: str, path: Path, line: int) -> Iterator[Problem]:
         """The same audio or text in another manifest, and the same audio twice in one."""
         long_text = u.text if len(u.text.split()) >= _LEAK_WORDS else ""
+        # Rows without audio, or with few words, share an empty key that says nothing.
         for what, key in (("audio", audio), ("text", long_text)):
-            # Rows without audio, or with few words, share an empty key that says nothing.
-            file, first = self._seen.setdefault((what, key), (path, line))
+            file, first = self.seen.setdefault(f"{what} {key}", (path, line))
             if key and file != path:
                 yield Problem(what, "leak", f"the same {what} is in {file}:{first}; if one of the "
                               "manifests is there to test, take it out of the other")
@@ -213,15 +212,10 @@ def _misplaced(u: Utterance, place: str = "") -> Iterator[Problem]:
 
 
 def _pace(u: Utterance, seconds: float | None) -> Iterator[Problem]:
-    if not seconds:
-        return
-    pace = len(u.text) / seconds
-    if pace > _FAST:
-        yield Problem("text", "pace", f"{pace:.0f} characters a second; text and audio hardly "
-                      "belong together")
-    elif pace < _SLOW and seconds >= _SLOW_FROM:
-        yield Problem("text", "pace", f"{len(u.text)} characters in {seconds:.1f} s; is the "
-                      "transcript whole?")
+    pace = len(u.text) / seconds if seconds else _SLOW
+    if seconds and (pace > _FAST or (pace < _SLOW and seconds >= _SLOW_FROM)):
+        doubt = "is the transcript whole?" if pace < _SLOW else "is it what is said there?"
+        yield Problem("text", "pace", f"{pace:.2g} characters a second; {doubt}")
 
 
 def _check_audio(u: Utterance, how: AudioCheck) -> tuple[list[Problem], float | None, str]:
@@ -317,8 +311,7 @@ class Summary:
 
     def __str__(self) -> str:
         lines = {
-            "rows": f"{self.rows + self.bad_rows} ({self.bad_rows} with errors, not counted "
-                    "below)",
+            "rows": f"{self.rows + self.bad_rows} ({self.bad_rows} with errors, not counted below)",
             "text-only rows": self.mute,
             "pseudo-labels": f"{self._n['pseudo']} rows, transcribed by a recogniser",
             "audio": f"{self._seconds / 3600:.2f} h; longest {self._longest:.1f} s; "
@@ -326,11 +319,9 @@ class Summary:
             "words": self._n["words"],
             "corpora": ", ".join(f"{name} {m}" for name, m in sorted(self._corpora.items())),
             "speakers": len(self._speakers) or "not given",
-            **{task.name: self._task_line(task) for task in self._registry},
+            **{task.name: f"{self._n[task.name]} rows"
+               + f" ({self._n[f'no {task.name}']} of them empty)" * isinstance(task, SpanTask)
+               + ": " + ", ".join(f"{label} {n}" for label, n in self.labels[task.name].items())
+               for task in self._registry},
             "no annotation": self._n["bare"]}
         return "\n".join(f"{name:<15} {value}" for name, value in lines.items())
-
-    def _task_line(self, task: Task) -> str:
-        empty = f" ({self._n[f'no {task.name}']} of them empty)" * isinstance(task, SpanTask)
-        listed = ", ".join(f"{label} {self.labels[task.name][label]}" for label in task.labels)
-        return f"{self._n[task.name]} rows{empty}: {listed}"

@@ -31,11 +31,9 @@ _INDEX = "model.safetensors.index.json"
 
 
 def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
-    """`kind.from_pretrained(folder, **options)` for a class of transformers.
-
-    Raises UserError: the folder needs code of its own, or its files are damaged, do not fit each
-    other, or ask for more than is there.
-    """
+    """`kind.from_pretrained(folder, **options)` for a class of transformers. Raises UserError: the
+    folder needs code of its own, or its files are damaged, do not fit each other, or ask for more
+    than is there."""
     described, safe = _checked(folder), {"trust_remote_code": False}
     try:
         if "Tokenizer" not in kind.__name__:
@@ -57,9 +55,8 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
         if "trust_remote_code" in (said := " ".join(str(error).split())):
             files = ", ".join(path.name for path in sorted(folder.glob("*.json"))
                               if "auto_map" in path.read_text(encoding="utf-8"))
-            raise UserError(f"{folder} needs code of its own (auto_map in {files}); unislu_llm runs"
-                            " no foreign code; take a model that transformers itself has"
-                            ) from error
+            raise UserError(f"{folder} needs code of its own (auto_map in {files}), which is not "
+                            "run; take a model that transformers itself has") from error
         raise UserError(f"{_culprit(folder)} cannot be loaded as {kind.__name__}: "
                         f"{shorten(said, 200) or type(error).__name__}") from error
 
@@ -153,5 +150,4 @@ def _rehearse(kind: Any, folder: Path, options: dict[str, Any]) -> None:
                         ("unexpected_keys", "have, beyond what fits,")):
         if wrong := sorted(map(str, found[keys])):
             raise UserError(f"{folder}: its weight files {fault} {len(wrong)} tensors of the model "
-                            f"that config.json describes, {shorten(wrong[0], 80)} first; fetch it "
-                            "again, or take a checkpoint of a whole model")
+                            f"of config.json, {shorten(wrong[0], 80)} first; fetch all of it again")

