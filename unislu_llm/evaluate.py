@@ -183,10 +183,9 @@ def _about(job: Job, key: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[st
         training["seed"] = run.config.train.seed
     return _without_paths({
         "run": job.label, "folder": portable(run.folder), "checkpoint": run.checkpoint,
-        "step": run.step(), "weights_sha256": key["weights"],
+        "step": run.step(), "weights_sha256": key["weights"], "parameters": meta.get("parameters"),
         "model": {k: config.get(k) for k in ("model_type", "model", "bases")},
         "training": training, "trainable_parameters": meta["trainable_parameters"],
-        "parameters": meta.get("parameters"),
         "manifests": [{"file": portable(path), "sha256": digest} for path, digest in
                       zip(job.manifests, key["manifests"], strict=True)],
         "limit": job.limit, "decode": key["decode"], "precision": job.precision,

@@ -81,8 +81,8 @@ class PredictionFile:
 
 
 def dev_predictions(run: Run) -> Path | None:
-    """File of a run's predictions of its dev manifests: those of `unislu evaluate`, else those of
-    the validation of its checkpoint, which is told; None: neither is there."""
+    """A run's predictions of its dev manifests by `unislu evaluate`, else by the validation of its
+    checkpoint, which is told; None: neither is there."""
     file = run.folder / "predictions" / f"{run.checkpoint}-dev.jsonl"
     if file.is_file():
         return file

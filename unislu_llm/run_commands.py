@@ -73,9 +73,8 @@ def compare(systems: Annotated[list[Path], tyro.conf.arg(metavar="SYSTEM [SYSTEM
     scored on other data are refused; another decoding is named.
 
     Args:
-        systems: The baseline first: run folders (predictions of their dev manifests, by `unislu
-            evaluate` or else by the validation of their best), score files of `unislu evaluate`
-            (.json), or prediction files (.jsonl).
+        systems: The baseline first: run folders (their dev manifests, by `unislu evaluate` or the
+            validation of their best), score files (.json), or prediction files (.jsonl).
         out: Folder of the report: a page, tables in Markdown and LaTeX, numbers in JSON.
         protocol: How transcripts and phrases are normalised before they are compared.
         resamples: Of the bootstrap.

@@ -142,6 +142,12 @@ def test_other_data_is_refused(systems: list[Path], capsys: pytest.CaptureFixtur
         score["scores"]["protocols"]["whisper"]["wer"]["by_corpus"]["tiny"]["ref_words"] += 1
     with pytest.raises(UserError, match=r"not scored on the same data: \d+ words of tiny in"):
         compare([Path("one.json"), Path("two.json")])
+    score["versions"]["packages"]["whisper-normalizer"] = "0.0.1"
+    Path("two.json").write_text(Path("one.json").read_text())
+    score["scores"]["protocols"]["whisper"]["wer"]["by_corpus"]["tiny"]["ref_words"] -= 2
+    Path("one.json").write_text(json.dumps(score | {"predictions": "gone.jsonl"}))
+    with pytest.raises(UserError, match=r"versions of whisper-normalizer, 0.0.1 in one, .* in two"):
+        compare([Path("one.json"), Path("two.json")])
     # In one table of `unislu evaluate`, two runs with dev sets of their own.
     dev = Path("corpus/dev.jsonl").read_text()
     Path("corpus/other.jsonl").write_text("".join(dev.splitlines(keepends=True)[:4]))

@@ -80,6 +80,12 @@ def make_report(paths: Sequence[Path], protocol: Protocol = "whisper", resamples
                   for name, m in members.items()}
         for fault in scoring.same_data(scores):
             raise UserError(fault.removeprefix("warning: ") + "; score them on the same manifests")
+        made = {name: v for name, m in members.items() if (v := m.about.get("versions", {}).get(
+            "packages", {}).get("whisper-normalizer"))}  # older files do not say it
+        if len(set(made.values())) > 1:
+            raise UserError("texts were normalised by other versions of whisper-normalizer, " +
+                            ", ".join(f"{v} in {name}" for name, v in made.items()) +
+                            "; score them again (unislu evaluate)")
         found = analyse({}, registry) | {"scores": score_rows(
             {name: [scoring.flat_scores(scores[seed], protocol) for seed in seeds]
              for name, seeds in pooled.items()}, {}, resamples)}
@@ -136,9 +142,8 @@ def analyse(systems: details.Systems, registry: TaskRegistry, protocol: Protocol
         "data": {"utterances": len(spoken), "seconds": round(sum(sizes["audio"].values()), 3),
                  "corpora": dict(sorted(Counter(p.corpus for p in spoken).items())),
                  "tasks": {task.name: {
-                     "kind": "span" if isinstance(task, SpanTask) else "label",
-                     "labels": list(task.labels), "n": len(annotated(first, task))}
-                     for task in tasks}},
+                     "kind": "span" if isinstance(task, SpanTask) else "label", "labels":
+                     list(task.labels), "n": len(annotated(first, task))} for task in tasks}},
         "scores": score_rows(flat, tables, resamples),
         "words": {name: details.word_errors(seeds, registry, protocol)
                   for name, seeds in systems.items()},

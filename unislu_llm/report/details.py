@@ -41,9 +41,8 @@ def word_errors(seeds: Sequence[Predictions], registry: TaskRegistry,
         for p in predictions:
             if p.ref is not None and isinstance(registry[p.task], SpanTask):
                 tagged.setdefault(p.utterance, []).append(p)
-        refs, hyps = ([normalise_transcript(text, protocol, p.language) for text, p in zip(
-            texts, spoken, strict=True)] for texts in (
-                [p.ref_text for p in spoken], [p.hyp_text for p in spoken]))
+        refs, hyps = ([normalise_transcript(getattr(p, side), protocol, p.language)
+                       for p in spoken] for side in ("ref_text", "hyp_text"))
         for p, ref, chunks in zip(spoken, refs, align(refs, hyps), strict=True):
             form = partial(normalise_transcript, protocol=protocol, language=p.language)
             spans = [e.span for q in tagged.get(p.utterance, ())

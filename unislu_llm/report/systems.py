@@ -106,7 +106,7 @@ def _of_file(path: Path, run: Run | None = None) -> Member:
     file = Path(str(result.get("predictions", "")))
     there = file.is_file() and sha256(file) == result.get("predictions_sha256")
     return Member(path.stem, file if there else None, decoding_of(result), {
-        **result, **result.get("decoding", {}), "manifests": [m["file"] for m in
+        **result.get("decoding", {}), **result, "manifests": [m["file"] for m in
                                                               result["manifests"]]})
 
 

@@ -117,9 +117,6 @@ def _drawn(rows: Rows, form: str = "github") -> str:
                     colalign=["left", *["right"] * (len(head) - 1)])
 
 
-# ---- sentences
-
-
 def verdict(report: Report) -> list[str]:
     """Sentences on each system beside the baseline: what it hears, finds, mistakes and costs."""
     first, *others = (system["name"] for system in report["systems"])
