@@ -89,6 +89,11 @@ def test_two_copies_do_not_differ(files: list[Path]) -> None:
             assert (change["low"], change["high"], change["p"]) == (0, 0, 1)
     assert report["verdict"] == ["copy beside bad: no score differs."]
     assert not report["examples"]
+    seeds = [records(*system(quality)) for quality in (3, 5, 9)]
+    for score in analyse({"a": seeds, "b": seeds}, REGISTRY, resamples=200)["scores"]:
+        change = score["differences"]["b"]
+        assert change["value"] == 0
+        assert change["p"] is None or change["p"] > 0.5, "seeds of each are drawn by themselves"
 
 
 def test_entities_that_are_removed_are_missed_exactly(files: list[Path]) -> None:

@@ -37,8 +37,8 @@ def latex(report: Report) -> str:
     """All tables; they need the package booktabs."""
     def table(title: str, rows: Rows) -> str:
         # The library escapes cells, and so the caption.
-        text = tabulate([[f"{title}. {caption(report)}"]], tablefmt="latex").split("\n")[2]
-        return (f"\\begin{{table}}\n\\centering\n\\caption{{{text.rpartition(chr(92) * 2)[0]}}}\n"
+        cell = tabulate([[f"{title}. {caption(report)}"]], tablefmt="latex").split("\n")[2]
+        return (f"\\begin{{table}}\n\\centering\n\\caption{{{cell.strip(chr(92) + ' ')}}}\n"
                 f"{_drawn(rows, 'latex_booktabs')}\n\\end{{table}}\n")
 
     return "\n".join(["% Needs \\usepackage{booktabs}.", *(table(*one) for one in _tables(report))])

@@ -104,7 +104,7 @@ def bootstrap(counts: Counts | Sequence[Counts], less: Sequence[Counts] = (), *,
     low, high = np.percentile(scores, [2.5, 97.5]).tolist()
     # The observed sample is one more draw (Davison and Hinkley 1997), so that p is never 0.
     tail = (1 + min((scores <= 0).sum().item(), (scores >= 0).sum().item())) / (resamples + 1)
-    value = sum(sign * c.value / len(some) for sign, some in systems for c in some)
+    value = sum(sign * sum(c.value for c in some) / len(some) for sign, some in systems if some)
     return {"value": value, "low": low, "high": high, "p_value": min(1.0, 2.0 * tail)}
 
 
