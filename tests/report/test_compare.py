@@ -146,7 +146,7 @@ def test_other_data_is_refused(systems: list[Path], capsys: pytest.CaptureFixtur
     Path("two.json").write_text(Path("one.json").read_text())
     score["scores"]["protocols"]["whisper"]["wer"]["by_corpus"]["tiny"]["ref_words"] -= 2
     Path("one.json").write_text(json.dumps(score | {"predictions": "gone.jsonl"}))
-    with pytest.raises(UserError, match=r"versions of whisper-normalizer, 0.0.1 in one, .* in two"):
+    with pytest.raises(UserError, match=r"one version of .*; it was 0.0.1 in one, .* in two"):
         compare([Path("one.json"), Path("two.json")])
     # In one table of `unislu evaluate`, two runs with dev sets of their own.
     dev = Path("corpus/dev.jsonl").read_text()
@@ -164,6 +164,8 @@ def test_score_files_without_predictions_have_no_intervals(systems: list[Path]) 
     text = compare([two, B])
     assert "no intervals of the differences: the predictions of two are not there" in text
     assert re.fullmatch(r"[+-]\d+\.\d\d", row_of(text, "wer")[3])
+    assert re.match(r"perfect beside two: transcribes [\d.]+ points better, ", text)
+    assert "ner F1" in text.splitlines()[0]
 
 
 def test_what_is_no_system_is_named(systems: list[Path]) -> None:

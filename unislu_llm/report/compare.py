@@ -31,8 +31,7 @@ from unislu_llm.scoring.text import Protocol
 from unislu_llm.scoring.wer import edits
 from unislu_llm.tasks import SpanTask, TaskRegistry
 
-Tables = dict[str, dict[str, list[Counts]]]
-"""What scores are made of, of each seed, by score and system."""
+Tables = dict[str, dict[str, list[Counts]]]  # of each seed, by score and system
 # Where length groups end: seconds, and words of the normalised reference.
 EDGES = {"audio": (2, 5, 10, 15, 20, 30), "words": (5, 10, 20, 30, 50)}
 MOST_GROUPS = 20  # of speakers, of whom a corpus may have thousands
@@ -83,12 +82,15 @@ def make_report(paths: Sequence[Path], protocol: Protocol = "whisper", resamples
         made = {name: v for name, m in members.items() if (v := m.about.get("versions", {}).get(
             "packages", {}).get("whisper-normalizer"))}  # older files do not say it
         if len(set(made.values())) > 1:
-            raise UserError("texts were normalised by other versions of whisper-normalizer, " +
-                            ", ".join(f"{v} in {name}" for name, v in made.items()) +
-                            "; score them again (unislu evaluate)")
+            raise UserError("score them again, with one version of whisper-normalizer; it was " +
+                            ", ".join(f"{v} in {name}" for name, v in made.items()))
         found = analyse({}, registry) | {"scores": score_rows(
             {name: [scoring.flat_scores(scores[seed], protocol) for seed in seeds]
              for name, seeds in pooled.items()}, {}, resamples)}
+        known = next(iter(scores.values()))["protocols"][protocol]["tasks"]
+        found["data"]["tasks"] = {task.name: {
+            "kind": "span" if isinstance(task, SpanTask) else "label", "labels": list(task.labels),
+            "n": known[task.name]["n"]} for task in registry if task.name in known}
         notes.append("no intervals of the differences: the predictions of "
                      f"{', '.join(sorted(lacking))} are not there, or have changed since")
     else:
@@ -162,8 +164,7 @@ def analyse(systems: details.Systems, registry: TaskRegistry, protocol: Protocol
         "examples": details.most_different(systems, registry, protocol, examples, facts or {})}
 
 
-def score_rows(flat: Mapping[str, Sequence[Mapping[str, float]]], tables: Tables,
-               resamples: int) -> list[dict[str, Any]]:
+def score_rows(flat: Mapping[str, Any], tables: Tables, resamples: int) -> list[dict[str, Any]]:
     """The rows of the table of scores: means over seeds, with intervals where `tables` has the
     counts, and by how much each other system is over the first."""
     first, rows = next(iter(flat), ""), []
@@ -207,8 +208,7 @@ def _grouped(groups: Mapping[str, set[Key]], tables: Tables, resamples: int) -> 
     return rows
 
 
-def _conditions(utterances: Iterable[Key],
-                facts: Mapping[Key, Mapping[str, Any]]) -> dict[str, dict[str, set[Key]]]:
+def _conditions(utterances: Iterable[Key], facts: Mapping[Key, Any]) -> dict[str, Any]:
     """The largest groups by corpus, speaker and condition, where there are several."""
     found: dict[str, dict[str, set[Key]]] = {"corpus": {}, "speaker": {}, "condition": {}}
     for utterance in utterances:
