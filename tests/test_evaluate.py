@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from eval.calibration import draw
 from unislu_llm import evaluate as module
 from unislu_llm.config import DecodeConfig
 from unislu_llm.evaluate import evaluate
@@ -191,7 +190,5 @@ def test_model_folder_needs_a_manifest_and_probabilities_are_scored(tiny_run: Ru
     assert scores["predictions"] == "mine/predictions/model-dev-x.jsonl"
     assert scores["decode"] == DecodeConfig(**flags.model_dump(exclude_defaults=True)).model_dump()
     assert scores["calibration"]["sa"]["n"] == 2
-    draw(scores["calibration"], Path("c.svg"), "mine")
-    assert b"sa: ECE" in Path("c.svg").read_bytes()
     assert scores["scores"]["malformed"]["kinds"].keys() <= {"no_end"}
     assert DecodeFlags.model_fields.keys() == DecodeConfig.model_fields.keys()

@@ -11,11 +11,10 @@ from typing import Any
 import pytest
 
 from tests import tiny
+from tests.report.test_compare import rewrite, row_of
 from tests.scoring.rows import REGISTRY, ner
-from tests.test_compare import rewrite, row_of
 from tests.test_evaluate import options
 from unislu_llm.cli import main
-from unislu_llm.compare import compare
 from unislu_llm.data.loading import load_examples
 from unislu_llm.data.manifest import read_manifest
 from unislu_llm.data.phrases import place_phrases
@@ -23,6 +22,7 @@ from unislu_llm.decoding.long_form import Stitched, occurrences
 from unislu_llm.errors import UserError
 from unislu_llm.evaluate import evaluate
 from unislu_llm.io import read_json_lines
+from unislu_llm.report.compare import compare
 from unislu_llm.scoring.score import score_predictions
 from unislu_llm.scoring.text import PROTOCOLS, normalise_phrase, normalise_transcript
 from unislu_llm.tasks import Span

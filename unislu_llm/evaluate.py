@@ -13,6 +13,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import psutil  # type: ignore[import-untyped]
 import torch
 from pydantic import ValidationError
 
@@ -128,14 +129,14 @@ def make_job(path: str | Path, options: Options) -> Job:
     return Job(label, run, manifests, stem, decode, options.precision or trained, options.limit)
 
 
-def _evaluate_run(job: Job, out: Path, again: bool) -> dict[str, Any]:
-    """Decode (or take up predictions), score, write `<out>/<label>.json`; gives the scores."""
-    registry, key = job.run.registry(), job.key()
+def decoded(job: Job, again: bool = False) -> tuple[Rows, dict[str, Any], Path]:
+    """Predictions of a job, decoded where they are not there; what is noted of them; the file."""
+    registry = job.run.registry()
     # Before the model is loaded: a bad manifest should not cost minutes.
     examples = load_examples([str(path) for path in job.manifests], registry, limit=job.limit,
                              flag="manifest", scored=True,
                              language=read_json(job.run.model / MODEL_FILE)["model"]["language"])
-    file = PredictionFile(job.run.folder / "predictions" / f"{job.stem}.jsonl", key)
+    file = PredictionFile(job.run.folder / "predictions" / f"{job.stem}.jsonl", job.key())
     found = None if again else file.finished()
     if again:
         file.partial.unlink(missing_ok=True)
@@ -143,12 +144,18 @@ def _evaluate_run(job: Job, out: Path, again: bool) -> dict[str, Any]:
           f"{', '.join(p.name for p in job.manifests)}", flush=True)
     if found:
         print(f"  predictions of {found[1]['date']} reused (--again decodes anew)")
-    rows, meta = found or _decode(job, examples, file)
+    return *(found or _decode(job, examples, file)), file.path
+
+
+def _evaluate_run(job: Job, out: Path, again: bool) -> dict[str, Any]:
+    """Decode (or take up predictions), score, write `<out>/<label>.json`; gives the scores."""
+    rows, meta, file = decoded(job, again)
+    registry, key = job.run.registry(), job.key()
     predictions = check_predictions(rows, registry)
     scores = score_predictions(predictions, registry)
     result = {
         **_about(job, key, meta), "samples": dict(Counter(p.task for p in predictions)),
-        "predictions": portable(file.path), "predictions_sha256": meta["sha256"],
+        "predictions": portable(file), "predictions_sha256": meta["sha256"],
         "scores": scores,
         "intervals": {p: intervals(predictions, registry, p) for p in scores["protocols"]},
         "calibration": calibrate(predictions, registry)}
@@ -157,7 +164,7 @@ def _evaluate_run(job: Job, out: Path, again: bool) -> dict[str, Any]:
     write_text(out / f"{job.label}.json",
                re.sub(r"[\[{][^\[\]{}]*[\]}]", lambda m: re.sub(r"\n *", " ", m[0]), text) + "\n")
     print(f"  {meta['seconds']:.1f} s for {meta['audio_seconds']:.1f} s of audio "
-          f"(RTF {meta['rtf']:.3f}); predictions: {file.path}; scores: {out / job.label}.json")
+          f"(RTF {meta['rtf']:.3f}); predictions: {file}; scores: {out / job.label}.json")
     if none := result["scores"]["no_speech"]:
         print(f"  {none} utterances hold no speech (decode.no_speech): they are scored as decoded; "
               "unislu predict answers nothing")
@@ -176,14 +183,14 @@ def _about(job: Job, key: Mapping[str, Any], meta: Mapping[str, Any]) -> dict[st
         training["seed"] = run.config.train.seed
     return _without_paths({
         "run": job.label, "folder": portable(run.folder), "checkpoint": run.checkpoint,
-        "step": run.step(), "weights_sha256": key["weights"],
+        "step": run.step(), "weights_sha256": key["weights"], "parameters": meta.get("parameters"),
         "model": {k: config.get(k) for k in ("model_type", "model", "bases")},
         "training": training, "trainable_parameters": meta["trainable_parameters"],
         "manifests": [{"file": portable(path), "sha256": digest} for path, digest in
                       zip(job.manifests, key["manifests"], strict=True)],
         "limit": job.limit, "decode": key["decode"], "precision": job.precision,
-        "decoding": {k: meta[k] for k in ("seconds", "audio_seconds", "rtf", "threads", "date",
-                                          "versions")},
+        "decoding": {k: meta.get(k) for k in ("seconds", "audio_seconds", "rtf", "memory_gib",
+                                              "threads", "date", "versions")},
         "command": " ".join(_without_paths(sys.argv)), **_made()})
 
 
@@ -212,9 +219,12 @@ def _decode(job: Job, examples: list[Example], file: PredictionFile) -> tuple[Ro
     rows = [done[example.key] for example in examples]
     # All tasks of an utterance are decoded together, so that its audio counts once.
     audio = sum({(row["corpus"], row["id"]): row["duration"] for row in rows}.values())
+    memory = (torch.cuda.max_memory_allocated() if model.device.type == "cuda" else
+              psutil.Process().memory_info().rss)  # no peak, which not every system counts
     meta = {"model": portable(job.run.model), "manifests": [portable(p) for p in job.manifests],
             "seconds": round(seconds, 3), "audio_seconds": round(audio, 3),
-            "rtf": seconds / audio if audio else 0.0,
+            "rtf": seconds / audio if audio else 0.0, "memory_gib": round(memory / 2**30, 3),
+            "parameters": sum(p.numel() for p in model.parameters()),
             "trainable_parameters": {"total": sum(parameters.values()), **parameters},
             "threads": torch.get_num_threads(), "decoding": job.decoding(), **_made()}
     return rows, file.finish(rows, meta)

@@ -80,9 +80,9 @@ class PredictionFile:
         return about
 
 
-def dev_predictions(run: Run) -> Path:
-    """File of a run's predictions of its dev manifests: those of `unislu evaluate`, else those of
-    the validation of its checkpoint, which is told. Raises UserError: neither is there."""
+def dev_predictions(run: Run) -> Path | None:
+    """A run's predictions of its dev manifests by `unislu evaluate`, else by the validation of its
+    checkpoint, which is told; None: neither is there."""
     file = run.folder / "predictions" / f"{run.checkpoint}-dev.jsonl"
     if file.is_file():
         return file
@@ -92,8 +92,7 @@ def dev_predictions(run: Run) -> Path:
     step = run.step()
     validated = home / "predictions" / f"step-{-1 if step is None else step:06d}.jsonl"
     if not validated.is_file() or known_decoding(validated) is None:
-        raise UserError(f"{run.folder}: no predictions of the dev manifests ({file} is not there); "
-                        f"run `unislu evaluate {run.folder}` first, or name a file")
+        return None
     print(f"{run.label}: predictions of its validation after {step} steps ({run.checkpoint})")
     return validated
 

@@ -61,27 +61,31 @@ def evaluate(args: Sequence[str] = (), prog: str = "unislu evaluate") -> int:
     return score(options)
 
 
-def compare(systems: Annotated[list[Path], tyro.conf.arg(metavar="SYSTEM SYSTEM [SYSTEM ...]",
+def compare(systems: Annotated[list[Path], tyro.conf.arg(metavar="SYSTEM [SYSTEM ...]",
                                                          help_behavior_hint="")], /,
+            out: Path | None = None,
             protocol: Literal["whisper", "slue", "slurp"] = "whisper", resamples: int = 1000,
-            tasks_file: Path | None = None) -> None:
-    """Print scores of systems side by side, and what the others have more than the first.
+            tasks_file: Path | None = None, common: bool = False, examples: int = 10) -> None:
+    """Say what other systems score more than the first, and with --out why.
 
-    Differences have 95 % intervals (paired bootstrap over utterances) where the predictions are
-    there. Systems that were scored on other data are refused; another decoding is named.
+    Differences have 95 % intervals (paired bootstrap). What a run has not decoded yet is decoded.
+    Runs NAME-s1, NAME-s2, ... that differ in their seed alone are one system. Systems that were
+    scored on other data are refused; another decoding is named.
 
     Args:
-        systems: Run folders (their predictions of the dev manifests, by `unislu evaluate` or else
-            by the validation of their best), score files of `unislu evaluate` (.json), or
-            prediction files (.jsonl).
+        systems: The baseline first: run folders (their dev manifests, by `unislu evaluate` or the
+            validation of their best), score files (.json), or prediction files (.jsonl).
+        out: Folder of the report: a page, tables in Markdown and LaTeX, numbers in JSON.
         protocol: How transcripts and phrases are normalised before they are compared.
         resamples: Of the bootstrap.
-        tasks_file: YAML list of tasks (data.tasks of a config), where no run folder says them;
-            default: entities, sentiment.
+        tasks_file: YAML list of tasks (data.tasks of a config), where no run folder says them.
+        common: Compare what all systems have; without it, other data are refused.
+        examples: Utterances that differ most, in the report.
     """
-    from unislu_llm.compare import compare
+    from unislu_llm.report.compare import compare
 
-    print(compare(systems, protocol, resamples, tasks_file))
+    print(compare(systems, protocol, resamples, tasks_file, common=common, examples=examples,
+                  out=out))
 
 
 def cache(source: Annotated[Path, tyro.conf.arg(metavar="RUN_OR_CONFIG")], /,

@@ -300,7 +300,8 @@ def versions() -> dict[str, Any]:
     """Versions, git revision and command, to tell later what made a result."""
     packages = {}
     # Those whose version can change a number.
-    for name in ("unislu_llm", "torch", "transformers", "accelerate", "peft", "soundfile", "jiwer"):
+    for name in ("unislu_llm", "torch", "transformers", "accelerate", "peft", "soundfile", "jiwer",
+                 "whisper-normalizer"):
         try:
             packages[name] = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:  # run from its source tree

@@ -5,7 +5,6 @@ from typing import Any
 import numpy as np
 import pytest
 
-from eval.errors import difference
 from unislu_llm.scoring.bootstrap import Counts, bootstrap, error_rate, macro_f1, micro_f1
 
 RNG = np.random.default_rng(7)
@@ -37,12 +36,12 @@ def test_interval_has_the_width_that_theory_gives() -> None:
 def test_small_but_constant_difference_is_seen_by_the_paired_test() -> None:
     """An error more in every fourth utterance: inside the unpaired interval, certain if paired."""
     worse = counts(ERRORS + (np.arange(400) % 4 == 0), WORDS)
-    got, alone = bootstrap(difference(worse, COUNTS)), bootstrap(COUNTS)
+    got, alone = bootstrap(worse, [COUNTS]), bootstrap(COUNTS)
     assert got["value"] == pytest.approx(100 * 100 / WORDS.sum())
     assert got["low"] > 0
     assert got["p_value"] == pytest.approx(2 / 1001)
     assert got["high"] - got["low"] < (alone["high"] - alone["low"]) / 2
-    assert bootstrap(difference(COUNTS, COUNTS)) == {
+    assert bootstrap(COUNTS, [COUNTS]) == {
         "value": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
 
 
@@ -50,7 +49,7 @@ def test_p_value_is_about_uniform_without_a_difference() -> None:
     """Two systems of equal quality: 5 % is undercut about one time in twenty."""
     words = WORDS[:100]
     pairs = ([counts(RNG.binomial(words, 0.2), words) for _ in range(2)] for _ in range(100))
-    p_values = [bootstrap(difference(*pair), resamples=400)["p_value"] for pair in pairs]
+    p_values = [bootstrap(pair[0], pair[1:], resamples=400)["p_value"] for pair in pairs]
     assert sum(p < 0.05 for p in p_values) <= 14
 
 
@@ -69,3 +68,20 @@ def test_strata_are_drawn_by_themselves() -> None:
     apart, together = bootstrap(counts(*columns, corpora=corpora)), bootstrap(counts(*columns))
     assert apart["low"] == apart["value"] == apart["high"] == pytest.approx(40.0)
     assert together["low"] < 40.0 < together["high"]
+
+
+def test_seeds_are_drawn_before_utterances() -> None:
+    """Where utterances do not differ, the interval is that of the means of two drawn seeds."""
+    def seed(errors: int) -> Counts:
+        return counts([errors] * 50, [10] * 50)
+
+    got = bootstrap([seed(1), seed(3)], [seed(1)])
+    assert (got["value"], got["low"], got["high"]) == (10.0, 0.0, 20.0)
+    # The difference is 0 when the equal seed is drawn twice: one time in four.
+    assert got["p_value"] == pytest.approx(0.5, abs=0.1)
+    # Equal seeds are one; several that differ are less certain than one of them.
+    assert bootstrap([COUNTS, COUNTS]) == bootstrap(COUNTS)
+    noisy = [counts(RNG.binomial(WORDS, rate), WORDS) for rate in (0.15, 0.2, 0.25)]
+    spans = [bootstrap(some) for some in (noisy, noisy[1])]
+    wide, narrow = (span["high"] - span["low"] for span in spans)
+    assert wide > 1.5 * narrow

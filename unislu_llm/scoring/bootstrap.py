@@ -3,12 +3,13 @@
 A score is a function of sums of per-utterance counts, so that all resamples are one matrix product.
 The paired test draws the same utterances for both systems (Efron and Tibshirani 1993; for speech:
 Bisani and Ney 2004), and corpora each by itself (strata; Davison and Hinkley 1997, 3.2), for which
-scipy.stats.bootstrap has nothing.
+scipy.stats.bootstrap has nothing. Of a system that was trained several times its seeds are drawn as
+well, with replacement, before the utterances (two levels; Davison and Hinkley 1997, 3.8).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -67,27 +68,44 @@ def slue_statistic(n_corpora: int) -> Statistic:
     return score
 
 
-def bootstrap(counts: Counts, *, resamples: int = 1000, seed: int = 0) -> dict[str, float]:
+def bootstrap(counts: Counts | Sequence[Counts], less: Sequence[Counts] = (), *,
+              resamples: int = 1000, seed: int = 0) -> dict[str, float]:
     """The `value` of a score, its 95 % percentile interval `low` to `high`, and the two-sided
-    `p_value` of zero: of no difference, where the score is a difference of two systems."""
-    names = np.array([corpus for corpus, _ in counts.utterances])
-    corpora = [counts.matrix[names == name].astype(np.float64) for name in np.unique(names)]
-    rng, chunks = np.random.default_rng(seed), []
+    `p_value` of zero: of no difference, where it is `less` the score of another system, on the same
+    utterances in the same order. Of several seeds (a list) the score is the mean over them."""
+    systems = [(1, [counts] if isinstance(counts, Counts) else counts), (-1, less)]
+    every = [c for _, some in systems for c in some]
+    assert all(c.utterances == every[0].utterances for c in every)
+    # Side by side in one matrix, the rows of all are drawn together: that is the pairing.
+    matrix = np.concatenate([c.matrix for c in every], axis=1).astype(np.float64)
+    names = np.array([corpus for corpus, _ in every[0].utterances])
+    corpora = [matrix[names == name] for name in np.unique(names)]
+    # Seeds have a generator of their own, so that utterances are drawn alike with any number.
+    rng, of_seeds = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+    chunks = []
     for start in range(0, resamples, _CHUNK):
         size = min(_CHUNK, resamples - start)
-        sums = np.zeros((size, counts.matrix.shape[1]))
+        sums = np.zeros((size, matrix.shape[1]))
         for rows in corpora:
             n = len(rows)
             # One count over all draws of the chunk: those of draw i are shifted by i * n.
             drawn = rng.integers(0, n, size=(size, n)) + n * np.arange(size)[:, None]
             times = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)
             sums += times.astype(np.float64) @ rows
-        chunks.append(counts.statistic(sums))
+        parts = iter(np.split(sums, np.cumsum([c.matrix.shape[1] for c in every])[:-1], axis=1))
+        scores = np.zeros(size)
+        for sign, some in systems[:2 if less else 1]:
+            # How often each seed is drawn: as many as there are, of which the mean is taken.
+            times = of_seeds.multinomial(len(some), [1 / len(some)] * len(some), size)
+            for often, c in zip(times.T, some, strict=True):
+                scores += sign * often / len(some) * c.statistic(next(parts))
+        chunks.append(scores)
     scores = np.concatenate(chunks)
     low, high = np.percentile(scores, [2.5, 97.5]).tolist()
     # The observed sample is one more draw (Davison and Hinkley 1997), so that p is never 0.
     tail = (1 + min((scores <= 0).sum().item(), (scores >= 0).sum().item())) / (resamples + 1)
-    return {"value": counts.value, "low": low, "high": high, "p_value": min(1.0, 2.0 * tail)}
+    value = sum(sign * sum(c.value for c in some) / len(some) for sign, some in systems if some)
+    return {"value": value, "low": low, "high": high, "p_value": min(1.0, 2.0 * tail)}
 
 
 def _ratio(numerator: Floats, denominator: Floats) -> Floats:

@@ -133,20 +133,13 @@ def macro_average(by_label: Iterable[dict[str, float]]) -> dict[str, float]:
             for key in ("precision", "recall", "f1")}
 
 
-def entity_errors(placed: Sequence[Placement]) -> dict[str, Any]:
-    """Entities of each side (`reference`, `predicted`) by kind, and `by_label` the same."""
-    counts: dict[str, Counter[tuple[str, str]]] = {side: Counter() for side in KINDS}
+def entity_errors(placed: Iterable[Placement]) -> dict[str, dict[str, int]]:
+    """Entities of each side (`reference`, `predicted`) by kind."""
+    counts: dict[str, Counter[str]] = {side: Counter() for side in KINDS}
     for utterance in placed:
-        for side, found, kinds in zip(KINDS, utterance[1:], name_kinds(utterance), strict=True):
-            counts[side].update(zip((e.label for e in found), kinds, strict=True))
-
-    def table(labels: Iterable[str]) -> dict[str, dict[str, int]]:
-        return {side: {kind: sum(counts[side][label, kind] for label in labels) for kind in kinds}
-                for side, kinds in KINDS.items()}
-
-    # Labels of the prediction too: a model may have tagged what the reference never has.
-    labels = sorted({label for side in counts.values() for label, _ in side})
-    return {**table(labels), "by_label": {label: table([label]) for label in labels}}
+        for own, kinds in zip(counts.values(), name_kinds(utterance), strict=True):
+            own.update(kinds)
+    return {side: {kind: counts[side][kind] for kind in kinds} for side, kinds in KINDS.items()}
 
 
 def name_kinds(placed: Placement) -> tuple[list[str], list[str]]:
@@ -193,7 +186,7 @@ def place(predictions: Sequence[Prediction], protocol: Protocol | None = None) -
     found = []
     for p, ref, hyp, chunks in zip(predictions, refs, hyps, align(refs, hyps), strict=True):
         normalise = normaliser(p)
-        gold = _place_reference(p, ref, normalise)
+        gold = place_reference(p, ref, normalise)
         # An entity of whose phrase nothing is left by normalisation is none, as in the toolkit.
         named = [(label, normalise(phrase)) for label, phrase in p.hyp_entities]
         found.append((hyp, gold, _place_predicted([e for e in named if e[1]], hyp, chunks, gold)))
@@ -207,7 +200,8 @@ def occurrences(phrase: str, text: str) -> list[WordSpan]:
             for at, end in places_of(phrase, text)]
 
 
-def _place_reference(p: Prediction, ref: str, normalise: Callable[[str], str]) -> list[Placed]:
+def place_reference(p: Prediction, ref: str, normalise: Callable[[str], str]) -> list[Placed]:
+    """Reference entities of a prediction among the words of its normalised reference `ref`."""
     found, behind = [], 0
     for label, text, *offsets in p.ref:
         if not (phrase := normalise(text)):

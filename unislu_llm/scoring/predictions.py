@@ -36,6 +36,7 @@ class Prediction(BaseModel):
     ctc_hypothesis: str | None = None  # greedy text of a ctc projector
     no_speech: bool = False  # whether use would answer nothing
     language: str = ""  # code; English where there is none
+    duration: float | None = None  # seconds of audio
 
     @property
     def utterance(self) -> tuple[str, str]:

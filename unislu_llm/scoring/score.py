@@ -214,10 +214,9 @@ def _task_block(task: Task, known: Sequence[Prediction], protocol: Protocol) -> 
     if isinstance(task, LabelTask):
         return label_scores(known, task, protocol)
     placed = entities.place(known, protocol)
-    errors = entities.entity_errors(placed)
     return {"n": len(known), "entity": entities.span_scores(entities.by_phrase(placed)),
             "label": entities.span_scores(entities.by_label(placed)),
-            "errors": {side: errors[side] for side in entities.KINDS},
+            "errors": entities.entity_errors(placed),
             **{name: entities.averaged(c for p in known for c in slot_pairs(p, name))
                for name in SLURP_METRICS if protocol == "slurp"}}
 

@@ -11,13 +11,12 @@ from typing import Any
 
 import pytest
 
-from eval.errors import Options, report
 from tests.test_evaluate import options
-from unislu_llm.compare import compare
 from unislu_llm.errors import UserError
 from unislu_llm.evaluate import evaluate
 from unislu_llm.evaluate_options import DecodeFlags
 from unislu_llm.io import read_json_lines
+from unislu_llm.report.compare import compare
 
 A, B = Path("runs/tiny"), Path("runs/perfect")
 FILE = Path("predictions/best-dev.jsonl")
@@ -43,17 +42,33 @@ def row_of(text: str, score: str) -> list[str]:
     return [cell.strip() for cell in line.strip("|").split("|")]
 
 
-def test_differences_are_to_the_first_and_those_of_the_error_report(systems: list[Path]) -> None:
-    text = compare(systems)
+def test_differences_are_to_the_first_and_those_of_the_report(systems: list[Path]) -> None:
+    text = compare(systems, out=Path("out"))
     assert "warning" not in text
     score, first, other, difference = row_of(text, "wer")
     assert (score, other) == ("wer", "0.00")
-    report(Options(systems, out=Path("r.md")))
-    found = json.loads(Path("r.json").read_text())["comparisons"]["perfect"]["scores"]["wer"]
-    assert first == f"{found['first']:.2f}"
-    assert difference == (f"{found['difference']:+.2f} [{found['low']:+.2f}, {found['high']:+.2f}] "
-                          f"p {found['p_value']:.3f}")
-    assert found["high"] < 0
+    report = json.loads(Path("out/report.json").read_text())
+    found = next(row for row in report["scores"] if row["key"] == "wer")
+    value, change = found["values"]["tiny"], found["differences"]["perfect"]
+    assert first == f"{value['value']:.2f}"
+    assert difference == (f"{change['value']:+.2f} [{change['low']:+.2f}, {change['high']:+.2f}] "
+                          f"p {change['p']:.3f}")
+    assert change["high"] < 0
+    # What a run knows beside its predictions.
+    one, two = report["systems"]
+    assert (one["baseline"], two["baseline"], two["seeds"]) == (True, False, ["perfect"])
+    assert one["decoding"] == two["decoding"]
+    assert one["cost"]["parameters"] > one["cost"]["trained"] > 0
+    assert one["cost"]["train_minutes"] == report["curves"]["tiny"][-1]["minutes"] > 0
+    assert report["curves"]["tiny"][-1]["step"] == 2
+    assert "manifests are not here" not in text
+    assert sum(row["n"] for row in report["entities"]["ner"]["by_rarity"]) == 4
+    example = report["examples"][0]
+    assert Path(example["audio"]).is_file()
+    assert str(Path.cwd()) not in json.dumps(report)
+    assert "transcribes" in report["verdict"][0]
+    assert report["verdict"][0] == text.splitlines()[0]
+    assert {p.name for p in Path("out").iterdir()} >= {"report.md", "report.tex"}
     shutil.copytree(B, "runs/third")
     assert row_of(compare([*systems, Path("runs/third")]), "wer")[4] == difference
     slue = compare(systems, "slue")
@@ -104,23 +119,34 @@ def test_a_fresh_run_is_compared_by_the_validation_of_its_best(
     config.write_text(config.read_text().replace("stages: []", "stages: [{name: adapt}]"))
     text = compare([Path("."), Path("adapt/predictions/step-000000.jsonl")])
     assert "warning" not in text
-    # The projector's text is no answer of the model.
+    # The projector's text is no answer of the model: it is decoded.
     config = Path("adapt/config.yaml")
     config.write_text(config.read_text().replace("objective: unified", "objective: ctc"))
-    with pytest.raises(UserError, match="no predictions of the dev manifests"):
-        compare([Path("."), Path("adapt")])
+    compare([Path("."), Path("adapt")])
+    assert Path("adapt/predictions/best-dev.jsonl").is_file()
 
 
 def test_other_data_is_refused(systems: list[Path], capsys: pytest.CaptureFixture[str]) -> None:
     rewrite(B / FILE, lambda row: {"ref_text": row["ref_text"] + " indeed"})
-    with pytest.raises(UserError, match="'perfect' and 'tiny' have different references"):
+    with pytest.raises(UserError, match="'perfect' and 'tiny' have different references of 8 of"):
         compare(systems)
+    rewrite(B / FILE, lambda row: {"ref_text": row["ref_text"].removesuffix(" indeed"),
+                                   "language": "de"})
+    with pytest.raises(UserError, match="different languages, which texts are normalised by, of 8"):
+        compare(systems)
+    rewrite(B / FILE, lambda row: {"language": "en"})
     # Score files whose predictions are elsewhere.
     score = json.loads(Path("results/tiny.json").read_text())
     for name in ("one", "two"):
         Path(f"{name}.json").write_text(json.dumps(score | {"predictions": "gone.jsonl"}))
         score["scores"]["protocols"]["whisper"]["wer"]["by_corpus"]["tiny"]["ref_words"] += 1
     with pytest.raises(UserError, match=r"not scored on the same data: \d+ words of tiny in"):
+        compare([Path("one.json"), Path("two.json")])
+    score["versions"]["packages"]["whisper-normalizer"] = "0.0.1"
+    Path("two.json").write_text(Path("one.json").read_text())
+    score["scores"]["protocols"]["whisper"]["wer"]["by_corpus"]["tiny"]["ref_words"] -= 2
+    Path("one.json").write_text(json.dumps(score | {"predictions": "gone.jsonl"}))
+    with pytest.raises(UserError, match=r"one version of .*; it was 0.0.1 in one, .* in two"):
         compare([Path("one.json"), Path("two.json")])
     # In one table of `unislu evaluate`, two runs with dev sets of their own.
     dev = Path("corpus/dev.jsonl").read_text()
@@ -138,22 +164,50 @@ def test_score_files_without_predictions_have_no_intervals(systems: list[Path]) 
     text = compare([two, B])
     assert "no intervals of the differences: the predictions of two are not there" in text
     assert re.fullmatch(r"[+-]\d+\.\d\d", row_of(text, "wer")[3])
+    assert re.match(r"perfect beside two: transcribes [\d.]+ points better, ", text)
+    assert "ner F1" in text.splitlines()[0]
 
 
 def test_what_is_no_system_is_named(systems: list[Path]) -> None:
     Path("x.json").write_text('{"scores": {}}')
     Path("x.jsonl").write_text('{"id": 3}\n')
     (Path("runs/new") / "predictions").mkdir(parents=True)
-    for paths, message in (([A], "name two systems or more"), ([A, A], "is named twice"),
+    for paths, message in (([], "name the systems"), ([A, A], "is named twice"),
                            ([A, Path("gone")], "gone"), ([A, Path("x.json")], "is no score file"),
                            ([A, Path("x.jsonl")], "x.jsonl cannot be read as predictions"),
                            ([A, Path("gone.jsonl")], "^gone.jsonl cannot be read: No such"),
                            ([A, Path("runs/new")], "neither a run folder")):
         with pytest.raises(UserError, match=message):
             compare(paths)
-    (B / FILE).unlink()
-    (B / "predictions" / "step-000002.jsonl").unlink()
-    with pytest.raises(UserError, match="run `unislu evaluate runs/perfect` first"):
-        compare(systems)
+    shutil.copytree(B / "best", "mine")
+    with pytest.raises(UserError, match="nothing to score it on"):
+        compare([A, Path("mine")])
     with pytest.raises(UserError, match="--resamples must be 1 or more"):
         compare(systems, resamples=0)
+
+
+def test_what_is_not_decoded_yet_is_decoded(systems: list[Path]) -> None:
+    shutil.rmtree(B / "predictions")
+    assert row_of(compare(systems), "wer")[3] == "+0.00 [+0.00, +0.00] p 1.000"
+    assert (B / FILE).is_file()
+
+
+def test_seeds_of_a_system_are_pooled(systems: list[Path]) -> None:
+    runs = [Path(f"runs/new-s{seed}") for seed in (1, 2)]
+    for seed, (source, run) in enumerate(zip(systems, runs, strict=True), 1):
+        shutil.copytree(source, run)
+        config = run / "config.yaml"
+        config.write_text(config.read_text().replace("  seed: 0", f"  seed: {seed}"))
+    text = compare([A, *runs], out=Path("out"))
+    assert "new is the mean over new-s1, new-s2" in text
+    assert "resamples of seeds and utterances" in text
+    one, two = (float(row_of(compare([run]), "wer")[1]) for run in runs)
+    assert float(row_of(text, "wer")[2]) == pytest.approx((one + two) / 2, abs=0.011)
+    report = json.loads(Path("out/report.json").read_text())
+    assert report["systems"][1]["seeds"] == ["new-s1", "new-s2"]
+    words = report["words"]
+    assert words["new"]["all"]["words"] == 2 * words["tiny"]["all"]["words"]
+    assert row_of(compare(runs), "wer")[1:3] == [f"{one:.2f}", f"{two:.2f}"], "there is no other"
+    config = runs[1] / "config.yaml"
+    config.write_text(config.read_text().replace("max_steps: 2", "max_steps: 3"))
+    assert "runs new-s... are not all pooled" in compare([A, *runs])

@@ -1,0 +1,1 @@
+"""The answer: systems beside each other, as data, words, tables and a page."""
