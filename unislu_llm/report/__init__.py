@@ -1,1 +1,1 @@
-"""The report of a comparison: one page with plots, tables and examples."""
+"""The answer: systems beside each other, as data, words, tables and a page."""

@@ -25,14 +25,9 @@ _ODD = re.compile("[\0-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff\ufffe\uffff\u202a-\u2
 
 
 def write_page(report: Mapping[str, Any], folder: Path) -> Path:
-    """Write `report.html`, and beside it in `audio` the clips that its examples play.
-
-    Args:
-        report: what `report.json` holds; its text is shown as text, whatever it says.
-        folder: made if need be; it can be moved as a whole.
-
-    Returns the page. It says where a clip is missing.
-    """
+    """Write `report.html`, and beside it in `audio` the clips that its examples play, and return
+    the page; the folder can be moved. `report` is what `report.json` holds; its text is shown as
+    text, whatever it says. Clips that are no audio, or not there, are said to be missing."""
     report = _clean(report)
     for number, example in enumerate(report["examples"], 1):
         example["clip"] = _copy_clip(example, number, folder / "audio")
@@ -74,8 +69,8 @@ def _copy_clip(example: Mapping[str, Any], number: int, folder: Path) -> str | N
     return f"audio/{name}"
 
 
-def _marked(text: str, outputs: Mapping[str, Any], wrong: Mapping[str, Sequence[str]],
-            ) -> tuple[list[tuple[str, Any]], list[Any]]:
+def _marked(text: str, outputs: Mapping[str, Any],
+            wrong: Mapping[str, Sequence[str]]) -> tuple[list[Any], list[Any]]:
     """Pieces of a text, each with its entity or None, and the entities that do not stand in it;
     an entity is its label, its phrase, and whether it is wrong."""
     found, absent = list[tuple[int, int, Any]](), []

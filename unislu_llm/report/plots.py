@@ -7,6 +7,7 @@ import re
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from textwrap import fill
 from typing import Any
 from xml.etree import ElementTree
 
@@ -19,10 +20,9 @@ Rows = Sequence[Mapping[str, Any]]
 
 # Columns that are drawn, inches of a panel and what each row adds, line between points.
 _PLOTS = {"trade": ("error rate, difference", "score, difference", 2.4, 0.0, ""),
-          "causes": ("", "", 0.5, 0.28, ""), "labels": ("F1", "label", 0.5, 0.13, ""),
+          "causes": ("", "", 0.5, 0.28, ""), "labels": ("F1", "label", 0.5, 0.15, ""),
           "lengths": ("length", "value", 1.5, 0.0, "-"), "curves": ("step", "value", 1.6, 0.0, "-"),
           "calibration": ("confidence", "share right", 2.4, 0.0, "-")}
-_MOST_LABELS = 20
 _MARKERS, _HATCHES = "osD^vPX", ("", "//", "..", "\\\\", "xx", "++")
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 # What is drawn in these follows the page, light or dark: its style sheet says what they are.
@@ -31,36 +31,29 @@ _VARIABLES = {"#000000": "var(--ink)", "#ffffff": "var(--paper)", "#b0b0b0": "va
 
 
 def draw_plot(kind: str, rows: Rows, systems: Sequence[str]) -> str:
-    """SVG of a plot from the rows of its table; the first column says in which panel a row is.
-
-    Args:
-        kind: trade, causes, labels, lengths, curves or calibration.
-        rows: one or more; those of `labels` with the most frequent label first.
-        systems: all systems of the page; their order gives colours and markers.
-    """
+    """SVG of a plot, its kind a key of `_PLOTS`, from the rows of its table, one or more. The first
+    column names its panels; the order of all `systems` gives colours and markers."""
     panels: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         panels.setdefault(next(iter(row.values())), []).append(row)
-    most = len(systems) * _MOST_LABELS if kind == "labels" else len(rows)
-    _, _, height, of_row, _ = _PLOTS[kind]
-    heights = [height + of_row * min(len(some), most) for some in panels.values()]
+    heights = [_PLOTS[kind][2] + _PLOTS[kind][3] * len(some) for some in panels.values()]
     # A user's own style would bring colours that the page does not know.
     with warnings.catch_warnings(), matplotlib.style.context(
             ["default", Path(__file__).with_name("plots.mplstyle")]):
         # Sizes are measured in a font that lacks many scripts; the reader's browser has them.
-        warnings.filterwarnings("ignore", "Glyph .* missing")
+        warnings.simplefilter("ignore", UserWarning)
         # As wide as a phone: there text has its own size, and on a desktop it is larger.
         figure = Figure(figsize=(4.4, 0.5 + sum(heights)), layout="constrained")
         grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
         for axes, (title, some) in zip(grid.flat, panels.items(), strict=True):
-            axes.set_title(title)
+            axes.set_title(fill(title, 60))
             if kind == "causes":
                 _draw_bars(axes, some)
             else:
-                _draw_points(axes, some[:most], systems, kind)
+                _draw_points(axes, some, systems, kind)
         shown = {label: handle for axes in grid.flat
                  for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-        figure.legend(shown.values(), shown.keys(), loc="outside lower center",
+        figure.legend(shown.values(), shown.keys(), loc="outside upper center",
                       ncols=3 if kind == "causes" else 2)
         return _svg(figure, kind)
 
@@ -70,7 +63,7 @@ def _draw_bars(axes: Axes, rows: Rows) -> None:
     left, most = [0] * len(rows), max(sum(list(row.values())[2:]) for row in rows)
     for part, colour, hatch in zip(list(rows[0])[2:], _COLOURS, _HATCHES, strict=True):
         values = [row[part] for row in rows]
-        bars = axes.barh([_short(row["system"]) for row in rows], values, left=left, label=part,
+        bars = axes.barh([fill(row["system"], 22) for row in rows], values, left=left, label=part,
                          color=colour, edgecolor="w", hatch=hatch, height=0.7)
         # On a hatched bar a number has to be kept apart from the lines.
         axes.bar_label(bars, [str(v) if v > 0.06 * most else "" for v in values], fontsize=8,
@@ -95,18 +88,16 @@ def _draw_points(axes: Axes, rows: Rows, systems: Sequence[str], kind: str) -> N
         # Labels that begin with `_` are left out of legends.
         axes.plot([x for (x, *_), _ in spans], [y for _, (y, *_) in spans], linestyle=line,
                   color=colour, marker=_MARKERS[i % len(_MARKERS)],
-                  label=f" {_short(name)}" if spans else None)
+                  label=f" {fill(name, 22)}" if spans else None)
     axes.set(xlabel=columns[0].replace("length", ""),
              ylabel=columns[1] if kind in ("trade", "calibration") else "")
-    if kind == "labels":
-        axes.set_yticks(range(len(places)), map(_short, places))
-        axes.invert_yaxis()
-    elif places:
-        axes.set_xticks(range(len(places)), map(_short, places))
-    elif kind == "trade":
-        axes.axhline(0, color="k", linewidth=0.8)
-        axes.axvline(0, color="k", linewidth=0.8)
-    elif kind == "calibration":
+    if places:
+        (axes.set_yticks if kind == "labels" else axes.set_xticks)(
+            range(len(places)), [fill(place, 22) for place in places])
+    axes.yaxis.set_inverted(kind == "labels")
+    for zero in (axes.axhline, axes.axvline) if kind == "trade" else ():
+        zero(0, color="k", linewidth=0.8)
+    if kind == "calibration":
         axes.plot([0, 1], [0, 1], color="k", linestyle="--", linewidth=0.8)
 
 
@@ -118,14 +109,8 @@ def _span(cell: Any, places: Sequence[str], shift: float) -> list[float]:
     return [places.index(cell) + shift if isinstance(cell, str) else cell] * 3
 
 
-def _short(name: str) -> str:
-    """Head and tail of a long name: runs of one experiment differ at either."""
-    return name if len(name) <= 22 else f"{name[:10]}…{name[-11:]}"
-
-
 def _svg(figure: Figure, name: str) -> str:
-    """SVG to stand in HTML, in colours of the page and without style attributes, which its
-    security policy forbids."""
+    """SVG for HTML: in the page's colours, without style attributes, which its policy forbids."""
     matplotlib.rcParams["svg.hashsalt"] = name  # ids follow from it, and plots share a document
     figure.savefig(file := io.StringIO(), format="svg", transparent=True,
                    metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
@@ -133,10 +118,10 @@ def _svg(figure: Figure, name: str) -> str:
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         rules = [rule.split(": ") for rule in element.attrib.pop("style", "").split("; ") if rule]
-        element.attrib |= {key: _VARIABLES.get(value, value) for key, value in rules
-                           if key != "font-family"}
-        element.attrib = {key.rpartition("}")[2]: value for key, value in element.attrib.items()
-                          if (element.tag, key) != ("g", "id")}  # `axes_1` is in every plot
+        element.attrib = {
+            key.rpartition("}")[2]: _VARIABLES.get(value, value) for key, value in
+            (*element.attrib.items(), *rules)
+            if key != "font-family" and (element.tag, key) != ("g", "id")}  # every plot's `axes_1`
         for style in element.findall("{*}style"):
             element.remove(style)
     root.attrib = {"viewBox": root.attrib["viewBox"], "aria-hidden": "true"}
