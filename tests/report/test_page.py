@@ -51,7 +51,7 @@ def test_numbers_are_those_of_the_report(tmp_path: Path) -> None:
     for row in (
             "score whisper-decoder llm-reads llm-reads, difference WER ↓ 16.40 [12.40, 20.40]",
             "35.50 [31.50, 39.50] 52.90 [47.40, 58.00] +17.40 [+11.20, +23.10] p 0.001",
-            "SA macro-F1 llm-reads +0.50 [-1.00, +2.00] p 0.004 +17.40 [+11.20, +23.10] p 0.001",
+            "SA macro-F1 llm-reads +0.50 [-1.00, +2.00] p 0.480 +17.40 [+11.20, +23.10] p 0.001",
             "hallucinated ner whisper-decoder 58 31 20 9 5 13 ner llm-reads 68 27 16 9 3 13",
             "ner PLACE 60 llm-reads 35.00 [26.00, 44.00] 5.00", "9,000 1,501 901 350 250 16.68",
             "WER by audio llm-reads 5-10 s 100 18.90 [14.90, 22.90]", "Negative 37 113 0",

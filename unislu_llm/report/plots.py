@@ -78,7 +78,7 @@ def _draw_points(axes: Axes, rows: Rows, systems: Sequence[str], kind: str) -> N
     places = list(dict.fromkeys(row[key] for row in rows for key in columns
                                 if isinstance(row[key], str)))
     for i, name in enumerate(systems):
-        shift = 0.5 * ((i + 0.5) / len(systems) - 0.5)  # side by side: intervals hide one another
+        shift = 0.4 * ((i + 0.5) / len(systems) - 0.5)  # side by side: intervals hide one another
         spans = [[_span(row[key], places, shift) for key in columns]
                  for row in rows if row["system"] == name]
         colour = _COLOURS[i % len(_COLOURS)]
