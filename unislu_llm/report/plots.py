@@ -36,14 +36,17 @@ def draw_plot(kind: str, rows: Rows, systems: Sequence[str]) -> str:
     panels: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         panels.setdefault(next(iter(row.values())), []).append(row)
-    heights = [_PLOTS[kind][2] + _PLOTS[kind][3] * len(some) for some in panels.values()]
+    lines = max(fill(name, 22).count("\n") for name in systems)
+    of_row = _PLOTS[kind][3] + 0.16 * lines * (kind == "causes")
+    heights = [_PLOTS[kind][2] + of_row * len(some) for some in panels.values()]
     # A user's own style would bring colours that the page does not know.
     with warnings.catch_warnings(), matplotlib.style.context(
             ["default", Path(__file__).with_name("plots.mplstyle")]):
         # Sizes are measured in a font that lacks many scripts; the reader's browser has them.
         warnings.simplefilter("ignore", UserWarning)
         # As wide as a phone: there text has its own size, and on a desktop it is larger.
-        figure = Figure(figsize=(4.4, 0.5 + sum(heights)), layout="constrained")
+        figure = Figure(figsize=(4.4, 0.3 + 0.08 * (lines + 1) * len(systems) + sum(heights)),
+                        layout="constrained")
         grid = figure.subplots(len(panels), squeeze=False, height_ratios=heights)
         for axes, (title, some) in zip(grid.flat, panels.items(), strict=True):
             axes.set_title(fill(title, 60))
@@ -92,11 +95,12 @@ def _draw_points(axes: Axes, rows: Rows, systems: Sequence[str], kind: str) -> N
     axes.set(xlabel=columns[0].replace("length", ""),
              ylabel=columns[1] if kind in ("trade", "calibration") else "")
     if places:
-        (axes.set_yticks if kind == "labels" else axes.set_xticks)(
-            range(len(places)), [fill(place, 22) for place in places])
+        axis, ends = ("y" if kind == "labels" else "x"), (-0.5, len(places) - 0.5)
+        axes.set(**{f"{axis}ticks": range(len(places)), f"{axis}lim": ends,
+                    f"{axis}ticklabels": [fill(place, 22) for place in places]})
     axes.yaxis.set_inverted(kind == "labels")
     for zero in (axes.axhline, axes.axvline) if kind == "trade" else ():
-        zero(0, color="k", linewidth=0.8)
+        zero(0, color="k", linewidth=0.8, zorder=1)
     if kind == "calibration":
         axes.plot([0, 1], [0, 1], color="k", linestyle="--", linewidth=0.8)
 
@@ -114,7 +118,8 @@ def _svg(figure: Figure, name: str) -> str:
     matplotlib.rcParams["svg.hashsalt"] = name  # ids follow from it, and plots share a document
     figure.savefig(file := io.StringIO(), format="svg", transparent=True,
                    metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    root = ElementTree.fromstring(re.sub(r"<!DOCTYPE[^>]*>", "", file.getvalue()))
+    root = ElementTree.fromstring(re.sub("(?s)<!DOCTYPE[^>]*>|<style.*?</style>", "",
+                                         file.getvalue()))
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         rules = [rule.split(": ") for rule in element.attrib.pop("style", "").split("; ") if rule]
@@ -122,7 +127,5 @@ def _svg(figure: Figure, name: str) -> str:
             key.rpartition("}")[2]: _VARIABLES.get(value, value) for key, value in
             (*element.attrib.items(), *rules)
             if key != "font-family" and (element.tag, key) != ("g", "id")}  # every plot's `axes_1`
-        for style in element.findall("{*}style"):
-            element.remove(style)
     root.attrib = {"viewBox": root.attrib["viewBox"], "aria-hidden": "true"}
     return ElementTree.tostring(root, encoding="unicode")
