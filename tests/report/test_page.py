@@ -116,7 +116,7 @@ def test_clips_lie_beside_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 def test_entities_are_marked_where_they_stand() -> None:
     outputs = {"ner": [["A", "HE"], ["B", "her"], ["C", "x"]], "sa": "Positive"}
     assert page._marked("The hero met he", outputs, {"ner": ["her"]}) == (
-        [("The ", None), ("her", ("B", "her", True)), ("o met ", None), ("he", ("A", "HE", False)),
+        [("The ", None), ("her", ["B", "her", True]), ("o met ", None), ("he", ["A", "HE", False]),
          ("", None)], [("C", "x", False)])
 
 

@@ -73,20 +73,16 @@ def _marked(text: str, outputs: Mapping[str, Any],
             wrong: Mapping[str, Sequence[str]]) -> tuple[list[Any], list[Any]]:
     """Pieces of a text, each with its entity or None, and the entities that do not stand in it;
     an entity is its label, its phrase, and whether it is wrong."""
-    found, absent = list[tuple[int, int, Any]](), []
+    found, absent = list[Any](), list[Any]()
     for task, label, phrase in ((task, *e) for task, entities in outputs.items()
                                 for e in entities or () if isinstance(e, list)):
         # As a word if there is one: not the `he` of `the`. Some scripts have no blanks.
         forms = (rf"(?<!\w){re.escape(phrase)}(?!\w)", re.escape(phrase))
         place = next((m.span() for form in forms for m in re.finditer(form, text, re.IGNORECASE)
-                      if m[0] and all(m.end() <= a or b <= m.start() for a, b, _ in found)), None)
-        entity = (label, phrase, phrase in wrong.get(task, ()))
-        if place:
-            found.append((*place, entity))
-        else:
-            absent.append(entity)
-    pieces, done = list[tuple[str, Any]](), 0
-    for start, end, entity in sorted(found):
+                      if m[0] and all(m.end() <= a or b <= m.start() for a, b, *_ in found)), ())
+        (found if place else absent).append((*place, label, phrase, phrase in wrong.get(task, ())))
+    pieces, done = list[Any](), 0
+    for start, end, *entity in sorted(found):
         pieces += [(text[done:start], None), (text[start:end], entity)]
         done = end
     return [*pieces, (text[done:], None)], absent

@@ -95,9 +95,9 @@ def _draw_points(axes: Axes, rows: Rows, systems: Sequence[str], kind: str) -> N
     axes.set(xlabel=columns[0].replace("length", ""),
              ylabel=columns[1] if kind in ("trade", "calibration") else "")
     if places:
-        axis, ends = ("y" if kind == "labels" else "x"), (-0.5, len(places) - 0.5)
-        axes.set(**{f"{axis}ticks": range(len(places)), f"{axis}lim": ends,
-                    f"{axis}ticklabels": [fill(place, 22) for place in places]})
+        axis, width = ("y", 22) if kind == "labels" else ("x", 9)
+        axes.set(**{f"{axis}ticks": range(len(places)), f"{axis}lim": (-0.5, len(places) - 0.5),
+                    f"{axis}ticklabels": [fill(place, width) for place in places]})
     axes.yaxis.set_inverted(kind == "labels")
     for zero in (axes.axhline, axes.axvline) if kind == "trade" else ():
         zero(0, color="k", linewidth=0.8, zorder=1)
@@ -118,8 +118,7 @@ def _svg(figure: Figure, name: str) -> str:
     matplotlib.rcParams["svg.hashsalt"] = name  # ids follow from it, and plots share a document
     figure.savefig(file := io.StringIO(), format="svg", transparent=True,
                    metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    root = ElementTree.fromstring(re.sub("(?s)<!DOCTYPE[^>]*>|<style.*?</style>", "",
-                                         file.getvalue()))
+    root = ElementTree.fromstring(re.sub("(?s)<style.*?</style>", "", file.getvalue()))
     for element in root.iter():
         element.tag = element.tag.rpartition("}")[2]
         rules = [rule.split(": ") for rule in element.attrib.pop("style", "").split("; ") if rule]
