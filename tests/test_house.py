@@ -206,7 +206,7 @@ def test_there_is_no_circle() -> None:
 
 
 @pytest.mark.parametrize(("start", "absent"), [
-    ("unislu_llm.cli", "torch pydantic numpy yaml"),
+    ("unislu_llm.cli", "torch pydantic numpy yaml matplotlib"),
     ("unislu_llm", "torch pydantic numpy yaml"),
     ("unislu_llm.decoding.predict, unislu_llm.run_folder",
      "unislu_llm.training unislu_llm.evaluate"),
