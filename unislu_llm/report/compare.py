@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
 from collections import Counter
@@ -48,10 +47,9 @@ def compare(paths: Sequence[Path], protocol: Protocol = "whisper", resamples: in
         write_json(out / "report.json", report)
         write_text(out / "report.md", markdown(report))
         write_text(out / "report.tex", latex(report))
-        with contextlib.suppress(ModuleNotFoundError):
-            from unislu_llm.report.page import write_page  # type: ignore[import-not-found]
+        from unislu_llm.report.page import write_page  # with matplotlib, slow to import
 
-            write_page(report, out)
+        write_page(report, out)
         text.append(f"report: {out}")
     return "\n".join(text)
 
