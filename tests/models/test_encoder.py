@@ -105,3 +105,17 @@ def test_modes_train_what_they_say(mode: str) -> None:
     for name, parameter in encoder.named_parameters():
         grown = parameter.grad is not None and bool(parameter.grad.any())
         assert grown == parameter.requires_grad, name
+
+
+def test_a_sharded_encoder_takes_a_batch_as_a_whole(tiny_whisper_encoder: Any) -> None:
+    """On a CPU it goes through in parts, of which processes would have different numbers."""
+    encoder = SpeechEncoder(tiny_whisper_encoder(), ModelConfig()).eval()
+    calls = list[int]()
+    encoder.whisper.layers[0].register_forward_hook(lambda *_: calls.append(1))
+    mel = torch.randn(7, 80, 120)
+    with torch.no_grad():
+        parts = encoder(mel, [120] * 7)[0]
+        encoder.in_parts = False
+        whole = encoder(mel, [120] * 7)[0]
+    assert len(calls) == 2 + 1
+    torch.testing.assert_close(whole, parts, atol=1e-5, rtol=1e-5)

@@ -51,6 +51,7 @@ class SpeechEncoder(nn.Module):
     def __init__(self, whisper: WhisperEncoder, config: ModelConfig) -> None:
         super().__init__()
         self.whisper = whisper
+        self.in_parts = True  # on a CPU; not where all processes must call sharded layers alike
         self.mode, self.pad_to_30s = config.encoder_mode, config.pad_to_30s
         self.dim = int(whisper.config.d_model)
         whisper.requires_grad_(self.mode == "full")
@@ -91,7 +92,8 @@ class SpeechEncoder(nn.Module):
         # Whisper was trained to listen to the silence at the end as well.
         used = [mel.shape[-1]] * len(mel) if self.pad_to_30s else list(mel_lengths)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode != "frozen"):
-            if mel.device.type == "cpu" and not torch.is_grad_enabled() and len(mel) > _TOGETHER:
+            if (mel.device.type == "cpu" and self.in_parts and not torch.is_grad_enabled()
+                    and len(mel) > _TOGETHER):
                 return self._by_length(mel, used, size), lengths
             return self._run(mel, used), lengths
 

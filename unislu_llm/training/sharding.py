@@ -109,6 +109,8 @@ def reshard(model: nn.Module) -> None:
 
 def gather_for(model: SLUModel, name: str, unshard: Callable[[], object]) -> None:
     """Have a method of a sharded model, where there is one, run on weights that are gathered."""
+    if model.encoder is not None:
+        model.encoder.in_parts = False
     if (method := getattr(model, name, None)) is None:
         return
 
