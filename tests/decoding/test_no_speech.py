@@ -188,5 +188,5 @@ def test_an_address_is_no_file(name: str, build: Build) -> None:
     for given in (name, Path(name)):
         with pytest.raises(UserError) as error:
             understand(build("llm"), given)
-        assert str(error.value) == (f"{name}: is an address, not a file; download it: "
-                                    f"curl -LO '{name}'")
+        how = f": curl -LO '{name}'" if name.startswith("http") else " first"
+        assert str(error.value) == f"{name}: is an address, not a file; download it{how}"
