@@ -24,12 +24,12 @@ from unislu_llm.tasks import NER, SA, LabelTask, Span, TaskRegistry
 from unislu_llm.unified import encode, render
 from unislu_llm.utterance import Utterance
 
+ROOT = Path(__file__).parents[1]
+ALONE = ("import runpy, sys; sys.modules.update(unislu_llm=None, peft=None); del sys.argv[0]; "
+         "runpy.run_path(sys.argv[0], run_name='__main__')")
 READS: dict[str, Any] = {
     "projector": "none", "hypothesis": "manifest", "prompt_prefix": "say", "prompt_suffix": "</s>",
     "lora": {"rank": 2, "alpha": 4, "target_modules": ["auto"]}}
-ALONE = ("import runpy, sys; sys.modules.update(unislu_llm=None, peft=None); del sys.argv[0]; "
-         "runpy.run_path(sys.argv[0], run_name='__main__')")
-ROOT = Path(__file__).parents[1]
 
 
 def trained(model: Any) -> Any:
@@ -46,23 +46,22 @@ def logits(llm: Any, marker: int) -> Tensor:
         return llm(input_ids=torch.tensor([[5, 99, marker, 7, marker + 3, 250]])).logits
 
 
-@pytest.mark.parametrize("options", [
-    {}, {"tied": False}, {"arch": "gemma3_text"}, {"arch": "gpt2"},
-    {"llm_options": {"vocab_size": 450}}, {"gap": 2}], ids=str)
-def test_logits_stay_as_they_were(options: dict[str, Any]) -> None:
-    tokenizer, gap = make_tokenizer(), options.get("gap", 0)
-    rows = options.get("llm_options", {}).get("vocab_size", len(tokenizer))
+@pytest.mark.parametrize(("arch", "tied", "extra", "gap"), [
+    ("llama", True, 0, 2), ("llama", False, 0, 0), ("llama", True, 50, 0), ("gpt2", True, 0, 0),
+    ("gemma3_text", True, 0, 0)])
+def test_logits_stay_as_they_were(arch: str, tied: bool, extra: int, gap: int) -> None:
+    tokenizer = make_tokenizer()
+    rows = len(tokenizer) + extra
     tokenizer.add_tokens([f"unused{i}" for i in range(gap)])
-    model = trained(make_speech_llm(**READS | {"tokenizer": tokenizer, "llm_options": {
-        "vocab_size": rows}} | {k: v for k, v in options.items() if k != "gap"}))
-    llm, marker = model.llm, min(model.tokenizer.marker_ids.values())
-    before, tied = logits(llm, marker), len({id(p) for n, p in llm.named_parameters(
-        remove_duplicate=False) if n.endswith(".rows")}) == 1
+    llm = trained(make_speech_llm(**READS, arch=arch, tied=tied, tokenizer=tokenizer,
+                                  llm_options={"vocab_size": rows})).llm
+    marker = llm.get_input_embeddings().first
+    before = logits(llm, marker)
     assert merge_lora(llm, torch.bfloat16) > 1
     write_markers(llm)
     after, named = logits(llm, marker), [*range(rows), *range(rows + gap, before.shape[-1])]
     torch.testing.assert_close(after[..., named], before[..., named], atol=1e-4, rtol=1e-4)
-    # Of ids that are nobody's the best that there is to say: they are never the likeliest.
+    # Of ids that are nobody's the most that there is to say: they are never the likeliest.
     assert set(after.argmax(-1).flatten().tolist()) <= set(named)
     assert not [name for name, _ in llm.named_modules() if "lora" in name or "base" in name]
     assert (llm.get_input_embeddings().weight is llm.get_output_embeddings().weight) == tied
@@ -90,9 +89,9 @@ def test_quantised_layers_become_the_numbers_that_they_stand_for(bits: str, tmp_
     assert "quantization" not in (tmp_path / "plain" / "config.json").read_text()
 
 
-def answered_alone(folder: Path) -> str:
+def answered_alone(folder: str) -> str:
     """The last line of eval/parity.py, to which importing unislu_llm is an error."""
-    done = subprocess.run([sys.executable, "-c", ALONE, str(ROOT / "eval" / "parity.py"), folder],
+    done = subprocess.run([sys.executable, "-c", ALONE, f"{ROOT}/eval/parity.py", folder],
                           capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout.splitlines()[-1]
@@ -100,24 +99,23 @@ def answered_alone(folder: Path) -> str:
 
 def test_plain_transformers_answers_as_we_do(tmp_path: Path, tiny_checkpoints: dict[str, str],
                                              capsys: pytest.CaptureFixture[str]) -> None:
-    config = model_config(**READS | {"projector": "mlp", "llm": tiny_checkpoints["llm"],
-                                     "encoder": tiny_checkpoints["whisper"]})
-    model, out, clips = SpeechLLM.build(config, TaskRegistry([SA])), tmp_path / "o", tmp_path / "c"
-    model.save_pretrained(tmp_path / "model")
+    model = SpeechLLM.build(model_config(**READS | {
+        "projector": "mlp", "llm": tiny_checkpoints["llm"],
+        "encoder": tiny_checkpoints["whisper"]}), TaskRegistry([SA]))
+    folder, out, clips = tmp_path / "model", tmp_path / "out", tmp_path / "clips.jsonl"
     clips.write_text("".join(json.dumps({"id": t, "hypothesis": t}) + "\n" for t in TEXTS[:2]))
-    command = ["export", str(tmp_path / "model"), "--merged", "--dtype", "fp32", "--out", str(out),
+    command = ["export", str(folder), "--merged", "--dtype", "fp32", "--out", str(out),
                "--manifest", str(clips)]
+    model.save_pretrained(folder)
     assert main(command) == 2
     assert "lora_B is zero" in capsys.readouterr().err
     assert not out.exists()
-    trained(model).save_pretrained(tmp_path / "model")
+    trained(model).save_pretrained(folder)
     assert main(command) == 0
     assert "does not hear" in capsys.readouterr().out
-    rows = read_json_lines(out / "parity.jsonl")
-    assert [row["task"] for row in rows] == [None, None, "sa", "sa"]
-    assert answered_alone(out).startswith("4 prompts: 0 texts give other ids, 0 answers differ")
-    assert str(tmp_path) not in "".join(p.read_text() for p in out.glob("*.*") if p.suffix in (
-        ".json", ".md", ".jinja"))
+    assert [r["task"] for r in read_json_lines(out / "parity.jsonl")] == [None, None, "sa", "sa"]
+    assert answered_alone(str(out)).startswith("4 prompts: 0 texts give other ids, 0 answers")
+    assert not [p for p in out.rglob("*.[jm]*") if str(tmp_path) in p.read_text()]
     assert main(command) == 2
     assert "is not empty" in capsys.readouterr().err
 
@@ -126,36 +124,31 @@ def test_plain_transformers_answers_as_we_do(tmp_path: Path, tiny_checkpoints: d
 @pytest.mark.parametrize("name", ["whisper-base--gemma-3-270m", "whisper-base--smollm2-135m"])
 def test_a_shipped_adapter_answers_without_us(name: str, tmp_path: Path) -> None:
     assert main(["export", f"{ROOT}/adapters/{name}", "--merged", "--out", f"{tmp_path}/out"]) == 0
-    assert answered_alone(tmp_path / "out").startswith(
-        "90 prompts: 0 texts give other ids, 0 answers differ")
-
-
-ACTS = LabelTask("acts", "[DA]", ('say "hi"', "b\\c", "été"), "[D]", "[/D]", multi=True)
+    assert answered_alone(f"{tmp_path}/out").startswith("90 prompts: 0 texts give other ids, 0 an")
 
 
 def test_grammars_take_answers_and_nothing_else() -> None:
-    files = grammars(TaskRegistry([NER, SA, ACTS]))
+    acts = LabelTask("acts", "[DA]", ('say "hi"', "b\\c", "été"), "[D]", "[/D]", multi=True)
+    files = grammars(TaskRegistry([NER, SA, acts]))
 
     def takes(name: str, text: str) -> bool:
         rule = files[f"{name}.gbnf"].splitlines()[0].partition("::=")[2]
-        parts = {"text": r"[^\[]*", "phrase": r"\s*[^\[\s][^\[]*"}
-        pattern = regex.sub(r'"(?:\\.|[^"\\])*"|\w+| ', lambda m: parts.get(m[0]) or (
-            regex.escape(json.loads(m[0])) if m[0] != " " else ""), rule)
+        parts = {"text": r"[^\[]*", "phrase": r"\s*[^\[\s][^\[]*", " ": ""}
+        pattern = regex.sub(r'"(?:\\.|[^"\\])*"|\w+| ', lambda m: parts[m[0]] if m[0] in parts
+                            else regex.escape(json.loads(m[0])), rule)
         return regex.fullmatch(pattern, text) is not None
 
-    u = Utterance("u", None, "we met in paris on monday", {
-        "ner": (Span("PLACE", 10, 15), Span("WHEN", 19, 25)), "sa": "Neutral",
-        "acts": ('say "hi"', "été")})
-    for task in (NER, SA, ACTS):
+    u = Utterance("u", None, "we met in paris", {
+        "ner": (Span("PLACE", 10, 15),), "sa": "Neutral", "acts": ('say "hi"', "été")})
+    for task in (NER, SA, acts):
         answer = render(encode(u, task))
         assert [name for name in ("asr", "ner", "sa", "acts", "all") if takes(name, answer)] == [
             task.name, "all"]
         assert takes(f"{task.name}-outputs", answer.partition(task.marker)[2])
     assert takes("asr", u.text)
-    assert takes("all", u.text)
     assert takes("ner", "[T/L][NER]")
     for text in ("[T/L][NER][PLACE] [/PLACE]", "[T/L][NER][PLACE]a[/WHEN]", "a[T/L]", "[NER]",
                  "[T/L][SA][S]Good[/S]", "[T/L][SA]", '[T/L][DA][D]été[/D][D]b\\c[/D]'):
         assert not takes("all", text), text
-    assert files["all.lark"].replace("start:", "root ::=").splitlines()[0] == files[
-        "all.gbnf"].splitlines()[0]
+    lark, gbnf = (files[f"all.{kind}"].splitlines()[0] for kind in ("lark", "gbnf"))
+    assert lark.replace("start:", "root ::=") == gbnf

@@ -266,8 +266,7 @@ def export(run: Annotated[str, tyro.conf.arg(metavar="RUN")], /, out: Path,
     if (private or revision) and not push:
         raise UserError("--private and --revision are of what is published; add --push USER/MODEL")
     if manifest if not merged else any((results, data_note, encoder, llm, recogniser, no_check)):
-        raise UserError("--merged takes --out, --dtype, --licence, --manifest (which is of it "
-                        "alone) and --push")
+        raise UserError("--merged takes --out, --dtype, --licence, --push, and alone --manifest")
     from unislu_llm.export import PUBLISHED, export
     from unislu_llm.weights.publish import check_login, publish
 

@@ -151,8 +151,7 @@ def sha256(path: str | Path) -> str:
 
 @contextlib.contextmanager
 def new_folder(final: Path) -> Iterator[Path]:
-    """A folder to write, which takes the place of another when the block ends without an error; a
-    kill loses neither."""
+    """A folder to write, which takes the place of `final` when the block ends, and only then."""
     final.parent.mkdir(parents=True, exist_ok=True)
     new = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     old = final.with_name(final.name + ".old")

@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import ModelCardData
 from jinja2 import Environment, PackageLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
@@ -35,17 +34,15 @@ from unislu_llm.utterance import Utterance
 _CLOSE = {"fp32": 0.01, "fp16": 0.1, "bf16": 0.5}
 _TEMPLATES = Environment(loader=PackageLoader("unislu_llm", "."), autoescape=False)
 _TEMPLATES.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
-Row = dict[str, Any]
 
 
 def merge(folder: str | Path, out: Path, *, dtype: str = "bf16", licence: str = "",
           manifests: Sequence[Path] = (), published: str = "") -> str:
     """Write a folder for `AutoModelForCausalLM` that answers as the trained model does.
 
-    Parity prompts are 30 hypotheses of `manifests` (default: the mini corpus), to which the written
-    model has to give the trained one's greedy answers. Returns what there is to say of it. Raises
-    UserError: no such model, or one that reads none; an `out` that holds something; no hypotheses;
-    LoRA that changes nothing; other answers. Then nothing is written.
+    Parity prompts are 30 hypotheses of `manifests` (default: the mini corpus). Returns what there
+    is to say of it. Raises UserError, and writes nothing: no such model, or one that reads no
+    hypothesis; `out` holds something; no hypotheses; LoRA changes nothing; other answers.
     """
     run, clips = find_run(folder), _clips(manifests)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
@@ -56,9 +53,6 @@ def merge(folder: str | Path, out: Path, *, dtype: str = "bf16", licence: str = 
                         "text; it takes a model of an LLM with a hypothesis in its prompt")
     base, close = saved.bases["llm"].name, _CLOSE[dtype]
     close += 0.5 * (saved.model.quantization != "none")  # it computes in bf16 or 8 bits
-    front = ModelCardData(base_model=portable(base) if Path(base).exists() else base,
-                          license=licence.lower() or None, library_name="transformers",
-                          pipeline_tag="text-generation")
     with new_folder(out) as new:
         rows = _write(load_model(run, "fp32"), new, dtype, clips)
         facts: dict[str, Any] = {"dtype": dtype, "close": close, "model": saved.model, "rows": rows,
@@ -67,8 +61,9 @@ def merge(folder: str | Path, out: Path, *, dtype: str = "bf16", licence: str = 
         write_text(new / "parity.jsonl", "".join(lines))
         for file in (*run.model.glob("LICENSE*"), *run.model.glob("NOTICE*")):
             shutil.copyfile(file, new / file.name)
-        write_text(new / "README.md", _text("merged_card", name=published or out.name,
-                                            front=front, tasks=list(run.registry()), **facts))
+        write_text(new / "README.md", _text(
+            "merged_card", name=published or out.name, tasks=list(run.registry()), licence=licence,
+            base=portable(base) if Path(base).exists() else base, **facts))
     found = shutil.which("convert_hf_to_gguf.py")
     command = [sys.executable, found or "llama.cpp/convert_hf_to_gguf.py", str(out), "--outfile",
                f"{out}/model.gguf", "--outtype", dtype.replace("fp", "f")]
@@ -101,7 +96,7 @@ def grammars(registry: TaskRegistry) -> dict[str, str]:
             for name, some in tasks.items() for kind in ("gbnf", "ebnf", "lark")}
 
 
-def _write(model: Any, folder: Path, dtype: str, clips: Sequence[tuple[str, str]]) -> list[Row]:
+def _write(model: Any, folder: Path, dtype: str, clips: Sequence[tuple[str, str]]) -> list[Any]:
     """Write model, tokenizer and grammars; returns prompts with the answers before the merge."""
     t, llm, config = model.tokenizer, model.llm, model.config
     first = t.base.bos_token if model.prefix != t.prompt_ids(config.prompt_prefix) else ""
@@ -129,11 +124,11 @@ def _write(model: Any, folder: Path, dtype: str, clips: Sequence[tuple[str, str]
     return rows
 
 
-def _rows(model: Any, clips: Sequence[tuple[str, str]]) -> Iterator[Row]:
+def _rows(model: Any, clips: Sequence[tuple[str, str]]) -> Iterator[dict[str, Any]]:
     """Rows of the parity file: each hypothesis alone, then behind its transcript each task."""
     # Without grammar and bias, which servers have not; of what listens, without its speech.
-    t, collator, texts = model.tokenizer, replace(model.collator(), listens=False), [
-        hypothesis for _, hypothesis in clips]
+    t, collator = model.tokenizer, replace(model.collator(), listens=False)
+    texts = [hypothesis for _, hypothesis in clips]
     examples = [Example(Utterance(i, None, "", hypothesis=h), None) for i, h in clips]
     batch = collator.from_waves(examples, [torch.zeros(0)] * len(clips)).to(model.device)
     for task in (None, *model.registry):
@@ -157,7 +152,7 @@ def _rows(model: Any, clips: Sequence[tuple[str, str]]) -> Iterator[Row]:
 
 
 @torch.no_grad()
-def _check(folder: Path, rows: Sequence[Row], close: float) -> int:
+def _check(folder: Path, rows: Sequence[dict[str, Any]], close: float) -> int:
     """Note by how much the folder's model prefers each answer at its closest call; returns how many
     prompts' texts give other ids. UserError: it clearly prefers another answer."""
     tokenizer: Any = AutoTokenizer.from_pretrained(folder)

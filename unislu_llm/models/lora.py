@@ -105,10 +105,8 @@ def quantization(kind: Literal["none", "8bit", "4bit"]) -> dict[str, Any]:
 
 @torch.no_grad()
 def merge_lora(model: Any, dtype: torch.dtype) -> int:
-    """Put fp32 layers in the place of adapted and quantised ones: a plain causal LM, in place.
-
-    Returns how many adapters change a weight that is then rounded to `dtype`.
-    """
+    """Put plain fp32 layers in the place of adapted and quantised ones; returns how many adapters
+    change a weight that is then rounded to `dtype`."""
     changed, modules = 0, list[tuple[str, Any]](model.named_modules())
     for name, layer in modules:
         base: Any = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
