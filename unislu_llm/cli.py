@@ -239,9 +239,7 @@ def export(run: Annotated[str, tyro.conf.arg(metavar="RUN")], /, out: Path,
            results: tuple[Path, ...] = (), data_note: Path | None = None, encoder: str = "",
            llm: str = "", recogniser: str = "", no_check: bool = False,
            push: Annotated[str, tyro.conf.arg(metavar="USER/MODEL")] = "", private: bool = False,
-           revision: str = "", merged: bool = False,
-           manifest: Annotated[tuple[Path, ...], tyro.conf.arg(metavar="MANIFEST [...]")] = (),
-           ) -> None:
+           revision: str = "", merged: bool = False, manifest: tuple[Path, ...] = ()) -> None:
     """Write a folder with the trained weights of a run, its configuration and a model card.
 
     It is used like any saved model. An earlier export in the folder is replaced.
@@ -276,7 +274,8 @@ def export(run: Annotated[str, tyro.conf.arg(metavar="RUN")], /, out: Path,
     if merged:
         from unislu_llm.merge import merge
 
-        print(merge(run, out, dtype=dtype, licence=licence, manifests=manifest, published=name))
+        print(merge(run, out, dtype=dtype, licence=licence, manifests=manifest, published=name),
+              end="")
     else:
         size, difference = export(
             run, out, dtype=dtype, licence=licence, results=results, data_note=data_note,
