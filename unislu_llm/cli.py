@@ -239,13 +239,13 @@ def export(run: Annotated[str, tyro.conf.arg(metavar="RUN")], /, out: Path,
            results: tuple[Path, ...] = (), data_note: Path | None = None, encoder: str = "",
            llm: str = "", recogniser: str = "", no_check: bool = False,
            push: Annotated[str, tyro.conf.arg(metavar="USER/MODEL")] = "", private: bool = False,
-           revision: str = "") -> None:
+           revision: str = "", merged: bool = False, manifest: tuple[Path, ...] = ()) -> None:
     """Write a folder with the trained weights of a run, its configuration and a model card.
 
     It is used like any saved model. An earlier export in the folder is replaced.
 
     Args:
-        run: Run folder of a training recipe, or its `best` or `last`.
+        run: Run folder of a training recipe, or its `best` or `last`; with --merged any model.
         out: Folder to write.
         dtype: Of the stored weights; they are loaded as fp32.
         licence: SPDX identifier of the weights' licence.
@@ -258,27 +258,39 @@ def export(run: Annotated[str, tyro.conf.arg(metavar="RUN")], /, out: Path,
         push: Publish the folder on the Hugging Face hub under this name, which then loads it.
         private: With --push: make the repository private.
         revision: With --push: branch to publish on, made where it is lacking.
+        merged: Write the LLM, LoRA merged, as a plain causal LM for vLLM, SGLang or llama.cpp.
+        manifest: With --merged: rows whose hypotheses are parity prompts; default: the mini corpus.
     """
     if (private or revision) and not push:
         raise UserError("--private and --revision are of what is published; add --push USER/MODEL")
+    if manifest if not merged else any((results, data_note, encoder, llm, recogniser, no_check)):
+        raise UserError("--merged takes --out, --dtype, --licence, --push, and alone --manifest")
     from unislu_llm.export import PUBLISHED, export
     from unislu_llm.weights.publish import check_login, publish
 
     name = push + (f"@{revision}" if revision else "")
     if push:  # before the work
         check_login(push)
-    size, difference = export(
-        run, out, dtype=dtype, licence=licence, results=results, data_note=data_note,
-        names={"encoder": encoder, "llm": llm, "recogniser": recogniser}, check=not no_check,
-        published=name)
-    print(f"{out}: {size / 1e6:.2f} MB in {dtype}")
-    if difference is not None:
-        print(f"largest difference of a token's loss from the original: {difference:.3g} nats "
-              "(fine: 0 in fp32, below 0.05 in fp16, below 0.5 in bf16; else give a finer --dtype)")
+    if merged:
+        from unislu_llm.merge import merge
+
+        print(merge(run, out, dtype=dtype, licence=licence, manifests=manifest, published=name),
+              end="")
+    else:
+        size, difference = export(
+            run, out, dtype=dtype, licence=licence, results=results, data_note=data_note,
+            names={"encoder": encoder, "llm": llm, "recogniser": recogniser}, check=not no_check,
+            published=name)
+        print(f"{out}: {size / 1e6:.2f} MB in {dtype}")
+        if difference is not None:
+            print(f"largest difference of a token's loss from the original: {difference:.3g} nats "
+                  "(fine: 0 in fp32, below 0.05 in fp16, below 0.5 in bf16; else give a finer "
+                  "--dtype)")
     if not licence:
         print("the card names no licence, so nobody may use the weights; add --licence Apache-2.0")
     if push:
-        address = publish(out, push, PUBLISHED, private=private, branch=revision)
+        files = ["*"] if merged else PUBLISHED
+        address = publish(out, push, files, private=private, branch=revision)
         print(f"published as {name}: {address}")
 
 

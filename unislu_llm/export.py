@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -19,8 +18,8 @@ from unislu_llm.io import (
     SUMS_FILE,
     WEIGHTS_FILE,
     check_saved,
+    new_folder,
     sha256,
-    swap_folder,
     write_json,
     write_sums,
 )
@@ -63,10 +62,7 @@ def export(folder: str | Path, out: Path, *, names: Mapping[str, str], dtype: st
                         "export is published as it is by `hf upload NAME FOLDER`")
     check_saved(run.model)
     saved, note = _public_description(run, names), read_note(data_note)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
-    try:
-        new.chmod(0o755)  # temporary folders are their owner's alone, and this one is passed on
+    with new_folder(out) as new:
         count = _write_weights(run.model / WEIGHTS_FILE, new / WEIGHTS_FILE, dtype)
         write_json(new / MODEL_FILE, saved.model_dump())
         if (run.model / RATES_FILE).is_file():  # runs that start from the export take them up
@@ -83,9 +79,6 @@ def export(folder: str | Path, out: Path, *, names: Mapping[str, str], dtype: st
         size = sum(path.stat().st_size for path in new.iterdir())
         for path in kept:
             path.rename(new / path.name)
-        swap_folder(new, out)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)
     return size, difference
 
 

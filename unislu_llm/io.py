@@ -10,6 +10,7 @@ import re
 import secrets
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
@@ -131,14 +132,22 @@ def sha256(path: str | Path) -> str:
         raise UserError(f"{path} cannot be read: {error.strerror or error}") from error
 
 
-def swap_folder(new: Path, final: Path) -> None:
-    """Put a freshly written folder in the place of another; a kill in between loses neither."""
+@contextlib.contextmanager
+def new_folder(final: Path) -> Iterator[Path]:
+    """A folder to write, which takes the place of `final` when the block ends, and only then."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    new = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
     old = final.with_name(final.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if final.exists():
-        final.rename(old)  # no system exchanges two folders at once
-    new.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
+    try:
+        new.chmod(0o755)  # temporary folders are their owner's alone, and this one is passed on
+        yield new
+        shutil.rmtree(old, ignore_errors=True)
+        if final.exists():
+            final.rename(old)  # no system exchanges two folders at once
+        new.rename(final)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def write_sums(folder: Path, names: Sequence[str] = ()) -> None:

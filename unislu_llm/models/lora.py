@@ -1,4 +1,4 @@
-"""LoRA by PEFT, and the 8 or 4 bits of the frozen weights under it."""
+"""LoRA by PEFT, the 8 or 4 bits of the frozen weights under it, and both merged to plain layers."""
 
 from __future__ import annotations
 
@@ -8,7 +8,9 @@ from typing import Any, Literal
 
 import peft
 import torch
+from peft.tuners.lora import LoraLayer
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.integrations import dequantize_module_weight
 from torch import nn
 from transformers import BitsAndBytesConfig, DynamicCache
 from transformers.pytorch_utils import Conv1D
@@ -99,3 +101,30 @@ def quantization(kind: Literal["none", "8bit", "4bit"]) -> dict[str, Any]:
             BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
                                bnb_4bit_use_double_quant=True,
                                bnb_4bit_compute_dtype=torch.bfloat16)}
+
+
+@torch.no_grad()
+def merge_lora(model: Any, dtype: torch.dtype) -> int:
+    """Put plain fp32 layers in the place of adapted and quantised ones; returns how many adapters
+    change a weight that is then rounded to `dtype`."""
+    changed, modules = 0, list[tuple[str, Any]](model.named_modules())
+    for name, layer in modules:
+        base: Any = layer.get_base_layer() if isinstance(layer, LoraLayer) else layer
+        quantised = type(base).__module__.startswith("bitsandbytes.nn")
+        if name.endswith(".base_layer") or not (quantised or base is not layer):
+            continue
+        # PEFT's own merging would round the sum to 4 or 8 bits again, which loses most of LoRA.
+        weight = merged = dequantize_module_weight(base).detach().float()
+        if base is not layer:  # the delta lies as the weight does, also of a Conv1D
+            merged = weight + layer.get_delta_weight(layer.active_adapters[0]).float()
+            changed += not torch.equal(merged.to(dtype), weight.to(dtype))
+        if quantised:
+            bias, base = base.bias, nn.Linear(1, 1, bias=False)
+            base.bias, (base.out_features, base.in_features) = bias, merged.shape
+        base.weight = nn.Parameter(merged, requires_grad=False)
+        model.set_submodule(name, base)
+    # Else transformers would save it as a quantised model.
+    model.config.__dict__.pop("quantization_config", None)
+    model.__dict__.pop("quantization_method", None)
+    model.hf_quantizer, model.is_quantized = None, False
+    return changed

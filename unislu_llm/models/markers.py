@@ -87,6 +87,26 @@ def install_markers(model: Any, tokenizer: UnifiedTokenizer) -> None:
 
 
 @torch.no_grad()
+def write_markers(model: Any) -> None:
+    """Undo :func:`install_markers`, but with their rows in a vocabulary that grows to hold them."""
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    old, first, last = len(embedding.weight), head.first, head.first + len(head.rows)
+    model.set_input_embeddings(embedding.base)
+    model.set_output_embeddings(head.base)
+    model.resize_token_embeddings(max(old, last), mean_resizing=False)
+    for part, own in ((embedding, model.get_input_embeddings()),
+                      (head, model.get_output_embeddings())):
+        # Ids between the base's last row and the first marker are nobody's, and a plain model has
+        # no minus infinity for them. The mean row's logit is the mean of all logits: never the
+        # largest, and (Jensen) its probability is at most the mean one.
+        own.weight[old:] = own.weight[:old].float().mean(0)
+        # Unscaled at both ends: where the embedding scales (Gemma), it scales these rows as well.
+        own.weight[first:last] = part.rows.to(own.weight.dtype)
+        if (bias := getattr(own, "bias", None)) is not None:
+            bias[old:], bias[first:last] = bias[:old].mean(), 0
+
+
+@torch.no_grad()
 def _starting_rows(weight: Tensor, tokenizer: UnifiedTokenizer) -> Tensor:
     meanings = [tokenizer.text_ids(tokenizer.registry.meaning(m)) for m in tokenizer.marker_ids]
     if (largest := max((i for ids in meanings for i in ids), default=0)) >= len(weight):

@@ -1,0 +1,154 @@
+"""A merged folder is a plain causal LM: others load it without us, and it answers as ours does."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import regex
+import torch
+from torch import Tensor, nn
+
+from tests.tiny import TEXTS, make_llm, make_speech_llm, make_tokenizer, model_config
+from unislu_llm.cli import main
+from unislu_llm.io import read_json_lines
+from unislu_llm.merge import grammars
+from unislu_llm.models.lora import merge_lora
+from unislu_llm.models.markers import write_markers
+from unislu_llm.models.speech_llm import SpeechLLM
+from unislu_llm.tasks import NER, SA, LabelTask, Span, TaskRegistry
+from unislu_llm.unified import encode, render
+from unislu_llm.utterance import Utterance
+
+ROOT = Path(__file__).parents[1]
+ALONE = ("import runpy, sys; sys.modules.update(unislu_llm=None, peft=None); del sys.argv[0]; "
+         "runpy.run_path(sys.argv[0], run_name='__main__')")
+READS: dict[str, Any] = {
+    "projector": "none", "hypothesis": "manifest", "prompt_prefix": "say", "prompt_suffix": "</s>",
+    "lora": {"rank": 2, "alpha": 4, "target_modules": ["auto"]}}
+
+
+def trained(model: Any) -> Any:
+    """Give adapters and markers something to change: both start as if they were not there."""
+    torch.manual_seed(1)
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name or name.endswith(".rows"):
+            parameter.data.normal_(0, 0.3)
+    return model
+
+
+def logits(llm: Any, marker: int) -> Tensor:
+    with torch.no_grad():
+        return llm(input_ids=torch.tensor([[5, 99, marker, 7, marker + 3, 250]])).logits
+
+
+@pytest.mark.parametrize(("arch", "tied", "extra", "gap"), [
+    ("llama", True, 0, 2), ("llama", False, 0, 0), ("llama", True, 50, 0), ("gpt2", True, 0, 0),
+    ("gemma3_text", True, 0, 0)])
+def test_logits_stay_as_they_were(arch: str, tied: bool, extra: int, gap: int) -> None:
+    tokenizer = make_tokenizer()
+    rows = len(tokenizer) + extra
+    tokenizer.add_tokens([f"unused{i}" for i in range(gap)])
+    llm = trained(make_speech_llm(**READS, arch=arch, tied=tied, tokenizer=tokenizer,
+                                  llm_options={"vocab_size": rows})).llm
+    marker = llm.get_input_embeddings().first
+    before = logits(llm, marker)
+    assert merge_lora(llm, torch.bfloat16) > 1
+    write_markers(llm)
+    after, named = logits(llm, marker), [*range(rows), *range(rows + gap, before.shape[-1])]
+    torch.testing.assert_close(after[..., named], before[..., named], atol=1e-4, rtol=1e-4)
+    # Of ids that are nobody's the most that there is to say: they are never the likeliest.
+    assert set(after.argmax(-1).flatten().tolist()) <= set(named)
+    assert not [name for name, _ in llm.named_modules() if "lora" in name or "base" in name]
+    assert (llm.get_input_embeddings().weight is llm.get_output_embeddings().weight) == tied
+    assert llm.config.vocab_size == len(llm.get_input_embeddings().weight) == before.shape[-1]
+
+
+@pytest.mark.parametrize("bits", ["4bit", "8bit"])
+def test_quantised_layers_become_the_numbers_that_they_stand_for(bits: str, tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # blocks of 64
+    for part in (tokenizer := make_tokenizer(), make_llm("llama", tokenizer, **sizes)):
+        part.save_pretrained(tmp_path)
+    config = model_config(**READS | {"llm": str(tmp_path), "quantization": bits})
+    llm = trained(SpeechLLM.build(config, TaskRegistry()).eval()).llm
+    marker, layer = int(llm.get_input_embeddings().first), llm.model.layers[0].self_attn.q_proj
+    before, delta = logits(llm, marker), layer.get_delta_weight("default")
+    base = layer.base_layer(torch.eye(64)).T.float()
+    assert merge_lora(llm, torch.float32) > 1
+    merged = llm.model.layers[0].self_attn.q_proj
+    # The layer itself multiplies in bf16, or rounds what comes in to 8 bits: 1 part in 100.
+    torch.testing.assert_close(merged.weight, base + delta, atol=0.01, rtol=0.01)
+    assert {type(m) for n, m in llm.named_modules() if n.endswith("_proj")} == {nn.Linear}
+    assert (logits(llm, marker) - before).norm() < 0.05 * before.norm()
+    write_markers(llm)
+    llm.save_pretrained(tmp_path / "plain")
+    assert "quantization" not in (tmp_path / "plain" / "config.json").read_text()
+
+
+def answered_alone(folder: str) -> str:
+    """The last line of eval/parity.py, to which importing unislu_llm is an error."""
+    done = subprocess.run([sys.executable, "-c", ALONE, f"{ROOT}/eval/parity.py", folder],
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def test_plain_transformers_answers_as_we_do(tmp_path: Path, tiny_checkpoints: dict[str, str],
+                                             capsys: pytest.CaptureFixture[str]) -> None:
+    model = SpeechLLM.build(model_config(**READS | {
+        "projector": "mlp", "llm": tiny_checkpoints["llm"],
+        "encoder": tiny_checkpoints["whisper"]}), TaskRegistry([SA]))
+    folder, out, clips = tmp_path / "model", tmp_path / "out", tmp_path / "clips.jsonl"
+    clips.write_text("".join(json.dumps({"id": t, "hypothesis": t}) + "\n" for t in TEXTS[:2]))
+    command = ["export", str(folder), "--merged", "--dtype", "fp32", "--out", str(out),
+               "--manifest", str(clips)]
+    model.save_pretrained(folder)
+    assert main(command) == 2
+    assert "lora_B is zero" in capsys.readouterr().err
+    assert not out.exists()
+    trained(model).save_pretrained(folder)
+    assert main(command) == 0
+    assert "does not hear" in capsys.readouterr().out
+    assert [r["task"] for r in read_json_lines(out / "parity.jsonl")] == [None, None, "sa", "sa"]
+    assert answered_alone(str(out)).startswith("4 prompts: 0 texts give other ids, 0 answers")
+    assert not [p for p in out.rglob("*.[jm]*") if str(tmp_path) in p.read_text()]
+    assert main(command) == 2
+    assert "is not empty" in capsys.readouterr().err
+
+
+@pytest.mark.weights
+@pytest.mark.parametrize("name", ["whisper-base--gemma-3-270m", "whisper-base--smollm2-135m"])
+def test_a_shipped_adapter_answers_without_us(name: str, tmp_path: Path) -> None:
+    assert main(["export", f"{ROOT}/adapters/{name}", "--merged", "--out", f"{tmp_path}/out"]) == 0
+    assert answered_alone(f"{tmp_path}/out").startswith("90 prompts: 0 texts give other ids, 0 an")
+
+
+def test_grammars_take_answers_and_nothing_else() -> None:
+    acts = LabelTask("acts", "[DA]", ('say "hi"', "b\\c", "été"), "[D]", "[/D]", multi=True)
+    files = grammars(TaskRegistry([NER, SA, acts]))
+
+    def takes(name: str, text: str) -> bool:
+        rule = files[f"{name}.gbnf"].splitlines()[0].partition("::=")[2]
+        parts = {"text": r"[^\[]*", "phrase": r"\s*[^\[\s][^\[]*", " ": ""}
+        pattern = regex.sub(r'"(?:\\.|[^"\\])*"|\w+| ', lambda m: parts[m[0]] if m[0] in parts
+                            else regex.escape(json.loads(m[0])), rule)
+        return regex.fullmatch(pattern, text) is not None
+
+    u = Utterance("u", None, "we met in paris", {
+        "ner": (Span("PLACE", 10, 15),), "sa": "Neutral", "acts": ('say "hi"', "été")})
+    for task in (NER, SA, acts):
+        answer = render(encode(u, task))
+        assert [name for name in ("asr", "ner", "sa", "acts", "all") if takes(name, answer)] == [
+            task.name, "all"]
+        assert takes(f"{task.name}-outputs", answer.partition(task.marker)[2])
+    assert takes("asr", u.text)
+    assert takes("ner", "[T/L][NER]")
+    for text in ("[T/L][NER][PLACE] [/PLACE]", "[T/L][NER][PLACE]a[/WHEN]", "a[T/L]", "[NER]",
+                 "[T/L][SA][S]Good[/S]", "[T/L][SA]", '[T/L][DA][D]été[/D][D]b\\c[/D]'):
+        assert not takes("all", text), text
+    lark, gbnf = (files[f"all.{kind}"].splitlines()[0] for kind in ("lark", "gbnf"))
+    assert lark.replace("start:", "root ::=") == gbnf
