@@ -47,7 +47,7 @@ def begin(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     write_text(folder / "dry-run.txt", "Made by `run_experiments.py --dry-run`, emptied by it.\n")
     quiet_libraries()
-    # Loaded here for all processes; threads of this one would be missed by the others.
+    # Loaded here for all processes.
     import torch
     from transformers.utils.logging import disable_progress_bar
 
@@ -57,6 +57,20 @@ def begin(folder: Path) -> None:
 
     torch.set_num_threads(1)
     disable_progress_bar()
+    # In a process of its own: threads that torch had started here would be missed by the others.
+    if not (pid := os.fork()):
+        try:
+            _make(folder)
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    if os.waitpid(pid, 0)[1]:
+        raise UserError(f"--dry-run {folder}: its corpus and models could not be made")
+    begun = True
+
+
+def _make(folder: Path) -> None:
     sys.path.insert(0, str(ROOT))  # for the tests' tiny models
     from tests import tiny
 
@@ -67,7 +81,6 @@ def begin(folder: Path) -> None:
         own.save_pretrained(folder / "models" / name)
     for split in SPLITS:
         _write_split(folder / "data", split)
-    begun = True
 
 
 def _write_split(data: Path, split: str) -> None:

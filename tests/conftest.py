@@ -6,6 +6,7 @@ tokenizers, embeddings are wrapped): call it once for each independent object.
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Callable
 from functools import cache
@@ -13,6 +14,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# One thread in each process, before torch is imported: tiny models gain nothing from more.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from tests import tiny
 from unislu_llm.utterance import Utterance

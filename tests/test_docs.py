@@ -181,7 +181,8 @@ def test_functions_on_the_walks_exist() -> None:
 def test_readme_is_short_and_has_its_two_commands() -> None:
     text = README.read_text("utf-8")
     assert len(text.encode()) <= 9000
-    assert re.findall(r"^```bash\n(?:#.*\n)?(.*)\n```", text, re.M) == [QUICK_START, "pytest"]
+    assert re.findall(r"^```bash\n(?:#.*\n)?(.*)\n```", text, re.M) == [
+        QUICK_START, "pytest -n auto --dist loadfile"]
 
 
 def test_scoring_example_prints_what_it_says() -> None:

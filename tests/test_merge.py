@@ -13,7 +13,14 @@ import regex
 import torch
 from torch import Tensor, nn
 
-from tests.tiny import TEXTS, make_llm, make_speech_llm, make_tokenizer, model_config
+from tests.tiny import (
+    TEXTS,
+    make_llm,
+    make_speech_llm,
+    make_tokenizer,
+    model_config,
+    unified_string,
+)
 from unislu_llm.cli import main
 from unislu_llm.io import read_json_lines
 from unislu_llm.merge import grammars
@@ -21,7 +28,6 @@ from unislu_llm.models.lora import merge_lora
 from unislu_llm.models.markers import write_markers
 from unislu_llm.models.speech_llm import SpeechLLM
 from unislu_llm.tasks import NER, SA, LabelTask, Span, TaskRegistry
-from unislu_llm.unified import encode, render
 from unislu_llm.utterance import Utterance
 
 ROOT = Path(__file__).parents[1]
@@ -120,6 +126,7 @@ def test_plain_transformers_answers_as_we_do(tmp_path: Path, tiny_checkpoints: d
     assert "is not empty" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.weights
 @pytest.mark.parametrize("name", ["whisper-base--gemma-3-270m", "whisper-base--smollm2-135m"])
 def test_a_shipped_adapter_answers_without_us(name: str, tmp_path: Path) -> None:
@@ -141,7 +148,7 @@ def test_grammars_take_answers_and_nothing_else() -> None:
     u = Utterance("u", None, "we met in paris", {
         "ner": (Span("PLACE", 10, 15),), "sa": "Neutral", "acts": ('say "hi"', "été")})
     for task in (NER, SA, acts):
-        answer = render(encode(u, task))
+        answer = unified_string(u, task)
         assert [name for name in ("asr", "ner", "sa", "acts", "all") if takes(name, answer)] == [
             task.name, "all"]
         assert takes(f"{task.name}-outputs", answer.partition(task.marker)[2])
