@@ -72,6 +72,7 @@ def test_processes_and_accumulation_change_no_loss_and_no_gradient(
                                        msg=lambda m, p=parameter: f"{p}: {m}")
 
 
+@pytest.mark.slow
 def test_a_stopped_run_of_stages_on_two_processes_ends_as_one_that_was_not(
         tiny_config: Callable[..., Config], launch: Callable[..., str]) -> None:
     """Stopped within an epoch of either objective; dropout is at work. Also against one process."""

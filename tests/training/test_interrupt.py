@@ -252,6 +252,7 @@ def test_out_of_memory_names_the_batch_and_the_setting(mode: str, limit: int, wo
         trainer.fit()
 
 
+@pytest.mark.slow
 def test_processes_split_what_does_not_fit_and_stay_together(tiny_config: Make,
                                                              launch: Callable[..., str]) -> None:
     """`split` averages gradients itself: the same steps as DDP takes."""
