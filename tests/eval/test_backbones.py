@@ -12,9 +12,8 @@ import pytest
 from unislu_llm.errors import UserError
 
 ROOT = Path(__file__).parents[2]
-# Plain, with a window, experts, norms on queries and keys, two whose logits are scaled, layers that
-# are no `Linear`, and a recurrent state.
-ARCHITECTURES = ("llama", "gemma3_text", "aria_text", "qwen3", "granite", "cohere", "gpt2", "bamba")
+# Plain, with a window, experts, scaled logits, layers that are no `Linear`, and a recurrent state.
+ARCHITECTURES = ("llama", "gemma3_text", "aria_text", "granite", "gpt2", "bamba")
 KINDS = ("GPT-2: one token begins, ends and fills", "no padding token", "characters",
          "T5: unigram without bytes, NFKC, an end behind each text",
          "Llama 2: blanks by the normaliser", "Gemma: blanks by the normaliser, none before",

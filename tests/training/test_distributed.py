@@ -37,7 +37,8 @@ def texts_and_speech(tiny_config: Callable[..., Config]) -> list[str]:
     return [str(path.with_name("mixed.jsonl"))]
 
 
-@pytest.mark.parametrize("case", ["dynamic", "fixed", "whisper", "ctc", "text", "cache"])
+@pytest.mark.parametrize("case", [
+    "dynamic", pytest.param("fixed", marks=pytest.mark.slow), "whisper", "ctc", "text", "cache"])
 def test_processes_and_accumulation_change_no_loss_and_no_gradient(
         case: str, tiny_config: Callable[..., Config], launch: Callable[..., str],
         texts_and_speech: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -104,8 +105,9 @@ def test_a_stopped_run_of_stages_on_two_processes_ends_as_one_that_was_not(
 
 @pytest.mark.parametrize(("sections", "says"), [
     ({"train": {"batch_tokens": 240}}, "batch: at most 240 tokens"),
-    ({"data": {"temperature": 3.0, "epoch_samples": 20}, "augment": AUGMENT,
-      "train": {"batch_size": 4}}, "mixture: 20 samples an epoch"),
+    pytest.param({"data": {"temperature": 3.0, "epoch_samples": 20}, "augment": AUGMENT,
+                  "train": {"batch_size": 4}}, "mixture: 20 samples an epoch",
+                 marks=pytest.mark.slow),
 ], ids=["tokens", "mixture"])
 def test_one_and_two_processes_take_the_same_steps(
         sections: dict[str, Any], says: str, tiny_config: Callable[..., Config],
