@@ -32,7 +32,8 @@ from unislu_llm.utterance import Utterance
 
 # Nats by which rounding of weights may make another token the likeliest.
 _CLOSE = {"fp32": 0.01, "fp16": 0.1, "bf16": 0.5}
-_TEMPLATES = Environment(loader=PackageLoader("unislu_llm", "."), autoescape=False)
+# Of grammars, prompts and Markdown: what HTML escapes would be other text in them.
+_TEMPLATES = Environment(loader=PackageLoader("unislu_llm", "."), autoescape=False)  # nosec B701
 _TEMPLATES.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
 
 
