@@ -49,9 +49,10 @@ def load_config(argv: Sequence[str] | None, default_file: Path, presets: Path | 
     it also replaces those of the default file, which nobody asked for.
 
     Args:
-        argv, description, prog, extra: as of :func:`unislu_llm.flags.parse_flags`.
+        argv: flags; None takes the process's own.
         default_file: config used without `--config`.
         presets: folder of presets; None where there is no LLM.
+        description, prog, extra: as of :func:`unislu_llm.flags.parse_flags`.
         say: is told in one line which config file, preset and saved model's settings were taken.
 
     Raises UserError: a file that is missing or no YAML, an unknown key, a value out of bounds.

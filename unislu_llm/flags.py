@@ -50,9 +50,9 @@ def _as_given(info: tyro.constructors.PrimitiveTypeInfo
 
 def parse_flags(config: Config, args: Sequence[str], *, prog: str | None = None,
                 description: str = "", extra: Extra | None = None) -> Config:
-    """A configuration with flags laid over it; those of `extra` are parsed and left out. Raises
-    UserError: a value out of bounds, or a list that is given twice. SystemExit: an unknown flag, or
-    help was asked for."""
+    """A configuration with flags laid over it; those of `extra` are parsed and left out. The help
+    shows `prog` and `description`. Raises UserError: a value out of bounds, or a list that is given
+    twice. SystemExit: an unknown flag, or help was asked for."""
     refuse_repeats(args, Config, nested=True)
     everything = any(arg.replace("_", "-") == "--help-all" for arg in args)
     if everything:

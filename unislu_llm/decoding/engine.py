@@ -151,7 +151,7 @@ class Engine:
         by_ctc, start = state.ctc_hypothesis, state.start
         requests: list[Request] = []
         room = []
-        most = [max(sum(self._plans[name][:2]) for name in some) for some in names]
+        most = [max(self._plans[n].need + self._plans[n].spare for n in some) for some in names]
         fits = self.model.fits(state, most)
         for some, length, fit in zip(names, seconds, fits, strict=True):
             # A transcript is closed in time for the task with the longest shortest answer, and
@@ -268,7 +268,7 @@ class Engine:
 
     def _kept(self, hypothesis: Sequence[int], loops: bool = False) -> Decoded:
         """A hypothesis as a transcript may have it, of which nothing is known but what it says."""
-        ids = list(hypothesis[:None if loops else loop_start(hypothesis)])  # copied, it is ours
+        ids = list(hypothesis[:None if loops else loop_start(hypothesis)])  # a copied loop is ours
         tokenizer, plain = self.model.tokenizer, vocabulary_of(self.model.tokenizer).plain
         if not plain[ids].all():  # tokens may have letters beside the bracket
             text = " ".join(tokenizer.decode(ids).replace("[", "").split())

@@ -140,9 +140,11 @@ class SLUModel(nn.Module, ABC):
 
     def fits(self, state: State, need: Sequence[int]) -> list[int]:
         """New tokens of each row for which there are positions; UserError: fewer than it needs."""
-        prompts: list[int] = state.mask.sum(-1).tolist() if self.positions else []
-        self.check_fit(max(map(sum, zip(prompts, need, strict=False)), default=0), "answer")
-        return [(self.positions or 0) - n for n in prompts] or [1 << 30] * len(need)
+        if self.positions is None:
+            return [1 << 30] * len(need)
+        prompts: list[int] = state.mask.sum(-1).tolist()
+        self.check_fit(max(map(sum, zip(prompts, need, strict=True)), default=0), "answer")
+        return [self.positions - n for n in prompts]
 
     def check_fit(self, need: int, what: str) -> None:
         """Raises UserError: more positions are needed than there are."""

@@ -80,7 +80,7 @@ def _used(owner: Any, linear: Mapping[str, nn.Module]) -> list[str]:
             embeds = torch.zeros(1, 3, owner.get_input_embeddings().weight.shape[1])
             logits = twin(inputs_embeds=embeds, past_key_values=DynamicCache(config=config)).logits
             found = torch.autograd.grad(logits.sum(), tags, allow_unused=True)
-    except Exception:  # of some architecture, which looks at values, say
+    except Exception:  # there is no owner, or its architecture looks at values, say
         return plain
     # None: towers for images, layers that only choose where to attend; and experts by chance.
     return [name for name, grad in zip(linear, found, strict=True)

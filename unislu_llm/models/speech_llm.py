@@ -212,8 +212,7 @@ class SpeechLLM(SLUModel):
         self.check_fit(embeds.shape[1], "target")
         # Right padding under a causal mask: no valid position sees a padded one; no mask is needed.
         # Layers that are computed again take no cache, and recurrent ones have their own kinds.
-        cached = {} if self.recomputes or not self.rewinds else {
-            "past_key_values": NoCache()}
+        cached = {} if self.recomputes or not self.rewinds else {"past_key_values": NoCache()}
         hidden = self.body(inputs_embeds=embeds, use_cache=False, **cached).last_hidden_state
         return self._target_losses(hidden, starts, batch)
 
@@ -279,7 +278,8 @@ class SpeechLLM(SLUModel):
             # Some models write their turns in plain text: what their own template has is right.
             if token not in base.get_vocab() and token not in str(base.chat_template):
                 raise UserError("model.prompt_prefix, prompt_suffix: the tokenizer of "
-                                f"{self.config.llm} has no token '{token}'; write it in its format")
+                                f"{self.config.llm} has no token '{token}'; write the prompt in "
+                                "the LLM's own format, or give its preset by --adapter")
 
 
 @torch.no_grad()

@@ -260,9 +260,8 @@ def load_rng(folder: Path, rank: int, world: int) -> None:
     """Set this rank's generators as they stood."""
     states = read_json(folder / RNG_FILE)["ranks"]
     # The states of other processes are no use: each goes on with those that it was given.
-    if len(states) != world:
-        return
-    set_rng_state(states[rank])
+    if len(states) == world:
+        set_rng_state(states[rank])
 
 
 def set_rng_state(found: Mapping[str, Any]) -> None:

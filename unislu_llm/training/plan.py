@@ -73,7 +73,7 @@ def shapes_alone() -> Iterator[None]:
 
 
 def cost(model: SLUModel, batch: Batch) -> Cost:
-    """Count a micro-batch `(clips)` through a model made in :func:`shapes_alone`, in bf16."""
+    """Count a micro-batch through a model made in :func:`shapes_alone`, in bf16."""
     sizes: dict[StorageWeakRef, int] = {}
 
     def keep(value: Tensor) -> Tensor:  # a view shares the storage of what it is of
@@ -120,10 +120,8 @@ def _weights(part: nn.Module, bits: float) -> float:
                if not p.requires_grad)
 
 
-def table(costs: Sequence[Cost], largest: Cost, model: SLUModel, micro_batches: float,
-          bits: float) -> str:
-    """Memory and time on 1, 8 and 64 GPUs, each with micro-batches of these costs."""
-    flops = sum(c.forward + c.backward for c in costs) / len(costs) * micro_batches
+def table(flops: float, largest: Cost, model: SLUModel, bits: float) -> str:
+    """Memory of the `largest` micro-batch and time of all FLOPs of a run, on 1, 8 and 64 GPUs."""
     rows = [[gpus, memory(model, largest, 1, bits), memory(model, largest, gpus, bits),
              *(flops / (peak * EFFICIENCY * gpus * 3600) for peak in PEAKS.values())]
             for gpus in (1, 8, 64)]
@@ -150,19 +148,19 @@ def plan(kind: str, config: Config) -> str:
     cached = bool(config.data.frame_cache)
     *costs, largest = [cost(model, _batch(model, dataset, [i for i, _ in m.members], cached))
                        for m in (*chosen, order[-1])]
-    one = sum(c.forward + c.backward for c in costs) / len(costs)
+    flops = sum(c.forward + c.backward for c in costs) / len(costs)
+    per_step = len(micro) / batches.steps(1)
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     hours = sum(dataset.seconds(e) for e in examples) / 3600
     bits = BITS[config.model.quantization]
     return "\n".join([
-        f"{len(examples)} samples, {hours:.2f} h; {steps} steps of "
-        f"{len(micro) / batches.steps(1):.3g} micro-batch(es)",
+        f"{len(examples)} samples, {hours:.2f} h; {steps} steps of {per_step:.3g} micro-batch(es)",
         f"{total / 1e9:.3f} B parameters, {trained / 1e6:.1f} M of them train; frozen linear "
         f"layers in {bits:g} bits",
-        f"a micro-batch: {one / 1e12:.3g} TFLOPs; activations {largest.kept / 2**30:.2f} GiB at "
+        f"a micro-batch: {flops / 1e12:.3g} TFLOPs; activations {largest.kept / 2**30:.2f} GiB at "
         "most", "",
-        table(costs, largest, model, steps * len(micro) / batches.steps(1), bits), "",
+        table(flops * steps * per_step, largest, model, bits), "",
         f"Hours at {EFFICIENCY:.0%} of a GPU's peak, which is assumed; validation is not counted. "
         "More GPUs share the same work, each in micro-batches of this size."])
 

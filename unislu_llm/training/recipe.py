@@ -54,7 +54,7 @@ def default_config(decoder: str, argv: Sequence[str]) -> Path:
 
 def run_recipe(argv: Sequence[str], description: str, prog: str | None = None,
                decoder: str = "") -> Path:
-    """Parse a command line and train; returns the run folder, with `--plan` that of none.
+    """Parse a command line and train; returns the run folder, which `--plan` does not make.
 
     Args:
         argv: command line without the program.

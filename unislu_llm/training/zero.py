@@ -95,7 +95,7 @@ class ZeroAccelerator(Accelerator):
 
 
 def _keep_whole(model: SLUModel) -> None:
-    """Keep all weights in parts but frozen layers whole for the length of a pass."""
+    """Keep sharded weights, but for those of frozen layers, whole for the length of a pass."""
     from deepspeed import zero
 
     layers = {p for module in model.modules() if isinstance(module, nn.ModuleList)
