@@ -15,13 +15,14 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 import torch
-from pydantic import ValidationError
 
 from unislu_llm.config import DecodeConfig, Precision, check_decoding
+from unislu_llm.config_file import check
 from unislu_llm.data.loading import load_examples
 from unislu_llm.decoding.predict import predict
-from unislu_llm.errors import UserError, dotted, explain
+from unislu_llm.errors import UserError
 from unislu_llm.evaluate_options import Options
+from unislu_llm.flags import flag_of
 from unislu_llm.io import MODEL_FILE, WEIGHTS_FILE, portable, read_json, sha256, write_text
 from unislu_llm.prediction_file import PredictionFile, Rows, decoding_of, differences, key_of
 from unislu_llm.run_folder import Run, find_run, load_model, versions
@@ -120,11 +121,8 @@ def make_job(path: str | Path, options: Options) -> Job:
     own = run.config.decode if run.config else DecodeConfig()
     given = {name: value for name, value in options.decode  # type: ignore[attr-defined]
              if value is not None and value is not False}
-    try:
-        decode = DecodeConfig.model_validate(own.model_dump() | given)
-    except ValidationError as error:
-        raise explain(error, DecodeConfig, lambda place: "--decode." + dotted(place).replace(
-            "_", "-")) from None
+    decode = check(DecodeConfig, own.model_dump() | given,
+                   lambda place: flag_of(("decode", *place)))
     check_decoding(decode)
     return Job(label, run, manifests, stem, decode, options.precision or trained, options.limit)
 

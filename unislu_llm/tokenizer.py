@@ -87,7 +87,7 @@ class UnifiedTokenizer:
         self._spelled = {i: [known[c] for c in str(base.convert_ids_to_tokens(i))
                              if i != unknown and known.get(c, end) != end]
                          for i in {*base.all_special_ids, end}}
-        self._decomposes = "\u0301" in base.decode(base("é", add_special_tokens=False)["input_ids"])
+        self._decomposes = "\u0301" in base.decode(base.encode("é", add_special_tokens=False))
 
     def check(self, llm: str) -> None:
         """Raises UserError: text, or a label, comes back otherwise than it is written (in NFC)."""

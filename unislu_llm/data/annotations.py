@@ -21,8 +21,6 @@ from unislu_llm.errors import Place, hint, shorten
 from unislu_llm.tasks import LabelTask, Span, SpanTask, Task
 
 STRICT = ConfigDict(strict=True)  # "1.5" is no number, nor is 1 a name
-
-
 Phrase = Annotated[str, Field(pattern=r"\S")]
 
 

@@ -185,7 +185,8 @@ def _ogg_cut(handle: BinaryIO) -> bool:
 
 def crop(path: object, frames: int, rate: int, start: float, end: float | None,
          max_seconds: float = math.inf) -> tuple[int, int]:
-    """First and last (exclusive) frame of a stretch in seconds, as slue-toolkit crops."""
+    """First and last (exclusive) frame of a stretch in seconds, as slue-toolkit crops. Raises
+    UserError: it is empty, outside of the file, or longer than `max_seconds`."""
     total = frames / rate
     last = total if end is None else end
     # Written so that a time that is not a number is outside, too.

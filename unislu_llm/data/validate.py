@@ -185,7 +185,7 @@ class Checker:
 
 def _rare(labels: Mapping[str, Counter[str]]) -> Iterator[Problem]:
     for task, counts in labels.items():
-        most, top = max(counts.items(), key=lambda item: item[1])
+        [(most, top)] = counts.most_common(1)
         for label, n in counts.items():
             if counts.total() >= _RARE_FROM and n < _RARE * top:
                 yield Problem(task, "rare_label", f"'{label}' is there {n} times, '{most}' {top} "

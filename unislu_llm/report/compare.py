@@ -59,8 +59,8 @@ def make_report(paths: Sequence[Path], protocol: Protocol = "whisper", resamples
                 examples: int = 10) -> dict[str, Any]:
     """All that is known of systems, as plain data: what :func:`analyse` returns, and `title`,
     `protocol`, `resamples`, `systems` (each with the `seeds` pooled, its `decoding` and `cost`),
-    `verdict`, `notes` and `curves`. Without predictions all but scores and cost is empty. Arguments
-    are those of `unislu compare`. Raises UserError: no system, or systems scored on other data."""
+    `verdict`, `notes` and `curves`. If one lacks predictions, only scores and tasks are analysed.
+    Arguments are `unislu compare`'s. Raises UserError: no system, or some of other data."""
     if not paths or resamples < 1 or examples < 0:
         raise UserError("--resamples must be 1 or more" if resamples < 1 else
                         "--examples must be 0 or more" if examples < 0 else

@@ -26,6 +26,7 @@ _SUFFIXES = (".wav", ".flac", ".ogg", ".opus", ".mp3")
 _GAP = re.compile(r"[\s,\[\]]*")  # between the objects of JSON lines or of an array
 _MOST = 1 << 26  # characters of one JSON object
 
+
 class Source:
     """A corpus in some layout. The fields of each kind are the flags of its subcommand, and the
     comments behind them their help."""
