@@ -7,7 +7,6 @@ decodes, the saved model is loaded.
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import shutil
 import signal
 from collections.abc import Callable, Iterator, Sequence
@@ -297,8 +296,7 @@ def check(kind: str, bench: Bench) -> Cells:
                 right = model.losses(bench.batch(model))
             cell("saved", lambda: saved(bench, config, model, answers))
             cell("bf16", lambda: bf16(bench, config, right))
-            if importlib.util.find_spec("bitsandbytes"):
-                cell("4-bit", lambda: four_bits(bench, config, right))
+            cell("4-bit", lambda: four_bits(bench, config, right))
         cell("checkpoints", lambda: checkpoints(bench, model))
     finally:
         reset(llm, run)

@@ -12,7 +12,6 @@ begins. MFU is counted FLOPs a second over those of a large matrix product measu
 from __future__ import annotations
 
 import contextlib
-import gc
 import tempfile
 import time
 import traceback
@@ -24,10 +23,10 @@ from typing import Any, Literal
 import torch
 import tyro
 from benchmark import random_clips, random_model, wait
-from gpu_parts import adapters, decode, launches, shards
+from gpu_parts import adapters, decode, free, gradients, launches, shards
 from tabulate import tabulate
 from tiny_runs import tiny
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from unislu_llm.config import DecodeConfig, TrainConfig
@@ -36,7 +35,7 @@ from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.decoding.engine import Engine
 from unislu_llm.io import write_json
 from unislu_llm.loss import weighted_loss
-from unislu_llm.models.base import SLUModel, gathered
+from unislu_llm.models.base import SLUModel
 from unislu_llm.run_folder import versions
 from unislu_llm.training.optim import build_optimizer
 
@@ -114,18 +113,6 @@ class Job:
 
 
 # ---- (a) is it right
-
-
-def gradients(model: SLUModel, batch: Batch, bf16: bool) -> tuple[float, Tensor]:
-    """Loss, and the gradient of everything that trains in one vector, on the CPU."""
-    model.zero_grad()
-    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
-        batch = batch.to(model.device)
-        loss = weighted_loss(model.losses(batch), batch.target_parts, "dynamic")
-    loss.backward()
-    found = [gathered(p.grad).float().cpu().flatten() for p in model.parameters()
-             if p.grad is not None]
-    return loss.item(), torch.cat(found)
 
 
 def exact(job: Job) -> Iterator[dict[str, Any]]:
@@ -256,13 +243,6 @@ def profile(job: Job) -> Iterator[dict[str, Any]]:
     for r in rows[:25]:
         yield {"name": r.key[:80], "calls": r.count, "device_ms": r.self_device_time_total / 1e3,
                "cpu_ms": r.self_cpu_time_total / 1e3}
-
-
-def free() -> None:
-    """Give memory back before the next model comes."""
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 PARTS: dict[str, Callable[[Job], Iterator[dict[str, Any]]]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
 from collections.abc import Callable, Iterator
@@ -18,6 +19,8 @@ from what_ran import run_all, wide_bench
 from unislu_llm.config import DecodeConfig
 from unislu_llm.data.batch import Batch
 from unislu_llm.decoding.engine import Engine
+from unislu_llm.loss import weighted_loss
+from unislu_llm.models.base import SLUModel, gathered
 from unislu_llm.run_folder import load
 from unislu_llm.training.sharding import shard
 
@@ -25,6 +28,25 @@ if TYPE_CHECKING:
     from gpu_job import Job
 
 ADAPTERS = ("whisper-base--smollm2-135m", "whisper-base--gemma-3-270m")
+
+
+def free() -> None:
+    """Give memory back before the next model comes."""
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def gradients(model: SLUModel, batch: Batch, bf16: bool) -> tuple[float, Tensor]:
+    """Loss, and the gradient of everything that trains in one vector, on the CPU."""
+    model.zero_grad()
+    with torch.autocast(model.device.type, torch.bfloat16, enabled=bf16):
+        batch = batch.to(model.device)
+        loss = weighted_loss(model.losses(batch), batch.target_parts, "dynamic")
+    loss.backward()
+    found = [gathered(p.grad).float().cpu().flatten() for p in model.parameters()
+             if p.grad is not None]
+    return loss.item(), torch.cat(found)
 
 
 def decode(job: Job) -> Iterator[dict[str, Any]]:
@@ -72,12 +94,11 @@ def adapters(job: Job) -> Iterator[dict[str, Any]]:
             for device in ("cpu", job.options.device)]
         yield {"adapter": name, "clips": len(clips),
                "equal": sum(a == b for a, b in zip(*told, strict=True))}
+        free()
 
 
 def shards(job: Job) -> Iterator[dict[str, Any]]:
     """FSDP2 in a group of one process: loss and gradients against the whole model's."""
-    from gpu_job import gradients
-
     device, (encoder, llm) = torch.device(job.options.device), job.shapes[0]
     models = {"whisper": tiny.make_whisper_slu(), "llm": job.model(encoder, llm, "fp32")}
     with patch.dict(os.environ, {"FSDP_VERSION": "2"}):

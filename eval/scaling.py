@@ -2,9 +2,9 @@
 
     python eval/scaling.py    # minutes on one core; writes the table of docs/scaling.md
 
-Micro-batches of 8 clips, with 3.3 text tokens a second, go through Whisper medium
-(frozen), an `mlp` projector and an LLM on the device `meta`, as `--plan` does for a config. Nothing
-of it is a measurement.
+Micro-batches of 8 clips, with 3.3 text tokens a second, go through Whisper medium (frozen), an
+`mlp` projector and an LLM on the device `meta`, as `--plan` does for a config. Nothing of it is a
+measurement.
 """
 
 from __future__ import annotations

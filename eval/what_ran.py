@@ -65,8 +65,8 @@ class Options:
 def train(bench: Bench, name: str, way: Way) -> list[float]:
     """Losses of the steps; raises RuntimeError with the end of what was printed."""
     run = bench.home / name.replace(" ", "-").replace(",", "")
-    # No dropout, of which each process would draw its own.
     rates = dict.fromkeys(("projector", "lora", "markers"), 1e-3)
+    # A projector without dropout, of which each process would draw its own.
     usual = {"model": {"projector": "mlp", "projector_options": {}},
              "train": {"max_steps": STEPS, "lr": rates}}
     config = bench.config(run, "unified", **merge(Config, usual, way.config))
@@ -90,10 +90,9 @@ def train(bench: Bench, name: str, way: Way) -> list[float]:
 
 
 def wide_bench(home: Path) -> Bench:
-    """A corpus and tiny models; the LLM is wide enough for 4 bits, which come in blocks of 64."""
-    bench, tokenizer = Bench(home), tiny.make_tokenizer()
-    tiny.make_llm("llama", tokenizer, hidden_size=64, intermediate_size=128,
-                  head_dim=16).save_pretrained(home / "llm")
+    """A corpus and tiny models; the LLM is wide enough for 4 bits."""
+    bench = Bench(home)
+    tiny.save_wide_llm(home / "llm")
     return bench
 
 

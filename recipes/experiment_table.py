@@ -30,8 +30,6 @@ COLUMNS = {
 """Where a score file has a column (`*` is the protocol), and the name of its interval there."""
 
 
-
-
 class Published(BaseModel, extra="forbid"):
     """Rows of numbers that others have published."""
 

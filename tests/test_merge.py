@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from tests.tiny import (
     TEXTS,
-    make_llm,
     make_speech_llm,
     make_tokenizer,
     model_config,
+    save_wide_llm,
     unified_string,
 )
 from unislu_llm.cli import main
@@ -76,9 +76,7 @@ def test_logits_stay_as_they_were(arch: str, tied: bool, extra: int, gap: int) -
 
 @pytest.mark.parametrize("bits", ["4bit", "8bit"])
 def test_quantised_layers_become_the_numbers_that_they_stand_for(bits: str, tmp_path: Path) -> None:
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}  # blocks of 64
-    for part in (tokenizer := make_tokenizer(), make_llm("llama", tokenizer, **sizes)):
-        part.save_pretrained(tmp_path)
+    save_wide_llm(tmp_path)
     config = model_config(**READS | {"llm": str(tmp_path), "quantization": bits})
     llm = trained(SpeechLLM.build(config, TaskRegistry()).eval()).llm
     marker, layer = int(llm.get_input_embeddings().first), llm.model.layers[0].self_attn.q_proj

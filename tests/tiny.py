@@ -130,6 +130,14 @@ def model_config(**settings: Any) -> ModelConfig:
     return ModelConfig(**settings | {"lora": settings["lora"] or {"rank": 0}})
 
 
+def save_wide_llm(folder: Path) -> None:
+    """An LLM that is wide enough for 4 bits, which come in blocks of 64, and its tokenizer."""
+    tokenizer = make_tokenizer()
+    for part in (tokenizer, make_llm("llama", tokenizer, hidden_size=64, intermediate_size=128,
+                                     head_dim=16)):
+        part.save_pretrained(folder)
+
+
 def make_speech_llm(*, arch: str = "llama", tied: bool = True, seed: int = 0,
                     tokenizer: PreTrainedTokenizerFast | None = None,
                     whisper_options: dict[str, Any] | None = None,

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tests.models.common import LORA, SHORT, make_batch
-from tests.tiny import make_llm, make_tokenizer, model_config
+from tests.tiny import make_llm, make_tokenizer, model_config, save_wide_llm
 from unislu_llm.errors import UserError
 from unislu_llm.models import KINDS, load
 from unislu_llm.models.base import SLUModel
@@ -216,9 +216,7 @@ def test_other_base_weights_are_reported(make: Make, tmp_path: Path,
 def test_lora_takes_quantised_layers_for_what_they_are(make: Make, tmp_path: Path,
                                                        bits: str) -> None:
     """PEFT's plain adapters would be merged into packed bytes."""
-    tokenizer, sizes = make_tokenizer(), {"hidden_size": 64, "intermediate_size": 128}
-    for part in (tokenizer, make_llm("llama", tokenizer, head_dim=16, **sizes)):
-        part.save_pretrained(tmp_path / "wide")  # 4 bits come in blocks of 64
+    save_wide_llm(tmp_path / "wide")
     wide = {"llm": str(tmp_path / "wide")}
     model: Any = make(quantization=bits, **wide)
     layer = model.llm.model.layers[0].self_attn.q_proj

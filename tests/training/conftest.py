@@ -20,7 +20,7 @@ from unislu_llm.data.manifest import write_manifest
 from unislu_llm.training.trainer import Trainer
 
 SECONDS = [0.6, 1.9, 0.7, 1.0, 0.8, 2.5, 1.2, 0.5, 1.4, 1.1, 0.9, 3.0]
-_OF_OTHERS = "Failed to load CPU gemm_4bit"  # bitsandbytes, where it is installed
+_OF_OTHERS = "Failed to load CPU gemm_4bit"  # bitsandbytes
 CTC: dict[str, Any] = {"projector": "ctc", "projector_options": {
     "stack": 2, "layers": 1, "heads": 2, "hidden": 16, "blank_bias": 1.0}}
 """Model section of a tiny `ctc` projector."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -64,9 +65,8 @@ def test_a_step_waits_for_the_device_twice_at_most(
         case: str, tiny_config: Callable[..., Config]) -> None:
     """For the norm of its gradient, which says whether it may be taken, and for its losses."""
     config = tiny_config(model=CASES[case], train={"accumulation": 2})
-    rows = [u.__class__(**{**vars(u), "hypothesis": u.text})
-            for u in read_manifest(config.data.train[0], TaskRegistry())]
-    write_manifest(config.data.train[0], rows)
+    rows = read_manifest(config.data.train[0], TaskRegistry())
+    write_manifest(config.data.train[0], [replace(u, hypothesis=u.text) for u in rows])
     config.data.dev = []
     trainer = Trainer("whisper_slu" if case == "whisper" else "speech_llm", config)
     trainer.model.to(META)

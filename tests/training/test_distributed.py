@@ -130,5 +130,3 @@ def test_one_and_two_processes_take_the_same_steps(
     assert [r["loss"] for r in one[:3]] == pytest.approx([r["loss"] for r in two[:3]], rel=1e-3)
     assert {r["epoch"] for r in one} == {0, 1, 2}
     assert all(0 <= r["padding"] < 1 and 0 <= r["data_wait"] < 1 for r in one + two)
-
-

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.tiny import make_llm, make_tokenizer
+from tests.tiny import save_wide_llm
 from tests.training.conftest import logged, weights
 from unislu_llm.config import Config
 from unislu_llm.training.trainer import Trainer
@@ -19,10 +19,7 @@ def test_steps_after_a_validation_still_train(bits: str, again: bool,
                                               tiny_config: Callable[..., Config],
                                               tmp_path: Path) -> None:
     """On some CPUs bitsandbytes packs weights anew in eval mode, which lets no gradient through."""
-    tokenizer = make_tokenizer()
-    for part in (tokenizer, make_llm("llama", tokenizer, hidden_size=64, intermediate_size=128,
-                                     head_dim=16)):  # 4 bits come in blocks of 64
-        part.save_pretrained(tmp_path / "wide")
+    save_wide_llm(tmp_path / "wide")
     trainer = Trainer("speech_llm", tiny_config(
         model={"llm": str(tmp_path / "wide"), "quantization": bits},
         train={"max_steps": 4, "eval_every": 2, "precision": "bf16",
