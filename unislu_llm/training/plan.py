@@ -133,7 +133,8 @@ def table(flops: float, largest: Cost, model: SLUModel, bits: float) -> str:
 def plan(kind: str, config: Config) -> str:
     """What the run of a config would take, as text; raises UserError: as the run would."""
     registry = build_registry(config)
-    examples = [_with_hypothesis(e) for e in load_examples(config.data.train, registry)]
+    examples = [_with_hypothesis(e) for e in load_examples(
+        config.data.train, registry, language=config.model.language)]
     with shapes_alone():
         model = build_model(kind, config, registry, (e.utterance.text for e in examples))
     # Whether cached frames are there already is not asked.
