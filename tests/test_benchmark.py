@@ -59,4 +59,4 @@ def test_the_gpu_job_runs_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [row["what"][:3] for row in shards if row["gradient_difference"] < 1e-5] == [
         "whi", "llm"]
     train = json.loads((tmp_path / "train.json").read_text())["rows"]
-    assert [row["way"] for row in train if "failed" in row] in ([], ["4-bit"])
+    assert not [row["way"] for row in train if "failed" in row]

@@ -300,11 +300,11 @@ def versions() -> dict[str, Any]:
     """Versions, git revision and command, to tell later what made a result."""
     packages = {}
     # Those whose version can change a number.
-    for name in ("unislu_llm", "torch", "transformers", "accelerate", "peft", "soundfile", "jiwer",
-                 "whisper-normalizer"):
+    for name in ("unislu_llm", "torch", "transformers", "accelerate", "peft", "bitsandbytes",
+                 "deepspeed", "soundfile", "jiwer", "whisper-normalizer"):
         try:
             packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:  # run from its source tree
+        except importlib.metadata.PackageNotFoundError:  # of an extra, or run from its tree
             packages[name] = "not installed"
     return {"command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
             "python": platform.python_version(), "packages": packages,

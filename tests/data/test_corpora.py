@@ -356,7 +356,7 @@ def clip(path: Path, seconds: float = 1.0) -> None:
 
 def reasons(page: str) -> dict[str, int]:
     """How many rows were dropped, by reason."""
-    return {reason: int(n) for n, reason in re.findall(r"(?m)^ +(\d+) row dropped: (.*)$", page)}
+    return {reason: int(n) for n, reason in re.findall(r"(?m)^ +(\d+) rows? dropped: (.*)$", page)}
 
 
 @pytest.fixture
@@ -387,7 +387,7 @@ def test_manifest_and_counts(csv: Path, tmp_path: Path) -> None:
 def test_all_audio_missing_is_fatal_and_writes_nothing(csv: Path, tmp_path: Path) -> None:
     (tmp_path / "wav").rename(tmp_path / "elsewhere")
     csv.write_text(csv.read_text() + "d,,text alone,\n")
-    with pytest.raises(UserError, match=r"with audio of 4 is left(.|\n)* 3 row dropped: missing "):
+    with pytest.raises(UserError, match=r"with audio of 4 is left(.|\n)* 3 rows dropped: missing "):
         prepare(Table(csv), tmp_path / "x.jsonl")
     assert not (tmp_path / "x.jsonl").exists()
 

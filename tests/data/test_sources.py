@@ -209,7 +209,7 @@ def test_nemo_common_voice_and_librispeech(tmp_path: Path) -> None:
     assert (b.start, b.end, b.hypothesis) == (0.0, None, "al")
     file = write(tmp_path / "cv/dev.tsv", "client_id\tpath\tsentence\tup_votes\tlocale",
                  'ab\tc_1.mp3\t"So ist es\t2\tde', "ab\tgone.mp3\tNein\t2\tde")
-    with pytest.raises(UserError, match="2 row dropped: missing audio file"):
+    with pytest.raises(UserError, match="2 rows dropped: missing audio file"):
         made(source("common-voice", file))
     clips(tmp_path / "cv/clips", "c_1.mp3")
     assert made(source("common-voice", file))[0][0].audio == tmp_path / "cv/clips/c_1.mp3"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
-import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -229,9 +228,3 @@ def test_lora_takes_quantised_layers_for_what_they_are(make: Make, tmp_path: Pat
     assert set(model.trained_state()) == set(make(**wide).trained_state())
     model.save_pretrained(tmp_path / "saved")
     assert torch.equal(losses(load(tmp_path / "saved")), losses(model.eval()))
-
-
-def test_quantisation_needs_its_library(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    with pytest.raises(UserError, match=r"model\.quantization '4bit' needs bitsandbytes"):
-        make(quantization="4bit")

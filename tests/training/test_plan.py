@@ -87,3 +87,17 @@ def test_a_plan_needs_no_weights_and_writes_nothing(projector: str, tiny_config:
     assert "steps of 2 micro-batch(es)" in text
     assert text.count("\n|") == 5  # a head, and three numbers of GPUs
     assert not Path(config.output).exists()
+
+
+def test_stages_are_planned_one_by_one(tiny_config: Make) -> None:
+    config = tiny_config(stages=[{"name": "first", "train": {"objective": "ctc"}},
+                                 {"name": "then", "train": {"max_steps": 2}}])
+    first, then = plan("speech_llm", config).split("\n\nstage then: ")
+    assert first == "stage first: the projector alone (train.objective ctc), which is not counted"
+    assert "; 2 steps of" in then
+
+
+def test_weights_in_4_bits_are_not_shared_out(tiny_config: Make) -> None:
+    lines = plan("speech_llm", tiny_config(model={"quantization": "4bit"})).splitlines()
+    rows = [line.split("|") for line in lines if line.startswith("|")][2:]
+    assert [row[3].strip() == "-" for row in rows] == [False, True, True]

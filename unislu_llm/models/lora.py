@@ -88,14 +88,9 @@ def _used(owner: Any, linear: Mapping[str, nn.Module]) -> list[str]:
 
 
 def quantization(kind: Literal["none", "8bit", "4bit"]) -> dict[str, Any]:
-    """Arguments of `from_pretrained`; UserError where bitsandbytes is missing."""
+    """Arguments of `from_pretrained`."""
     if kind == "none":
         return {}
-    try:
-        import bitsandbytes  # noqa: F401
-    except ImportError as error:
-        raise UserError(f"model.quantization '{kind}' needs bitsandbytes: pip install "
-                        "bitsandbytes") from error
     # QLoRA's settings (arXiv 2305.14314): normal floats, whose scales are quantised as well.
     return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True) if kind == "8bit" else
             BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -31,6 +32,7 @@ from unislu_llm.models.head import LOGITS_ON_GPU
 from unislu_llm.tokenizer import Example
 from unislu_llm.training.build import build_model, build_registry
 from unislu_llm.training.data import build_dataset, build_plan
+from unislu_llm.training.stages import stage_configs
 
 PEAKS = {"A100": 312e12, "H100": 989e12}
 """Dense bf16 FLOPs a second of a GPU, from NVIDIA's data sheets."""
@@ -122,16 +124,30 @@ def _weights(part: nn.Module, bits: float) -> float:
 
 def table(flops: float, largest: Cost, model: SLUModel, bits: float) -> str:
     """Memory of the `largest` micro-batch and time of all FLOPs of a run, on 1, 8 and 64 GPUs."""
-    rows = [[gpus, memory(model, largest, 1, bits), memory(model, largest, gpus, bits),
+    # Weights of 8 and 4 bits are not shared out (training/sharding.py refuses it).
+    shared = {gpus: memory(model, largest, gpus, bits) if bits == 16 or gpus == 1 else None
+              for gpus in (1, 8, 64)}
+    rows = [[gpus, memory(model, largest, 1, bits), shared[gpus],
              *(flops / (peak * EFFICIENCY * gpus * 3600) for peak in PEAKS.values())]
-            for gpus in (1, 8, 64)]
+            for gpus in shared]
     return tabulate(rows, ["GPUs", "GiB each, DDP", "GiB each, FSDP2",
                            *(f"hours, {name}" for name in PEAKS)],
-                    tablefmt="github", floatfmt=".3g")
+                    tablefmt="github", floatfmt=".3g", missingval="-")
 
 
 def plan(kind: str, config: Config) -> str:
-    """What the run of a config would take, as text; raises UserError: as the run would."""
+    """What the run of a config, or each of its stages, would take, as text; raises UserError: as
+    the run would."""
+    # A stage begins with the model of the one before, which is not there yet.
+    stages = [(name, own.model_copy(update={"train": own.train.model_copy(
+        update={"init": config.train.init})})) for name, own in stage_configs(config, Path("run"))]
+    return "\n\n".join(f"stage {name}: {_plan(kind, own)}" for name, own in stages) or (
+        _plan(kind, config))
+
+
+def _plan(kind: str, config: Config) -> str:
+    if config.train.objective == "ctc":
+        return "the projector alone (train.objective ctc), which is not counted"
     registry = build_registry(config)
     examples = [_with_hypothesis(e) for e in load_examples(
         config.data.train, registry, language=config.model.language)]
