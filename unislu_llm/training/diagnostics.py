@@ -43,6 +43,16 @@ def validation_warnings(history: Sequence[Scores], predictions: Predictions,
     return found
 
 
+def forgetting(history: Sequence[Scores], limit: float) -> str:
+    """Why a run stops whose guard set may lose `limit` points of WER; empty: it goes on."""
+    first, now = (scores.get("guard_wer", 0.0) for scores in (history[0], history[-1]))
+    if not limit or now - first <= limit:
+        return ""
+    return (f"forgetting: the guard set's WER went from {first:.1f} to {now:.1f}, more than "
+            f"train.guard_limit {limit:g} allows; train at lower rates (train.lr), mix such speech "
+            "into data.train, or raise the limit")
+
+
 def _one_class(task: Task, mine: Predictions) -> list[str]:
     if not isinstance(task, LabelTask) or task.multi or len(mine) < 10:
         return []
