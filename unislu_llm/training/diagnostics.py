@@ -34,7 +34,7 @@ def validation_warnings(history: Sequence[Scores], predictions: Predictions,
                      "model transcribes and stops (train longer, or raise train.lr.markers)")
     for task in registry:
         mine = [p for p in asked if p["task"] == task.name and p["hyp"] is not None]
-        found += _one_class(task, mine) + _stalled(task, history)
+        found += _one_class(task, mine) * trained + _stalled(task, history)
     if trained and (signs := _not_listening(history[-1], predictions)):
         found.append(f"not listening: {signs} (a new projector takes 100 hours of speech and more: "
                      "let the model read hypotheses, model.hypothesis manifest, or train a ctc "
