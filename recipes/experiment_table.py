@@ -9,6 +9,7 @@ from pydantic import BaseModel, model_validator
 
 from unislu_llm.errors import UserError
 from unislu_llm.io import find_model, read_json, read_json_lines, write_json, write_text
+from unislu_llm.prediction_file import differences
 from unislu_llm.report import systems as read
 from unislu_llm.report.compare import compare, count_scores, score_rows
 from unislu_llm.report.text import drawn, shown
@@ -23,7 +24,6 @@ RESAMPLES = 1000
 TITLES = {"ner_f1": "NER F1", "ner_label_f1": "NER label F1", "ner_position_f1": "NER position F1",
           "sa_f1": "SA macro-F1", "hypothesis_wer": "", "ctc_wer": "", "wer": "", "cer": ""}
 """Columns that reports call otherwise; without a title: not there but by corpus."""
-OVERALL = {"wer": "WER", "ctc_wer": "CTC WER"}  # of further test sets
 OF_CORPORA = {"hypothesis_wer_by_corpus": "hypothesis WER", "ctc_wer_by_corpus": "CTC WER"}
 COSTS = {"trained": "trainable", "train_minutes": "minutes", "rtf": "RTF"}
 
@@ -31,15 +31,11 @@ COSTS = {"trained": "trainable", "train_minutes": "minutes", "rtf": "RTF"}
 class Published(BaseModel, extra="forbid"):
     """Rows of numbers that others have published."""
 
-    source: str
-    """Where; it stands in front of every row."""
+    source: str  # where; it stands in front of every row
     protocol: Literal["whisper", "slue"]
-    set: str
-    """What they are scored on: dev, or a name in the experiment's `tests`."""
-    columns: list[str]
-    """Titles of columns of the table."""
-    rows: dict[str, list[float]]
-    """Numbers of these columns, by system."""
+    set: str  # what they are scored on: dev, or a name in the experiment's `tests`
+    columns: list[str]  # titles of columns of the table
+    rows: dict[str, list[float]]  # numbers of these columns, by system
 
     @model_validator(mode="after")
     def _whole(self) -> Published:
@@ -106,12 +102,7 @@ def _member(job: Any, test: str) -> read.Member:
 
 
 def write_table(experiment: Any, jobs: Sequence[Any]) -> None:
-    """Write `table.md` into the results folder from what is scored.
-
-    Args:
-        experiment: as its file describes it.
-        jobs: the runs of all its systems.
-    """
+    """Write `table.md` into the results folder, from what is scored of an experiment's runs."""
     sets = {test: Scored(experiment, jobs, test) for test in ("", *experiment.tests)}
     text = (f"# {experiment.title}\n\n[]: 95 % interval, from {RESAMPLES} resamples of utterances "
             "and, where a system has several, of seeds.\n")
@@ -123,7 +114,9 @@ def write_table(experiment: Any, jobs: Sequence[Any]) -> None:
             if columns := list(dict.fromkeys(c for row in some for c in row if row[c] is not None)):
                 text += (said or f"\nProtocol `{protocol}`\n\n") + drawn(
                     [columns, *([row.get(c) for c in columns] for row in some if row)]) + "\n"
-    write_text(experiment.results / "table.md", text)
+    known = {name: some[0].decoding for name, some in sets[""].members.items() if some}
+    text = "\n".join([text, *(f"{line}\n" for line in differences(known))])
+    write_text(experiment.results / "table.md", text.rstrip("\n") + "\n")
 
 
 def _rows(experiment: Any, sets: Mapping[str, Scored], test: str,
@@ -140,8 +133,8 @@ def _rows(experiment: Any, sets: Mapping[str, Scored], test: str,
     ours = {s.name: s for s in experiment.systems if s.name not in parts}
     titled = [(title, s) for s in sets[test].scores(list(ours), protocol)
               if (title := TITLES.get(s["key"], s["title"]))]
-    others = [(f"{OVERALL[s['key']]} {t}", s) for t in experiment.tests if not experiment.published
-              for s in sets[t].scores(list(ours), protocol) if s["key"] in OVERALL]
+    others = [(f"{s['title']} {t}", s) for t in experiment.tests if not experiment.published
+              for s in sets[t].scores(list(ours), protocol) if s["key"] in ("wer", "ctc_wer")]
     for name, system in ours.items():
         n, known = (len(own.members[name] or own.predictions[name])
                     for own in (sets[test], sets[""]))

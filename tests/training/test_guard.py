@@ -85,7 +85,7 @@ def test_forgetting_stops_a_run_that_goes_on_with_a_higher_limit(
         return tiny_config(data={"guard": guard[:1]}, **more, train={
             "batch_size": 4, "eval_every": 2, "guard_limit": limit})
 
-    told = (r"^stopped \(train.guard_limit of 5 points; best is of step 2\) after step 4 of 6, "
+    told = (r"^stopped \(train.guard_limit 5; best is of step 2\) after step 4 of 6, "
             r"saved in .*/run/last; go on with: unislu train --resume --output .*/run$")
     with pytest.raises(Stopped, match=told):
         start("speech_llm", config(5.0))

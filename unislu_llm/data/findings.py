@@ -83,11 +83,7 @@ def run_findings(train: Sequence[Example], dev: Sequence[Example], mixture: Mixt
                  f"is {100 * share:.2g} % of {samples} samples" for name, share, members, there
                  in zip(mixture.names, mixture.shares, mixture.members, kept, strict=True)
                  if not there]
-    said = "their scores say what was learnt by heart"
-    return [*found, *_repeated(drawn), *_shared("data.dev", dev, "data.train", drawn, said),
-            *_shared("data.guard", guard, "data.train", drawn, said),
-            *_shared("data.guard", guard, "data.dev", dev, "they guard nothing that dev does not "
-                     "measure"), *_tasks(drawn, dev)]
+    return [*found, *_shared(drawn, dev, guard), *_tasks(drawn, dev)]
 
 
 def unspelled(train: Sequence[Example], tokenizer: UnifiedTokenizer) -> Iterator[str]:
@@ -103,8 +99,9 @@ def unspelled(train: Sequence[Example], tokenizer: UnifiedTokenizer) -> Iterator
                f"'{shorten(back[at:])}': write it otherwise, or take another LLM")
 
 
-def _repeated(train: Sequence[Example]) -> Iterator[str]:
-    """Examples that are there twice."""
+def _shared(train: Sequence[Example], dev: Sequence[Example],
+            guard: Sequence[Example]) -> Iterator[str]:
+    """Examples that are there twice, and clips that are scored and in another set too."""
     places: dict[Any, list[str]] = {}
     for u, task in ((e.utterance, e.task) for e in train):
         if u.audio is not None:  # sentences alone may well be the same
@@ -112,16 +109,14 @@ def _repeated(train: Sequence[Example]) -> Iterator[str]:
     if again := [where for where in places.values() if len(where) > 1]:
         yield (f"data.train: {_count(len(again), 'example')} more than once there, the first as "
                f"{' and '.join(again[0][:2])}")
-
-
-def _shared(flag: str, scored: Sequence[Example], other: str, there: Sequence[Example],
-            said: str) -> Iterator[str]:
-    """Clips that are scored and are in another set too."""
-    clips, known = ({(u.audio, u.start, u.end): u.where for u in (e.utterance for e in some)
-                     if u.audio is not None} for some in (scored, there))
-    if both := [where for clip, where in clips.items() if clip in known]:
-        yield (f"{flag}: {len(both)} of {len(clips)} clips are in {other} too, the first "
-               f"{both[0]}; {said}")
+    learnt, scored, guards = ({(u.audio, u.start, u.end): u.where for u in (
+        e.utterance for e in some) if u.audio is not None} for some in (train, dev, guard))
+    for flag, clips, other, known in (("dev", scored, "train", learnt), (
+            "guard", guards, "train", learnt), ("guard", guards, "dev", scored)):
+        if both := [where for clip, where in clips.items() if clip in known]:
+            yield (f"data.{flag}: {len(both)} of {len(clips)} clips are in data.{other} too, the "
+                   f"first {both[0]}" + "; their scores say what was learnt by heart" * (
+                       known is learnt))
 
 
 def _tasks(train: Sequence[Example], dev: Sequence[Example]) -> Iterator[str]:

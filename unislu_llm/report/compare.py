@@ -183,9 +183,8 @@ def score_rows(flat: Mapping[str, Any], tables: Tables, resamples: int) -> list[
                        for name, value in values.items() if name != first and first in means}
         for name, counts in tables.get(key, {}).items():
             values[name] = interval(bootstrap(counts, resamples=resamples))
-            if name in differences and counts[0].utterances != tables[key][first][0].utterances:
-                del differences[name]
-            elif name in differences:
+            if differences.pop(name, None) and (
+                    counts[0].utterances == tables[key][first][0].utterances):
                 span = bootstrap(counts, tables[key][first], resamples=resamples)
                 differences[name] = {**interval(span), "p": span["p_value"]}
         rows.append({

@@ -36,9 +36,8 @@ def validation_warnings(history: Sequence[Scores], predictions: Predictions,
         mine = [p for p in asked if p["task"] == task.name and p["hyp"] is not None]
         found += _one_class(task, mine) * trained + _stalled(task, history)
     if trained and (signs := _not_listening(history[-1], predictions)):
-        found.append(f"not listening: {signs} (a new projector takes 100 hours of speech and more: "
-                     "let the model read hypotheses, model.hypothesis manifest, or train a ctc "
-                     "projector first)")
+        found.append(f"not listening: {signs} (a projector takes 100 hours of speech; let the LLM "
+                     "read, model.hypothesis manifest, or train a ctc projector first)")
     endless = sum("no_end" in p["problems"] for p in predictions)
     if trained and endless > 0.2 * len(predictions):
         found.append(f"no end: {endless} of {len(predictions)} answers ran into the token "
@@ -48,12 +47,12 @@ def validation_warnings(history: Sequence[Scores], predictions: Predictions,
 
 def forgetting(history: Sequence[Scores], limit: float) -> str:
     """Why a run stops whose guard set may lose `limit` points of WER; empty: it goes on."""
-    first, now = (scores.get("guard_wer", 0.0) for scores in (history[0], history[-1]))
-    if not limit or now - first <= limit:
+    if not limit:
         return ""
-    return (f"forgetting: the guard set's WER went from {first:.1f} to {now:.1f}, more than "
-            f"train.guard_limit {limit:g} allows; train at lower rates (train.lr), mix such speech "
-            "into data.train, or raise the limit")
+    first, now = (scores["guard_wer"] for scores in (history[0], history[-1]))
+    return (f"forgetting: the guard set's WER went from {first:.1f} to {now:.1f}, and train."
+            f"guard_limit is {limit:g} (lower train.lr, mix such speech into data.train, or raise "
+            "the limit)") if now - first > limit else ""
 
 
 def _not_listening(scores: Scores, predictions: Predictions) -> str:

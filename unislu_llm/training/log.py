@@ -123,10 +123,9 @@ class Log:
                    examples: Mapping[str, str]) -> None:
         """What a validation after `step` steps gave, for people and as files."""
         stem = self.file.with_name("predictions") / f"step-{step:06d}"
-        for end, some in ((".jsonl", predictions), (".guard.jsonl", guard)):
-            if some:
-                write_text(stem.with_suffix(end), "".join(
-                    json.dumps(row, ensure_ascii=False) + "\n" for row in some))
+        for end, some in ((".jsonl", predictions), (".guard.jsonl", guard))[:1 + bool(guard)]:
+            write_text(stem.with_suffix(end), "".join(
+                json.dumps(row, ensure_ascii=False) + "\n" for row in some))
         write_json(stem.with_suffix(".scores.json"), result.report)
         self.write("dev", {"step": step, **result.scores, "seconds": seconds})
         # The headlines, in one line of a screen; the files have the rest.

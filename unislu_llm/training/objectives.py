@@ -28,8 +28,9 @@ from unislu_llm.loss import ASR_PART, TASK_PART, TokenCounts, asr_share, weighte
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.saved import Description
 from unislu_llm.models.speech_llm import SpeechLLM
+from unislu_llm.scoring.predictions import check_predictions
 from unislu_llm.scoring.score import flat_scores, score_predictions
-from unislu_llm.scoring.wer import WER, corpus_wer, rate_of
+from unislu_llm.scoring.wer import WER, corpus_wer, edits, rate_of
 from unislu_llm.tasks import ASR, TaskRegistry
 from unislu_llm.tokenizer import Example
 from unislu_llm.training.diagnostics import validation_warnings
@@ -238,9 +239,11 @@ class CTCObjective(Objective):
             yield places, collate([dataset[place, 0] for place in places]).to(model.device)
 
     def score(self, predictions: Predictions, before: Sequence[Sums]) -> Validation:
-        found, rate = _wer(predictions), rate_of([p["language"] for p in predictions])
-        return Validation({rate: found.wer, "score": 100.0 - found.wer},
-                          {"n_predictions": len(predictions), "wer": found._asdict()},
+        refs, hyps, codes = ([p[key] for p in predictions]
+                             for key in ("ref_text", "hyp_text", "language"))
+        found = corpus_wer(refs, hyps, "whisper", codes)
+        return Validation({rate_of(codes): found.wer, "score": 100.0 - found.wer},
+                          {"n_predictions": len(refs), "wer": found._asdict()},
                           "greedy CTC text")
 
     def finish(self, model: SLUModel, best: Path, folders: Sequence[Path], scores: Sums,
@@ -267,20 +270,14 @@ class CTCObjective(Objective):
         return ""
 
 
-def _wer(predictions: Predictions) -> WER:
-    refs, hyps, codes = ([p[key] for p in predictions]
-                         for key in ("ref_text", "hyp_text", "language"))
-    return corpus_wer(refs, hyps, "whisper", codes)
-
-
 def guard_scores(predictions: Predictions, guard: Sequence[Example]) -> dict[str, float]:
     """WER of the guard set from its predictions, and of each manifest where there are several."""
-    groups: dict[str, Predictions] = {"guard_wer": predictions} if guard else {}
-    for p, e in zip(predictions, guard, strict=True):
+    groups = {"guard_wer": check_predictions(predictions, TaskRegistry([]))}
+    for p, e in zip(groups["guard_wer"], guard, strict=True):
         name = manifest_name(e.utterance.source.rpartition(":")[0])
         groups.setdefault(f"guard_wer_{name}", []).append(p)
-    kept = list(groups)[:1] if len(groups) == 2 else groups  # one manifest is all of it
-    return {key: _wer(groups[key]).wer for key in kept}
+    return {key: WER.of(edits(some, "whisper")).wer for key, some in groups.items()
+            if some and (key == "guard_wer" or len(groups) > 2)}
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"unified": UnifiedObjective, "ctc": CTCObjective}

@@ -132,8 +132,7 @@ class Steps:
         # A sharded model decodes everything everywhere: so all take the same steps.
         mine = deal(scored, *((0, 1) if self.together else (self.rank, self.world)))
         # Training goes on with the random numbers that it would have had without this.
-        devices = range(torch.cuda.device_count())
-        with torch.random.fork_rng(devices), self.accelerator.autocast():
+        with torch.random.fork_rng(range(torch.cuda.device_count())), self.accelerator.autocast():
             if self.share is None:
                 make = partial(self.objective.prepare, self.model, [scored[i] for i in mine],
                                self.progress_title("hypotheses"))
@@ -142,9 +141,9 @@ class Steps:
                 set_rng_state(from_main(rng_state))
             # Apart: with a guard set the batches of dev are those that there are without.
             n, found = sum(i < of_dev for i in mine), Predictions()
-            for title, part in (("validate", self.share[:n]), ("guard", self.share[n:])):
+            for part in filter(None, (self.share[:n], self.share[n:])):
                 found += self.objective.decode(self.model, part, self.dataset.frame_cache,
-                                               self.progress_title(title)) if part else []
+                                               self.progress_title("validate"))
         reshard(self.model)
         done = list(zip(mine, found, strict=True)) if self.main or not self.together else []
         everyone = [made for _, made in sorted(gather_object(done), key=lambda x: x[0])]

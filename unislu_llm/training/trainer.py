@@ -224,8 +224,6 @@ class Trainer(Steps):
         # The first one shows where the model began. A run that was killed in one resumes before it.
         if p.validated < 0 or (p.validated < p.step and self._validates()):
             self.validate()
-        elif p.history:
-            self._heed_guard()
         with bar(total=self.total_steps, initial=p.step, desc="train", unit="step",
                  disable=not self.main) as steps, self.interrupts.held():
             while p.step < self.total_steps:
@@ -236,6 +234,9 @@ class Trainer(Steps):
         p, every = self.progress, self.config.train.save_every
         steps = self.batches(p.epoch, p.step_in_epoch)
         while p.step < self.total_steps:
+            if why := forgetting(p.history, limit := self.config.train.guard_limit):
+                log.warning(why)
+                raise Stopped(f"train.guard_limit {limit:g}; best is of step {p.best_step}")
             started = time.perf_counter()
             self.clock.step()
             micro = next(steps, None)
@@ -304,15 +305,6 @@ class Trainer(Steps):
             raise Stopped(self._why_it_ends())
         with self.interrupts.released(), self.clock.measure("validation"):
             self._validate()
-        self._heed_guard()
-
-    def _heed_guard(self) -> None:
-        p, limit = self.progress, self.config.train.guard_limit
-        if why := forgetting(p.history, limit):
-            log.warning(why)
-            if p.step < self.total_steps:
-                raise Stopped(f"train.guard_limit of {limit:g} points; best is of step "
-                              f"{p.best_step}")
 
     def _validate(self) -> None:
         p = self.progress
