@@ -15,6 +15,7 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from tests.scoring.rows import ner, row
 from unislu_llm.config_file import config_from_dict
 from unislu_llm.errors import UserError
 from unislu_llm.io import sha256, write_json, write_text
@@ -68,15 +69,13 @@ class Fake:
             name, test = Path(command[2]).name, "-dev-read" * ("--manifest" in command)
             # One word in ten is wrong, of a second seed two; of the model of another task all are.
             wrong = 10 if name.startswith("only-") else 2 if name.endswith("s2") else 1
-            said = {"corpus": "vp", "ref_text": TEXT, "hyp_text": "no " * wrong + TEXT[2 * wrong:]}
-            said |= {"ctc_hypothesis": "no " * 4 + TEXT[8:]} if name.startswith("l") else {}
-            rows = [said | {"id": "0", "task": "ner", "ref": [["LAW", "i", 16, 17]],
-                            "hyp": [["LAW", "i"]]},
-                    said | {"id": "1", "task": "ner", "ref": [["LAW", "j", 18, 19]],
-                            "hyp": [["ORG", "j"]]},
-                    said | {"id": "0", "task": "sa", "ref": "Neutral", "hyp": "Neutral"}]
+            said = "no " * wrong + TEXT[2 * wrong:]
+            more = {"ctc_hypothesis": "no " * 4 + TEXT[8:]} if name.startswith("l") else {}
+            rows = [ner(TEXT, [("LAW", "i")], said, [("LAW", "i")], 0, **more),
+                    ner(TEXT, [("LAW", "j")], said, [("ORG", "j")], 1, **more),
+                    row(0, "sa", TEXT, said, "Neutral", "Neutral", **more)]
             file = Path(command[2]) / "predictions" / f"best{test or '-dev'}.jsonl"
-            write_text(file, "".join(json.dumps(row) + "\n" for row in rows))
+            write_text(file, "".join(json.dumps(p) + "\n" for p in rows))
             write_json(self.experiment.results / f"{name}{test}.json", {
                 "scores": score_predictions(rows, TaskRegistry()), "decode": {}, "manifests": [],
                 "precision": "fp32", "limit": 0, "decoding": {"rtf": 0.05},
@@ -89,8 +88,7 @@ class Fake:
             return 1
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "finished.json").touch()
-        row = {"part": "train", "step": 4, "seconds": 30.0}
-        (folder / "metrics.jsonl").write_text(json.dumps(row))
+        (folder / "metrics.jsonl").write_text('{"part": "train", "step": 4, "seconds": 30.0}')
         config = Path(command[command.index("--config") + 1]).read_text()
         (folder / "config.yaml").write_text(config)
         return 0
@@ -147,8 +145,7 @@ def test_a_stopped_run_is_resumed_or_begun_anew(experiment: Callable[..., Any],
 
 
 def rows_of(results: Path, protocol: str) -> dict[str, dict[str, str]]:
-    """Rows of a table by system (and set, where it has one), and column; of a protocol the scores,
-    or the differences behind them."""
+    """Rows by system (and set, where there are several), and column; `slue differences`: those."""
     name, _, kind = protocol.partition(" ")
     text = (results / "table.md").read_text().split(f"Protocol `{name}`")[1].split("Protocol")[0]
     text = text.split("Differences")[bool(kind)]
