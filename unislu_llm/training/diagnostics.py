@@ -37,7 +37,8 @@ def validation_warnings(history: Sequence[Scores], predictions: Predictions,
         found += _one_class(task, mine) * trained + _stalled(task, history)
     if trained and (signs := _not_listening(history[-1], predictions)):
         found.append(f"not listening: {signs} (a projector takes 100 hours of speech; let the LLM "
-                     "read, model.hypothesis manifest, or train a ctc projector first)")
+                     "read, model.hypothesis manifest, or train a ctc projector first; if it was "
+                     "better before, lower train.lr)")
     endless = sum("no_end" in p["problems"] for p in predictions)
     if trained and endless > 0.2 * len(predictions):
         found.append(f"no end: {endless} of {len(predictions)} answers ran into the token "
