@@ -166,9 +166,8 @@ def test_the_table_has_a_row_a_system(experiment: Callable[..., Any],
     assert rows["l"]["NER F1"] == "50.0 [0.0, 100.0]"
     assert (rows["l"]["CTC WER vp"], rows["l"]["CTC WER read"]) == ("40.0", "40.0")
     assert rows["Whisper"]["CTC WER vp"] == "-"
-    differences = rows_of(asked.results, "slue differences")
-    assert [*differences] == ["l"]
-    assert differences["l"]["WER vp"].startswith("-3.3 [-10.0, +0.0] p ")
+    assert {name: cells["WER vp"][:20] for name, cells in rows_of(
+        asked.results, "slue differences").items()} == {"l": "-3.3 [-10.0, +0.0] p"}
     assert rows["l"]["minutes"] == "2.0"
     assert set(rows["x (not run)"].values()) == {"x (not run)", "-"}
     run(asked)

@@ -264,7 +264,6 @@ def test_the_guard_set_is_scored_beside_dev_and_changes_nothing(
     plain = fitted("speech_llm", tiny_config("plain", **more)).run
     guard, dev = tmp_path / "read.jsonl", tiny_config().data.dev
     write_manifest(guard, [replace(u, corpus="read") for u in make_utterances(seconds=SECONDS[:4])])
-    capsys.readouterr()
     run = fitted("speech_llm", tiny_config("run", **more, data={"guard": [str(guard), *dev]})).run
     for row, before in zip(logged(run, "dev"), logged(plain, "dev"), strict=True):
         stem = Path("predictions", f"step-{row['step']:06d}.jsonl")
