@@ -1,47 +1,41 @@
-"""The table of an experiment: a row a system, from score files alone."""
+"""The table of an experiment: a row a system, its predictions scored as `unislu compare` does."""
 
 from __future__ import annotations
 
-import statistics
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import BaseModel, model_validator
-from tabulate import tabulate
 
-from unislu_llm.config_file import config_of_run
-from unislu_llm.io import read_json, write_json, write_text
-from unislu_llm.scoring.score import slue_score
+from unislu_llm.errors import UserError
+from unislu_llm.io import find_model, read_json, read_json_lines, write_json, write_text
+from unislu_llm.prediction_file import differences
+from unislu_llm.report import systems as read
+from unislu_llm.report.compare import compare, count_scores, score_rows
+from unislu_llm.report.text import drawn, shown
+from unislu_llm.run_folder import find_run, is_run
+from unislu_llm.scoring.predictions import spoken_once
+from unislu_llm.scoring.score import flat_scores
+from unislu_llm.tasks import ASR, TaskRegistry
 
-Values = dict[str, Any]
+Cells = dict[str, Any]  # of a row, by column
 
-COLUMNS = {
-    "NER F1": ("scores/protocols/*/tasks/ner/entity/f1", "ner/f1"),
-    "NER label F1": ("scores/protocols/*/tasks/ner/label/f1", "ner/label_f1"),
-    "NER position F1": ("scores/position/ner/f1", "ner/position_f1"),
-    "SA macro-F1": ("scores/protocols/*/tasks/sa/macro_f1", "sa/macro_f1"),
-    "SLUE": ("scores/protocols/*/slue_score", "slue_score"),
-    "malformed": ("scores/malformed/share", ""),
-    "trainable": ("trainable_parameters/total", ""),
-    "minutes": ("train_minutes", ""),
-    "RTF": ("decoding/rtf", ""),
-}
-"""Where a score file has a column (`*` is the protocol), and the name of its interval there."""
+RESAMPLES = 1000
+TITLES = {"ner_f1": "NER F1", "ner_label_f1": "NER label F1", "ner_position_f1": "NER position F1",
+          "sa_f1": "SA macro-F1", "hypothesis_wer": "", "ctc_wer": "", "wer": "", "cer": ""}
+"""Columns that reports call otherwise; without a title: not there but by corpus."""
+OF_CORPORA = {"hypothesis_wer_by_corpus": "hypothesis WER", "ctc_wer_by_corpus": "CTC WER"}
+COSTS = {"trained": "trainable", "train_minutes": "minutes", "rtf": "RTF"}
 
 
 class Published(BaseModel, extra="forbid"):
     """Rows of numbers that others have published."""
 
-    source: str
-    """Where; it stands in front of every row."""
+    source: str  # where; it stands in front of every row
     protocol: Literal["whisper", "slue"]
-    set: str
-    """What they are scored on: dev, or a name in the experiment's `tests`."""
-    columns: list[str]
-    """Titles of columns of the table."""
-    rows: dict[str, list[float]]
-    """Numbers of these columns, by system."""
+    set: str  # what they are scored on: dev, or a name in the experiment's `tests`
+    columns: list[str]  # titles of columns of the table
+    rows: dict[str, list[float]]  # numbers of these columns, by system
 
     @model_validator(mode="after")
     def _whole(self) -> Published:
@@ -52,122 +46,117 @@ class Published(BaseModel, extra="forbid"):
         return self
 
 
+class Scored:
+    """What there is of all systems on one set: models of each seed, and their predictions."""
+
+    def __init__(self, experiment: Any, jobs: Sequence[Any], test: str) -> None:
+        there = {job.name: _member(job, test) for job in jobs
+                 if test in job.tests and job.scores(test).is_file()}
+        known = [find_run(job.folder).registry() for job in jobs if find_model(job.folder)]
+        self.registry = max(known or [TaskRegistry()], key=lambda registry: len(registry.names))
+        self.members, self.predictions = dict[str, Any](), dict[str, list[read.Predictions]]()
+        for system in experiment.systems:
+            own = [there[name] for seed in system.seeds
+                   if (name := f"{system.name}-s{seed}") in there]
+            # In one order, whatever is annotated: differences are of the same utterances.
+            every = [sorted(read.read_predictions(m.predictions, self.registry), key=lambda p: (
+                p.utterance, p.task)) for m in own if m.predictions]
+            every = every if len(every) == len(own) else []  # not a mean over some of its seeds
+            if system.parts:
+                every = [self._joined(*some) for some in zip(*(
+                    self.predictions[part] for _, part in system.parts), strict=False)]
+            self.members[system.name], self.predictions[system.name] = own, every
+
+    def _joined(self, *parts: read.Predictions) -> read.Predictions:
+        """Predictions of models of one task each as those of one system."""
+        said = [p.model_copy(update={"task": ASR, "ref": None, "hyp": None, "problems": ()})
+                for p in spoken_once(parts[0], self.registry)]
+        return said + [p for task, some in zip(("ner", "sa"), parts[1:], strict=True)
+                       for p in some if p.task == task]
+
+    def scores(self, names: Sequence[str], protocol: Any) -> list[dict[str, Any]]:
+        """Rows of `score_rows`; of systems whose predictions are gone, without intervals."""
+        flat, tables = count_scores({name: some for name in names if (
+            some := self.predictions[name])}, self.registry, protocol)
+        return score_rows({name: flat.get(name) or [
+            flat_scores(m.about["scores"], protocol) for m in self.members[name]]
+            for name in names if self.predictions[name] or self.members[name]}, tables, RESAMPLES)
+
+    def beside(self, name: str, protocol: str) -> Cells:
+        """What score files say beside scores: error rates of what was read, and costs."""
+        some = self.members[name]
+        rates = [{f"{title} {corpus}": rate for key, title in OF_CORPORA.items() for corpus, rate in
+                  m.about["scores"]["protocols"][protocol].get(key, {}).items()} for m in some]
+        costs = [{title: m.cost[key] for key, title in COSTS.items()} for m in some]
+        return {title: read.mean([cells.get(title) for cells in every])
+                for every in (rates, costs) for title in (every[0] if every else ())}
+
+
+def _member(job: Any, test: str) -> read.Member:
+    """A scored run, its minutes of training noted in the score file, which outlives the run."""
+    result = read_json(job.scores(test))
+    if "train_minutes" not in result and is_run(job.folder) and (
+            curve := read.read_curve(job.folder)):
+        write_json(job.scores(test), result | {"train_minutes": curve[-1]["minutes"]})
+    return next(iter(read.find_members([job.scores(test)]).values()))
+
+
 def write_table(experiment: Any, jobs: Sequence[Any]) -> None:
-    """Write `table.md` into the results folder from the score files that are there.
-
-    Args:
-        experiment: as its file describes it.
-        jobs: the runs of all its systems.
-    """
-    every = {job.name: _scores(job) for job in jobs}
-    for system in experiment.systems:
-        every |= {f"{system.name}-s{seed}": _joined(
-            {key: every.get(f"{part}-s{seed}") for key, part in system.parts})
-            for seed in system.seeds if system.parts}
-    corpora = dict.fromkeys(corpus for result in every.values() for corpus in
-                            _dig(result, "scores/protocols/slue/wer/by_corpus", "") or ())
-    at = "scores/protocols/*/"
-    columns = {f"WER {c}": (f"{at}wer/by_corpus/{c}/wer", f"wer/{c}") for c in corpora}
-    for title, key in (("hypothesis WER", "hypothesis_wer"), ("CTC WER", "ctc_wer")):
-        columns |= {f"{title} {c}": (f"{at}{key}_by_corpus/{c}", "") for c in corpora}
-    columns |= COLUMNS
-    columns = {c: columns.get(c, ("", "")) for p in experiment.published for c in p.columns
-               } | columns
-    sets = ["", *experiment.tests] if experiment.published else [""]
-    if not experiment.published:
-        columns |= {f"WER {t}": (f"tests/{t}/{at}wer/overall/wer", "") for t in experiment.tests}
-        columns |= {f"CTC WER {t}": (f"tests/{t}/{at}ctc_wer", "") for t in experiment.tests}
-    text = f"# {experiment.title}\n\n[]: 95 % interval of one run (bootstrap); ±: over seeds.\n"
+    """Write `table.md` into the results folder, from what is scored of an experiment's runs."""
+    sets = {test: Scored(experiment, jobs, test) for test in ("", *experiment.tests)}
+    text = (f"# {experiment.title}\n\n[]: 95 % interval, from {RESAMPLES} resamples of utterances "
+            "and, where a system has several, of seeds.\n")
     for protocol in ("whisper", "slue"):
-        rows = [row for name in reversed(sets)
-                for row in _rows(experiment, every, columns, name, protocol)]
-        shown = [c for c in ("system", "set", *columns) if any(row.get(c, "-") != "-"
-                                                              for row in rows)]
-        table = tabulate([[row.get(c, "-") for c in shown] for row in rows], headers=shown,
-                         tablefmt="github", disable_numparse=True)
-        text += f"\nProtocol `{protocol}`\n\n{table}\n"
-    write_text(experiment.results / "table.md", text)
+        rows = [row for test in ([*reversed(sets)] if experiment.published else [""])
+                for row in _rows(experiment, sets, test, protocol)]
+        for said, some in zip(("", "\nDifferences to the first system of a set\n\n"),
+                              zip(*rows, strict=True), strict=True):
+            if columns := list(dict.fromkeys(c for row in some for c in row if row[c] is not None)):
+                text += (said or f"\nProtocol `{protocol}`\n\n") + drawn(
+                    [columns, *([row.get(c) for c in columns] for row in some if row)]) + "\n"
+    known = {name: some[0].decoding for name, some in sets[""].members.items() if some}
+    text = "\n".join([text, *(f"{line}\n" for line in differences(known))])
+    write_text(experiment.results / "table.md", text.rstrip("\n") + "\n")
 
 
-def _rows(experiment: Any, every: Mapping[str, Values], columns: Mapping[str, tuple[str, str]],
-          test: str, protocol: str) -> Iterator[dict[str, str]]:
-    """What is published for a set (dev without a name), and a row for each system of ours."""
+def _rows(experiment: Any, sets: Mapping[str, Scored], test: str,
+          protocol: Any) -> Iterator[tuple[Cells, Cells]]:
+    """What is published for a set (dev without a name), and a row for each system of ours, with
+    what it is over the first."""
     where = {"set": test or "dev"} if experiment.published else {}
     for some in experiment.published:
         for name, numbers in some.rows.items() if some.protocol == protocol else ():
             if some.set == where["set"]:
-                cells = {c: f"{n:g}" for c, n in zip(some.columns, numbers, strict=True)}
-                yield {"system": f"published ({some.source}): {name}"} | where | cells
+                yield {"system": f"published ({some.source}): {name}"} | where | {
+                    c: f"{n:g}" for c, n in zip(some.columns, numbers, strict=True)}, {}
     parts = {part for system in experiment.systems for _, part in system.parts or ()}
-    for system in experiment.systems:
-        found = [every[f"{system.name}-s{seed}"] for seed in system.seeds]
-        own = [r for result in found if (r := result.get("tests", {}).get(test) if test
-                                          else result)]
-        if system.name not in parts:
-            cells = {name: _cell(own, *places, protocol) for name, places in columns.items()}
-            title = system.title or system.name
-            if len(own) < len(found):
-                none = "not scored" if test and any(found) else "not run"
-                title += f" ({len(own)} of {len(found)} seeds)" if own else f" ({none})"
-            yield {"system": title} | where | cells
+    ours = {s.name: s for s in experiment.systems if s.name not in parts}
+    titled = [(title, s) for s in sets[test].scores(list(ours), protocol)
+              if (title := TITLES.get(s["key"], s["title"]))]
+    others = [(f"{s['title']} {t}", s) for t in experiment.tests if not experiment.published
+              for s in sets[t].scores(list(ours), protocol) if s["key"] in ("wer", "ctc_wer")]
+    for name, system in ours.items():
+        n, known = (len(own.members[name] or own.predictions[name])
+                    for own in (sets[test], sets[""]))
+        title = (system.title or name) + (f" ({n} of {len(system.seeds)} seeds)" if n else
+                                          f" (not {'scored' if known else 'run'})")
+        head = {"system": title.removesuffix(f" ({n} of {n} seeds)")} | where
+        changes = {c: shown(cell, 1, "+") for c, s in titled
+                   if (cell := s["differences"].get(name)) and cell["p"] is not None}
+        yield head | {c: s["values"].get(name) for c, s in titled + others} | sets[
+            test].beside(name, protocol), changes and head | changes
 
 
-def _joined(parts: Mapping[str, Any]) -> Values:
-    """Scores of models of one task each as those of one system; none before all are there."""
-    if not all(parts.values()):
-        return {}
-    wer, protocols = parts["wer"]["scores"]["protocols"], dict[str, Any]()
-    for protocol, block in wer.items():
-        tasks = {task: parts[task]["scores"]["protocols"][protocol]["tasks"][task]
-                 for task in ("ner", "sa")}
-        score = slue_score([c["wer"] for c in block["wer"]["by_corpus"].values()],
-                           tasks["ner"]["entity"]["f1"], tasks["sa"]["macro_f1"])
-        protocols[protocol] = {"wer": block["wer"], "tasks": tasks, "slue_score": score}
-    spans = {p: {name: span for key, part in parts.items()
-                 for name, span in part["intervals"][p].items() if name.split("/")[0] == key}
-             for p in wer}
-    tests = {test: joined for test in parts["wer"].get("tests", {}) if (joined := _joined(
-        {key: part.get("tests", {}).get(test) for key, part in parts.items()}))}
-    return {"scores": {"protocols": protocols}, "intervals": spans, "tests": tests}
-
-
-def _scores(job: Any) -> Values:
-    """Scores of a run, its minutes of training noted in the file, which outlives the run."""
-    if not job.scores().is_file():
-        return {}
-    result = read_json(job.scores())
-    if "train_minutes" not in result and (job.folder / "finished.json").is_file():
-        result["train_minutes"] = _minutes(job.folder)
-        write_json(job.scores(), result)
-    tests = {test: read_json(job.scores(test)) for test in job.tests
-             if test and job.scores(test).is_file()}
-    return result | {"tests": tests}
-
-
-def _minutes(run: Path) -> float:
-    """Minutes of training, with those of the runs that it starts from."""
-    if not (run / "finished.json").is_file():
-        return 0.0
-    init = config_of_run(run).train.init
-    before = _minutes(Path(init)) if init else 0.0
-    return before + read_json(run / "finished.json").get("train_seconds", 0.0) / 60
-
-
-def _dig(values: Any, place: str, protocol: str) -> Any:
-    for key in place.replace("*", protocol).split("/"):
-        values = values.get(key) if isinstance(values, Mapping) else None
-    return values
-
-
-def _cell(results: Sequence[Values], place: str, interval: str, protocol: str) -> str:
-    """Mean over seeds with its spread, or the one value with its interval; `-` without any."""
-    values = [v for result in results if (v := _dig(result, place, protocol)) is not None]
-    if not values:
-        return "-"
-    mean = statistics.fmean(values)
-    digits = 0 if mean >= 1000 else 3 if mean < 1 else 1
-    text = f"{mean:,.{digits}f}"
-    if len(values) > 1:
-        return f"{text} ± {statistics.stdev(values):.{digits}f}"
-    span = _dig(results[0], f"intervals/{protocol}", "").get(interval) if interval else None
-    return text + (f" [{span['low']:.1f}, {span['high']:.1f}]" if span else "")
+def write_report(experiment: Any, jobs: Sequence[Any]) -> str:
+    """Write the whole comparison of the runs that were scored on the dev examples of the first into
+    the output folder (`report/report.html`, `.md`); returns a line on it."""
+    parts = {part for system in experiment.systems for _, part in system.parts or ()}
+    keys = {job.folder: {(row["corpus"], row["id"], row["task"]) for row in read_json_lines(file)}
+            for job in jobs if job.system.name not in parts
+            and (file := job.folder / "predictions" / "best-dev.jsonl").is_file()}
+    alike = [folder for folder, own in keys.items() if own == next(iter(keys.values()))]
+    try:
+        compare(alike, out=experiment.output / "report")
+    except UserError as error:
+        return f"no report: {error}"
+    return f"report of {len(alike)} runs: {experiment.output / 'report' / 'report.html'}"

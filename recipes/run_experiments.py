@@ -24,7 +24,7 @@ from pathlib import Path
 import dry_run
 import yaml
 from experiment_file import Experiment, Job, jobs, read_experiment
-from experiment_table import write_table
+from experiment_table import write_report, write_table
 from filelock import FileLock, Timeout
 
 from unislu_llm.errors import UserError, reported
@@ -130,6 +130,7 @@ def run_experiment(experiment: Experiment, only: Sequence[str] = ()) -> int:
             print(f"error: {error}", file=sys.stderr, flush=True)
         write_table(experiment, jobs(experiment))
     print((experiment.results / "table.md").read_text(encoding="utf-8"))
+    print(write_report(experiment, jobs(experiment)))
     return failed
 
 

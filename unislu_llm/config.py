@@ -1,9 +1,7 @@
 """The settings of a run: what can be set, within which bounds, and what each means.
 
-One description serves everywhere: flags, config files, presets of LLMs, the run folder's
-`config.yaml`, and the `model` section of a saved model's `config.json`. Later wins: defaults, the
-preset of the LLM (`adapters/*.yaml`), the model that a run starts from (`train.init`), the config
-file (`--config`), flags.
+One description serves flags, config files, presets of LLMs, a run's `config.yaml`, saved models.
+Later wins: defaults, preset (`adapters/*.yaml`), the model of `train.init`, config file, flags.
 """
 
 from __future__ import annotations
@@ -94,8 +92,7 @@ class ModelConfig(Section):
     """With encoder_mode top: how many of the last layers train."""
     pad_to_30s: Switch = False
     """Pad every clip to 30 s, as Whisper was trained; about 3 times the encoder frames."""
-    llm: Annotated[Name, arg(aliases=["--llm"]), Common] = (
-        "HuggingFaceTB/SmolLM2-135M-Instruct")
+    llm: Annotated[Name, arg(aliases=["--llm"]), Common] = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """Causal LM, any of transformers: a folder or a name."""
     projector: Annotated[Name, arg(aliases=["--projector"]), Common] = "mlp"
     """linear, mlp, conv, qformer, ctc; or none: the LLM reads the hypothesis and no speech."""
@@ -135,6 +132,8 @@ class DataConfig(Section):
     """Training manifests (JSON lines)."""
     dev: Annotated[Names, Common] = []
     """Manifests that are scored before, during and after training; `--data.dev none`: none."""
+    guard: Names = []
+    """Manifests of other speech, whose WER tells beside dev what is forgotten; never of best."""
     tasks: Annotated[Name | None, arg(aliases=["--tasks-file"]), Common] = None
     """YAML list of tasks; default: those of train.init, else named entities and sentiment."""
     weights: Annotated[dict[str, Rate], _JSON] = {}
@@ -144,7 +143,7 @@ class DataConfig(Section):
     epoch_samples: Annotated[Count, Field(le=10**8)] = 0
     """Samples drawn an epoch; 0: as many as there are."""
     dev_limit: Count = 0
-    """Score at most so many samples of each dev manifest during training; 0 is all."""
+    """Score at most so many samples of each dev or guard manifest during training; 0 is all."""
     num_workers: Annotated[int, Field(ge=-1, le=256, strict=True)] = -1
     """Loader processes; 0 loads in the training process, -1 does so on a CPU and takes 4 a GPU."""
     frame_cache: FilePath = ""
@@ -174,8 +173,7 @@ class AugmentConfig(Section):
     @property
     def active(self) -> bool:
         """Whether anything is switched on."""
-        return bool(self.freq_masks or self.time_masks or self.speeds or self.gain_db
-                    or self.noise or self.silence_share)
+        return self != AugmentConfig(snr=self.snr)
 
 
 class LearningRates(Section):
@@ -196,8 +194,7 @@ class TrainConfig(Section):
     loss: Annotated[Literal["dynamic", "fixed", "uniform"], Common] = "dynamic"
     """dynamic (the paper's), fixed or uniform."""
     init: Annotated[FilePath, Common] = ""
-    """Saved model (or run: its best) to start from, with its model settings and tasks; what it
-    lacks starts untrained."""
+    """Saved model (or run: its best) to start from, with its settings; what it lacks is new."""
     groups: list[Literal["projector", "lora", "markers", "encoder", "decoder"]] = []
     """Parameter groups that train; default: all."""
     hypothesis_dropout: Share = 0.0
@@ -228,6 +225,8 @@ class TrainConfig(Section):
     """Of data order, initial weights and dropout."""
     eval_every: Annotated[Count, Common] = 0
     """Steps between validations by generation; 0 validates before and after training."""
+    guard_limit: Rate = 0.0
+    """Stop when the guard's WER is so many points over that of the first validation; 0: never."""
     save_every: Count = 0
     """Steps between checkpoints; 0: by save_minutes alone. Each validation saves as well."""
     save_minutes: Rate = 10.0
@@ -271,7 +270,6 @@ class DecodeConfig(Section):
     """In place of the model's own hypothesis_bias."""
     transcript: Transcript | None = None
     """rewrite, margin or verbatim, in place of the model's own transcript."""
-
     no_speech: Share = 0.6
     """Whisper's probability of no speech above which nothing is answered; 1 answers all."""
 
@@ -323,6 +321,9 @@ def check_together(config: Sections, processes: int = 1) -> None:
          "model.lora.target_modules: names no layer; give some, or set model.lora.rank 0"),
         (data.weights and not any(data.weights.values()),
          "data.weights: all weights are 0; give at least one corpus a share"),
+        (data.guard and not data.dev, "data.guard: is scored beside data.dev, which names nothing"),
+        (train.guard_limit and not (data.guard and train.eval_every), "train.guard_limit: counts "
+         "at validations of a guard set; set data.guard and train.eval_every as well"),
         (keeps and audible, "data.frame_cache: augmentation gives every epoch other audio, so "
          "there is nothing to keep; switch it off, or all of augment but time_masks, freq_masks"),
         (keeps and model.encoder_mode != "frozen", "data.frame_cache: frames can be kept of a "

@@ -28,7 +28,7 @@ Values = dict[str, Any]
 S = TypeVar("S", bound=Section)
 
 # Settings that are paths, by section; those of models may be names as well.
-_PATHS = {"data": ("train", "dev", "tasks", "frame_cache"), "augment": ("noise",),
+_PATHS = {"data": ("train", "dev", "guard", "tasks", "frame_cache"), "augment": ("noise",),
           "train": ("init",), "model": ("encoder", "llm", "recogniser")}
 
 

@@ -275,7 +275,7 @@ def fingerprints(config: Config) -> dict[str, list[tuple[str, int, str]]]:
     """Name, bytes and SHA-256 of manifests and task files, by setting; no hash of what is gone."""
     paths = {key: [Path(name) for name in ([value] if isinstance(value, str) else value or ())]
              for key, value in settings(config)
-             if key.endswith(("data.train", "data.dev", "data.tasks"))}
+             if key.endswith(("data.train", "data.dev", "data.guard", "data.tasks"))}
     return {key: [(manifest_name(path), path.stat().st_size, sha256(path)) if path.is_file()
                   else (manifest_name(path), 0, "") for path in some]
             for key, some in paths.items()}

@@ -15,10 +15,15 @@ import pytest
 import yaml
 from filelock import FileLock
 
+from tests.scoring.rows import ner, row
 from unislu_llm.config_file import config_from_dict
 from unislu_llm.errors import UserError
+from unislu_llm.io import sha256, write_json, write_text
+from unislu_llm.scoring.score import score_predictions
+from unislu_llm.tasks import TaskRegistry
 from unislu_llm.training.stages import stage_configs
 
+TEXT = "a b c d e f g h i j"
 EXPERIMENTS = Path(__file__).parents[2] / "recipes" / "experiments"
 SYSTEMS = [{"name": "w", "title": "Whisper", "recipe": "train_whisper", "seeds": [1, 2, 3]},
            {"name": "l", "recipe": "train_llm", "prepare": ["made"],
@@ -61,19 +66,20 @@ class Fake:
             log.touch()
             return int(self.fail in command)
         if "eval/evaluate.py" in command:
-            name, test = Path(command[2]).name, "--manifest" in command
-            block = {"wer": {"overall": {"wer": 7.0}, "by_corpus": {"vp": {"wer": 10.0}}},
-                     "tasks": {"ner": {"entity": {"f1": 50.0}}, "sa": {"macro_f1": 80.0}}}
-            if name.startswith("only-"):  # what the model of another task has to be asked for
-                block["wer"]["by_corpus"]["vp"]["wer"] = 99.0
-            if name.startswith("l"):
-                block |= {"ctc_wer": 40.0, "ctc_wer_by_corpus": {"vp": 41.0}}
-            scores = {"scores": {"protocols": dict.fromkeys(("whisper", "slue"), block)},
-                      "intervals": {p: {"ner/f1": {"low": 41.0, "high": 59.0}}
-                                    for p in ("whisper", "slue")}, "decoding": {"rtf": 0.05}}
-            self.experiment.results.mkdir(parents=True, exist_ok=True)
-            path = self.experiment.results / f"{name}{'-dev-read' if test else ''}.json"
-            path.write_text(json.dumps(scores))
+            name, test = Path(command[2]).name, "-dev-read" * ("--manifest" in command)
+            # One word in ten is wrong, of a second seed two; of the model of another task all are.
+            wrong = 10 if name.startswith("only-") else 2 if name.endswith("s2") else 1
+            said = "no " * wrong + TEXT[2 * wrong:]
+            more = {"ctc_hypothesis": "no " * 4 + TEXT[8:]} if name.startswith("l") else {}
+            rows = [ner(TEXT, [("LAW", "i")], said, [("LAW", "i")], 0, **more),
+                    ner(TEXT, [("LAW", "j")], said, [("ORG", "j")], 1, **more),
+                    row(0, "sa", TEXT, said, "Neutral", "Neutral", **more)]
+            file = Path(command[2]) / "predictions" / f"best{test or '-dev'}.jsonl"
+            write_text(file, "".join(json.dumps(p) + "\n" for p in rows))
+            write_json(self.experiment.results / f"{name}{test}.json", {
+                "scores": score_predictions(rows, TaskRegistry()), "decode": {}, "manifests": [],
+                "precision": "fp32", "limit": 0, "decoding": {"rtf": 0.05},
+                "predictions": str(file), "predictions_sha256": sha256(file)})
             return 0
         folder = Path(command[command.index("--output") + 1])
         if folder.name == self.fail:
@@ -81,7 +87,8 @@ class Fake:
                 file.write("error: train.lr: none\nTraceback of the launcher\nCalledProcessError\n")
             return 1
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "finished.json").write_text(json.dumps({"step": 4, "train_seconds": 120.0}))
+        (folder / "finished.json").touch()
+        (folder / "metrics.jsonl").write_text('{"part": "train", "step": 4, "seconds": 30.0}')
         config = Path(command[command.index("--config") + 1]).read_text()
         (folder / "config.yaml").write_text(config)
         return 0
@@ -138,9 +145,11 @@ def test_a_stopped_run_is_resumed_or_begun_anew(experiment: Callable[..., Any],
 
 
 def rows_of(results: Path, protocol: str) -> dict[str, dict[str, str]]:
-    """Rows of a table by system (and set, where it has one), and column."""
-    text = (results / "table.md").read_text().split(f"Protocol `{protocol}`")[1]
-    lines = [line for line in text.split("Protocol")[0].splitlines() if line.startswith("|")]
+    """Rows by system (and set, where there are several), and column; `slue differences`: those."""
+    name, _, kind = protocol.partition(" ")
+    text = (results / "table.md").read_text().split(f"Protocol `{name}`")[1].split("Protocol")[0]
+    text = text.split("Differences")[bool(kind)]
+    lines = [line for line in text.splitlines() if line.startswith("|")]
     head, _, *body = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
     rows = [dict(zip(head, row, strict=True)) for row in body]
     return {" ".join([row["system"], row.get("set", "")]).strip(): row for row in rows}
@@ -152,14 +161,17 @@ def test_the_table_has_a_row_a_system(experiment: Callable[..., Any],
     run(asked, "w", "l")
     assert (asked.results / "table.md").read_text().startswith("# synthetic speech")
     rows = rows_of(asked.results, "slue")
-    assert rows["Whisper"]["WER vp"] == "10.0 ± 0.0"  # over seeds
-    assert rows["l"]["NER F1"] == "50.0 [41.0, 59.0]"  # of one: the interval over utterances
-    assert (rows["l"]["CTC WER vp"], rows["l"]["CTC WER read"]) == ("41.0", "40.0")
+    # Each utterance has as many errors as the other, so that seeds alone make the interval.
+    assert rows["Whisper"]["WER vp"] == rows["Whisper"]["WER read"] == "13.3 [10.0, 20.0]"
+    assert rows["l"]["NER F1"] == "50.0 [0.0, 100.0]"
+    assert (rows["l"]["CTC WER vp"], rows["l"]["CTC WER read"]) == ("40.0", "40.0")
     assert rows["Whisper"]["CTC WER vp"] == "-"
+    assert {name: cells["WER vp"][:20] for name, cells in rows_of(
+        asked.results, "slue differences").items()} == {"l": "-3.3 [-10.0, +0.0] p"}
     assert rows["l"]["minutes"] == "2.0"
     assert set(rows["x (not run)"].values()) == {"x (not run)", "-"}
     run(asked)
-    assert "| 4.0 " in (asked.results / "table.md").read_text()  # with the run it starts from
+    assert rows_of(asked.results, "slue")["x"]["minutes"] == "4.0"  # with the run it starts from
 
 
 def test_published_numbers_and_parts_have_rows(experiment: Callable[..., Any],
@@ -176,7 +188,8 @@ def test_published_numbers_and_parts_have_rows(experiment: Callable[..., Any],
     rows = rows_of(asked.results, "slue")
     assert list(rows) == ["published (them): theirs read", "all (not scored) read",
                           "none (not run) read", "all dev", "none (not run) dev"]
-    assert [*rows["all dev"].values()][2:] == ["10.0", "50.0 [41.0, 59.0]", "80.0", "73.3"]
+    assert [rows["all dev"][column] for column in ("WER vp", "NER F1", "SA macro-F1", "SLUE")] == [
+        "10.0 [10.0, 10.0]", "50.0 [0.0, 100.0]", "100.0 [100.0, 100.0]", "80.0 [30.0, 96.7]"]
     assert rows["published (them): theirs read"]["WER vp"] == "8.5"
     assert len(rows_of(asked.results, "whisper")) == 4
 

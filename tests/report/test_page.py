@@ -47,7 +47,9 @@ def text_of(path: Path) -> str:
 
 
 def test_numbers_are_those_of_the_report(tmp_path: Path) -> None:
-    text = text_of(write_page(make_report(2), tmp_path / "new"))
+    report = make_report(2)
+    report["curves"]["llm-reads"][1]["scores"] |= {"guard_wer": 7.5, "guard_wer_read": 8.25}
+    text = text_of(write_page(report, tmp_path / "new"))
     for row in (
             "score whisper-decoder llm-reads llm-reads, difference WER ↓ 16.40 [12.40, 20.40]",
             "35.50 [31.50, 39.50] 52.90 [47.40, 58.00] +17.40 [+11.20, +23.10] p 0.001",
@@ -55,7 +57,8 @@ def test_numbers_are_those_of_the_report(tmp_path: Path) -> None:
             "hallucinated ner whisper-decoder 58 31 20 9 5 13 ner llm-reads 68 27 16 9 3 13",
             "ner PLACE 60 llm-reads 35.00 [26.00, 44.00] 5.00", "9,000 1,501 901 350 250 16.68",
             "WER by audio llm-reads 5-10 s 100 18.90 [14.90, 22.90]", "Negative 37 113 0",
-            "NER F1 llm-reads 20 3.00 23.00", "sa llm-reads 0.65 0.58 60 0.09"):
+            "NER F1 llm-reads 20 3.00 23.00", "WER of the guard set llm-reads 20 3.00 7.50",
+            "WER of the guard set read llm-reads 20 3.00 8.25", "sa llm-reads 0.65 0.58 60 0.09"):
         assert row in text, row
 
 

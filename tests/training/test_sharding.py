@@ -34,6 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
                            "decode": {"temperature": 1.0}}),
     # A recogniser's, that Whisper makes before training.
     "hypothesis": ("speech_llm", {"model": {"hypothesis": "manifest", "encoder_mode": "lora"},
+                                  "data": {"guard": ["guard.jsonl"], "dev_limit": 5},
                                   "train": {"gradient_checkpointing": True}, "decode": ASKED}),
     # Rates of text injection at the end; frames made before anything is sharded.
     "ctc": ("speech_llm", {"model": STILL, "train": {"objective": "ctc"},
@@ -76,7 +77,8 @@ def make(tiny_config: Callable[..., Config], tmp_path: Path) -> Callable[..., Co
 
     def config(case: str, on: int, name: str = "", **train: Any) -> Config:
         more = json.loads(json.dumps(CASES[case][1]).replace(
-            "mixed.jsonl", str(manifest.with_name("mixed.jsonl"))))
+            "mixed.jsonl", str(manifest.with_name("mixed.jsonl"))).replace(
+                "guard.jsonl", str(manifest)))
         if "frame_cache" in more.get("data", {}):
             more["data"]["frame_cache"] = str(tmp_path / f"frames-{on}")
         return tiny_config(name or f"{case}-{on}", **more | {

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
@@ -13,14 +14,16 @@ from typing import Any
 import pytest
 import torch
 
-from tests.training.conftest import CTC, fitted, logged, stop_after, weights
+from tests.training.conftest import CTC, SECONDS, fitted, logged, stop_after, weights
 from unislu_llm import models
 from unislu_llm.config import Config
 from unislu_llm.data.manifest import write_manifest
-from unislu_llm.errors import UserError
+from unislu_llm.errors import Stopped, UserError
 from unislu_llm.run_folder import BEST, LAST, find_run, read_finished
+from unislu_llm.scoring.wer import corpus_wer
 from unislu_llm.training.checkpoint import read_progress
 from unislu_llm.training.data import deal
+from unislu_llm.training.stages import train
 from unislu_llm.training.trainer import Trainer
 from unislu_llm.utterance import Utterance
 
@@ -250,3 +253,56 @@ def test_dev_examples_of_one_utterance_go_to_one_process(tiny_config: Make) -> N
     shares = [deal(doubled, rank, 3) for rank in range(3)]
     assert sorted(place for share in shares for place in share) == list(range(len(doubled)))
     assert all(place + 1 in share for share in shares for place in share if place % 2 == 0)
+
+
+@pytest.mark.parametrize("objective", ["unified", "ctc"])
+def test_the_guard_set_is_scored_beside_dev_and_changes_nothing(
+        objective: str, tiny_config: Make, make_utterances: Any,
+        tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    more: dict[str, Any] = {"model": CTC if objective == "ctc" else {},
+                            "train": {"objective": objective, "eval_every": 2}}
+    plain = fitted("speech_llm", tiny_config("plain", **more)).run
+    guard, dev = tmp_path / "read.jsonl", tiny_config().data.dev
+    write_manifest(guard, [replace(u, corpus="read") for u in make_utterances(seconds=SECONDS[:4])])
+    run = fitted("speech_llm", tiny_config("run", **more, data={"guard": [str(guard), *dev]})).run
+    for row, before in zip(logged(run, "dev"), logged(plain, "dev"), strict=True):
+        stem = Path("predictions", f"step-{row['step']:06d}.jsonl")
+        assert (run / stem).read_text() == (plain / stem).read_text()
+        made = list(map(json.loads, (run / stem.with_suffix(".guard.jsonl")).open()))
+        assert [p["task"] for p in made] == ["asr"] * (4 + 12)  # whatever is annotated
+        wers = {f"guard_wer{name}": corpus_wer([p["ref_text"] for p in some], [
+            p["hyp_text"] for p in some], "whisper").wer for name, some in {
+                "": made, "_read": made[:4], "_corpus": made[4:]}.items()}
+        assert row | {"seconds": 0} == before | wers | {"seconds": 0}
+    told = capsys.readouterr()
+    assert "\nguard: 16 samples (16 asr)\n" in told.out
+    assert sum({"score", "guard_wer"} <= set(line.split()) for line in told.out.splitlines()) == 3
+    for other in ("train", "dev"):
+        assert f"data.guard: 12 of 12 clips are in data.{other} too, the first {dev[0]}" in told.err
+
+
+def test_forgetting_stops_a_run_that_goes_on_with_a_higher_limit(
+        tiny_config: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    decode = Trainer.decode_scored
+
+    def forgets(self: Trainer) -> Any:
+        dev, made = decode(self)
+        wrong = "ah " * (self.progress.step > 2)
+        return dev, [p | {"hyp_text": wrong + p["ref_text"]} for p in made]
+
+    monkeypatch.setattr(Trainer, "decode_scored", forgets)
+
+    def start(limit: float, resume: bool = False) -> None:
+        train("speech_llm", tiny_config(
+            data={"guard": tiny_config().data.dev}, resume=resume,
+            train={"batch_size": 4, "eval_every": 2, "guard_limit": limit}))
+
+    told = (r"^stopped \(train.guard_limit 5; best is of step 2\) after step 4 of 6, saved in "
+            ".*/run/last; go on with: unislu train --resume --output .*/run$")
+    for resume in (False, True):  # whoever starts it again by a script does not train on
+        with pytest.raises(Stopped, match=told):
+            start(5.0, resume)
+    run = Path(tiny_config().output)
+    assert "forgetting: the guard set's WER went from 0.0 to 1" in (run / "log.txt").read_text()
+    start(50.0, resume=True)
+    assert [row["step"] for row in logged(run, "dev")] == [0, 2, 4, 6]

@@ -73,7 +73,7 @@ def _is_span(text: str, item: Any) -> bool:
 
 
 def run_findings(train: Sequence[Example], dev: Sequence[Example], mixture: Mixture | None,
-                 samples: int) -> list[str]:
+                 samples: int, guard: Sequence[Example] = ()) -> list[str]:
     """What is odd about the examples of a run that draws so many `samples` in all."""
     found, drawn = [], list(train)
     if mixture is not None:
@@ -83,7 +83,7 @@ def run_findings(train: Sequence[Example], dev: Sequence[Example], mixture: Mixt
                  f"is {100 * share:.2g} % of {samples} samples" for name, share, members, there
                  in zip(mixture.names, mixture.shares, mixture.members, kept, strict=True)
                  if not there]
-    return [*found, *_shared(drawn, dev), *_tasks(drawn, dev)]
+    return [*found, *_shared(drawn, dev, guard), *_tasks(drawn, dev)]
 
 
 def unspelled(train: Sequence[Example], tokenizer: UnifiedTokenizer) -> Iterator[str]:
@@ -99,8 +99,9 @@ def unspelled(train: Sequence[Example], tokenizer: UnifiedTokenizer) -> Iterator
                f"'{shorten(back[at:])}': write it otherwise, or take another LLM")
 
 
-def _shared(train: Sequence[Example], dev: Sequence[Example]) -> Iterator[str]:
-    """Examples that are there twice, and clips that train and are scored."""
+def _shared(train: Sequence[Example], dev: Sequence[Example],
+            guard: Sequence[Example]) -> Iterator[str]:
+    """Examples that are there twice, and clips that are scored and in another set too."""
     places: dict[Any, list[str]] = {}
     for u, task in ((e.utterance, e.task) for e in train):
         if u.audio is not None:  # sentences alone may well be the same
@@ -108,11 +109,14 @@ def _shared(train: Sequence[Example], dev: Sequence[Example]) -> Iterator[str]:
     if again := [where for where in places.values() if len(where) > 1]:
         yield (f"data.train: {_count(len(again), 'example')} more than once there, the first as "
                f"{' and '.join(again[0][:2])}")
-    known = {place[:3] for place in places}
-    clips = {(u.audio, u.start, u.end): u.where for u in (e.utterance for e in dev)}
-    if both := [where for clip, where in clips.items() if clip in known]:
-        yield (f"data.dev: {len(both)} of {len(clips)} clips are in data.train too, the first "
-               f"{both[0]}; their scores say what was learnt by heart")
+    learnt, scored, guards = ({(u.audio, u.start, u.end): u.where for u in (
+        e.utterance for e in some) if u.audio is not None} for some in (train, dev, guard))
+    for flag, clips, other, known in (("dev", scored, "train", learnt), (
+            "guard", guards, "train", learnt), ("guard", guards, "dev", scored)):
+        if both := [where for clip, where in clips.items() if clip in known]:
+            yield (f"data.{flag}: {len(both)} of {len(clips)} clips are in data.{other} too, the "
+                   f"first {both[0]}" + "; their scores say what was learnt by heart" * (
+                       known is learnt))
 
 
 def _tasks(train: Sequence[Example], dev: Sequence[Example]) -> Iterator[str]:

@@ -60,7 +60,8 @@ def load_examples(manifests: Sequence[str], registry: TaskRegistry, *, limit: in
             _warn_once(f"{path}: the transcripts of {pseudo} of {len(utterances)} rows were written"
                        " by a recogniser (`text_source`); WER and the phrases of spans are measured"
                        " against these pseudo-labels, not against what was said")
-        found = make_examples(utterances, registry)
+        # What is forgotten shows in the transcript, and each utterance counts once.
+        found = make_examples(utterances, TaskRegistry([]) if flag == "data.guard" else registry)
         # Manifests are often sorted by speaker or length: the first ones would be no sample.
         step = len(found) / limit if limit and len(found) > limit else 1.0
         examples += [found[int(i * step)] for i in range(int(len(found) / step))]

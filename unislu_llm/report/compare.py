@@ -123,14 +123,7 @@ def analyse(systems: details.Systems, registry: TaskRegistry, protocol: Protocol
     other minus baseline, has `p` besides. Where they are known, `facts` are `audio`, `speaker` and
     `condition` of utterances, and `phrases` the entities of the baseline's training data."""
     first = next(iter(systems.values()), [[]])[0]
-    flat = {name: [scoring.flat_scores(scoring.score_predictions(some, registry), protocol)
-                   for some in seeds] for name, seeds in systems.items()}
-    tables: Tables = {}
-    for name, seeds in systems.items():
-        every = [scoring.utterance_counts(some, registry, protocol) for some in seeds]
-        for key in flat[name][0]:
-            if known := scoring.interval_of(key, every[0]):
-                tables.setdefault(key, {})[name] = [counts[known] for counts in every]
+    flat, tables = count_scores(systems, registry, protocol)
     spoken = spoken_once(first, registry)
     tasks = [task for task in registry if annotated(first, task)]
     words = edits(spoken, protocol)[:, [0, 1, 3]].sum(axis=1).tolist()
@@ -162,9 +155,23 @@ def analyse(systems: details.Systems, registry: TaskRegistry, protocol: Protocol
         "examples": details.most_different(systems, registry, protocol, examples, facts or {})}
 
 
+def count_scores(systems: details.Systems, registry: TaskRegistry,
+                 protocol: Protocol) -> tuple[dict[str, Any], Tables]:
+    """Scores of each seed by system, and the counts that they are made of: for `score_rows`."""
+    flat = {name: [scoring.flat_scores(scoring.score_predictions(some, registry), protocol)
+                   for some in seeds] for name, seeds in systems.items()}
+    tables: Tables = {}
+    for name, seeds in systems.items():
+        every = [scoring.utterance_counts(some, registry, protocol) for some in seeds]
+        for key in flat[name][0]:
+            if known := scoring.interval_of(key, every[0]):
+                tables.setdefault(key, {})[name] = [counts[known] for counts in every]
+    return flat, tables
+
+
 def score_rows(flat: Mapping[str, Any], tables: Tables, resamples: int) -> list[dict[str, Any]]:
     """The rows of the table of scores: means over seeds, with intervals where `tables` has the
-    counts, and by how much each other system is over the first."""
+    counts, and by how much each other system is over the first, if on the same utterances."""
     first, rows = next(iter(flat), ""), []
     for key in dict.fromkeys(key for seeds in flat.values() for some in seeds for key in some):
         # What a seed lacks is no score of its system. `score` picks a checkpoint: a mean of others.
@@ -176,11 +183,12 @@ def score_rows(flat: Mapping[str, Any], tables: Tables, resamples: int) -> list[
                        for name, value in values.items() if name != first and first in means}
         for name, counts in tables.get(key, {}).items():
             values[name] = interval(bootstrap(counts, resamples=resamples))
-            if name != first:
+            if differences.pop(name, None) and (
+                    counts[0].utterances == tables[key][first][0].utterances):
                 span = bootstrap(counts, tables[key][first], resamples=resamples)
                 differences[name] = {**interval(span), "p": span["p_value"]}
         rows.append({
-            "key": key, "title": re.sub(r"\b(wer|cer|ctc|slue|f1)\b", lambda m: m[0].upper(),
+            "key": key, "title": re.sub(r"\b(wer|cer|ctc|slue|f1)\b(?!-)", lambda m: m[0].upper(),
                                         key.replace("_", " ")),
             "better": "lower" if {"wer", "cer", "malformed"} & set(key.split("_")) else "higher",
             "values": values, "differences": differences})

@@ -22,14 +22,14 @@ _GROUPS = {"by_label": "label", "by_length": "words", "by_rarity": "times in tra
 
 def score_table(report: Report) -> str:
     """Scores side by side under the names of logs, with differences to the first system."""
-    return _drawn(_scores(report, "key", 2))
+    return drawn(_scores(report, "key", 2))
 
 
 def markdown(report: Report) -> str:
     """The whole report but its examples and curves."""
     parts = [f"# {report['title']}", caption(report), *report["verdict"],
              "\n".join(f"- {note}" for note in report["notes"]),
-             *(f"## {title}\n\n{_drawn(rows)}" for title, rows in _tables(report))]
+             *(f"## {title}\n\n{drawn(rows)}" for title, rows in _tables(report))]
     return "\n\n".join(filter(None, parts)) + "\n"
 
 
@@ -39,7 +39,7 @@ def latex(report: Report) -> str:
         # The library escapes cells, and so the caption.
         cell = tabulate([[f"{title}. {caption(report)}"]], tablefmt="latex").split("\n")[2]
         return (f"\\begin{{table}}\n\\centering\n\\caption{{{cell.strip(chr(92) + ' ')}}}\n"
-                f"{_drawn(rows, 'latex_booktabs')}\n\\end{{table}}\n")
+                f"{drawn(rows, 'latex_booktabs')}\n\\end{{table}}\n")
 
     return "\n".join(["% Needs \\usepackage{booktabs}.", *(table(*one) for one in _tables(report))])
 
@@ -94,11 +94,11 @@ def _scores(report: Report, named: str, digits: int) -> Rows:
     return [["score", *names, *(f"{name} - {first}" for name in others)], *(
         [score[named], *(f"{score['values'][name]['value']:.{digits}f}"
                          if name in score["values"] else None for name in names),
-         *(_shown(score["differences"].get(name), digits, "+") for name in others)]
+         *(shown(score["differences"].get(name), digits, "+") for name in others)]
         for score in report["scores"])]
 
 
-def _shown(cell: Any, digits: int = 1, sign: str = "") -> str:
+def shown(cell: Any, digits: int = 1, sign: str = "") -> str:
     """A cell as text; of a value that is not known a dash."""
     if isinstance(cell, Mapping):
         value, low, high = (None if cell[key] is None else f"{cell[key] + 0.0:{sign}.{digits}f}"
@@ -110,8 +110,8 @@ def _shown(cell: Any, digits: int = 1, sign: str = "") -> str:
     return "-" if cell is None else f"{cell:,}" if isinstance(cell, int) else cell
 
 
-def _drawn(rows: Rows, form: str = "github") -> str:
-    head, *body = ([_shown(cell).replace("|", "\\|") if form == "github" else _shown(cell)
+def drawn(rows: Rows, form: str = "github") -> str:
+    head, *body = ([shown(cell).replace("|", "\\|") if form == "github" else shown(cell)
                     for cell in row] for row in rows)
     return tabulate(body, headers=head, tablefmt=form, disable_numparse=True,
                     colalign=["left", *["right"] * (len(head) - 1)])
@@ -167,7 +167,7 @@ def _causes(name: str, first: str, report: Report) -> Iterator[str]:
 
 def _cost(name: str, first: str, report: Report) -> str:
     costs = {system["name"]: system["cost"] for system in report["systems"]}
-    said = [f"{_shown(own / scale)} {unit} against {_shown(other / scale)}"
+    said = [f"{shown(own / scale)} {unit} against {shown(other / scale)}"
             for key, (unit, scale) in _COSTS.items()
             if None not in (own := costs[name][key], other := costs[first][key])]
     return f"It takes {', '.join(said)}." * bool(said)

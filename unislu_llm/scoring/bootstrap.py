@@ -100,7 +100,7 @@ def bootstrap(counts: Counts | Sequence[Counts], less: Sequence[Counts] = (), *,
             for often, c in zip(times.T, some, strict=True):
                 scores += sign * often / len(some) * c.statistic(next(parts))
         chunks.append(scores)
-    scores = np.concatenate(chunks)
+    scores = np.concatenate(chunks).round(9)  # means over seeds are not exact, and 0 counts below
     low, high = np.percentile(scores, [2.5, 97.5]).tolist()
     # The observed sample is one more draw (Davison and Hinkley 1997), so that p is never 0.
     tail = (1 + min((scores <= 0).sum().item(), (scores >= 0).sum().item())) / (resamples + 1)

@@ -1,7 +1,7 @@
 """Names for what goes wrong in unified training, said when it happens.
 
-They are the failure signatures of arXiv 2507.12951: a model that transcribes and stops, one that
-gives every utterance the same label, and entities that stand still while the transcript improves.
+They are the failure signatures of arXiv 2507.12951 (loss imbalance: entities stand still while the
+transcript improves; missing delimiter; one class only), and no end, not listening, forgetting.
 """
 
 from __future__ import annotations
@@ -13,7 +13,9 @@ from typing import Any
 from unislu_llm.tasks import LabelTask, SpanTask, Task, TaskRegistry
 
 STALL = 3  # validations that a trend must last to be named
+_LEARNT = 50.0  # F1 from which on a task may stand still: it has been learnt
 _DEAF = 90.0  # WER over which a model writes from what it knows of texts, not from what it hears
+_FEW = 10  # fewer answers than these may be alike by chance
 
 Scores = Mapping[str, float]
 Predictions = Sequence[Mapping[str, Any]]
@@ -32,10 +34,11 @@ def validation_warnings(history: Sequence[Scores], predictions: Predictions,
                      "model transcribes and stops (train longer, or raise train.lr.markers)")
     for task in registry:
         mine = [p for p in asked if p["task"] == task.name and p["hyp"] is not None]
-        found += _one_class(task, mine) + _stalled(task, history)
-    wer = history[-1].get("wer", history[-1].get("cer", 0.0))
-    if trained and wer > _DEAF:
-        found.append(f"hardly a word is right (WER {wer:.1f}): see docs/troubleshooting.md")
+        found += _one_class(task, mine) * trained + _stalled(task, history)
+    if trained and (signs := _not_listening(history[-1], predictions)):
+        found.append(f"not listening: {signs} (a projector takes 100 hours of speech; let the LLM "
+                     "read, model.hypothesis manifest, or train a ctc projector first; if it was "
+                     "better before, lower train.lr)")
     endless = sum("no_end" in p["problems"] for p in predictions)
     if trained and endless > 0.2 * len(predictions):
         found.append(f"no end: {endless} of {len(predictions)} answers ran into the token "
@@ -43,8 +46,29 @@ def validation_warnings(history: Sequence[Scores], predictions: Predictions,
     return found
 
 
+def forgetting(history: Sequence[Scores], limit: float) -> str:
+    """Why a run stops whose guard set may lose `limit` points of WER; empty: it goes on."""
+    if not limit:
+        return ""
+    first, now = (scores["guard_wer"] for scores in (history[0], history[-1]))
+    return (f"forgetting: the guard set's WER went from {first:.1f} to {now:.1f}, and train."
+            f"guard_limit is {limit:g} (lower train.lr, mix such speech into data.train, or raise "
+            "the limit)") if now - first > limit else ""
+
+
+def _not_listening(scores: Scores, predictions: Predictions) -> str:
+    spoken = {(p["corpus"], p["id"]): p for p in predictions}.values()
+    text, n = Counter(p["hyp_text"] for p in spoken).most_common(1)[0]
+    said = len({p["ref_text"] for p in spoken if p["hyp_text"] == text})
+    # Commands and silence are alike with good reason: counted is what should not be.
+    if len(spoken) >= _FEW and min(n, 2 * said) > 0.5 * len(spoken):
+        return f"{n} of {len(spoken)} utterances have one transcript"
+    wer = scores.get("wer", scores.get("cer", 0.0))
+    return f"hardly a word is right (WER {wer:.1f})" if wer > _DEAF else ""
+
+
 def _one_class(task: Task, mine: Predictions) -> list[str]:
-    if not isinstance(task, LabelTask) or task.multi or len(mine) < 10:
+    if not isinstance(task, LabelTask) or task.multi or len(mine) < _FEW:
         return []
     # A corpus of one label is answered so with good reason.
     label, count = Counter(p["hyp"] for p in mine).most_common(1)[0]
@@ -60,8 +84,8 @@ def _stalled(task: Task, history: Sequence[Scores]) -> list[str]:
     wer = [scores.get("wer", scores.get("cer", 100.0)) for scores in history[-STALL:]]
     f1 = [scores.get(f"{task.name}_f1", 0.0) for scores in history[-STALL:]]
     # While the transcript is no better either, training as a whole stands still: no news of a task.
-    if wer[-1] >= wer[0] - 1.0 or f1[-1] > f1[0]:
+    if wer[-1] >= wer[0] - 1.0 or f1[-1] > f1[0] or f1[-1] >= _LEARNT:
         return []
-    return [f"transcript improves (WER {wer[0]:.1f} to {wer[-1]:.1f}) while {task.name} stalls "
-            f"(F1 {f1[0]:.1f} to {f1[-1]:.1f}) over {STALL} validations (train.loss dynamic, a "
-            "larger share of its corpus by data.weights, or text injection)"]
+    return [f"loss imbalance: the transcript improves (WER {wer[0]:.1f} to {wer[-1]:.1f}) while "
+            f"{task.name} stalls (F1 {f1[0]:.1f} to {f1[-1]:.1f}) over {STALL} validations (train."
+            "loss dynamic, a larger share of its corpus by data.weights, or text injection)"]

@@ -118,18 +118,20 @@ class Log:
             self.accelerator.log({f"{part}/{key}": value for key, value in row.items()
                                   if key != "step"}, step=row["step"])
 
-    def validation(self, step: int, predictions: Predictions, result: Validation,
-                   seconds: float, first: Sums, examples: Mapping[str, str]) -> None:
+    def validation(self, step: int, predictions: Predictions, guard: Predictions,
+                   result: Validation, seconds: float, first: Sums,
+                   examples: Mapping[str, str]) -> None:
         """What a validation after `step` steps gave, for people and as files."""
         stem = self.file.with_name("predictions") / f"step-{step:06d}"
-        write_text(stem.with_suffix(".jsonl"), "".join(
-            json.dumps(row, ensure_ascii=False) + "\n" for row in predictions))
+        for end, some in ((".jsonl", predictions), (".guard.jsonl", guard))[:1 + bool(guard)]:
+            write_text(stem.with_suffix(end), "".join(
+                json.dumps(row, ensure_ascii=False) + "\n" for row in some))
         write_json(stem.with_suffix(".scores.json"), result.report)
         self.write("dev", {"step": step, **result.scores, "seconds": seconds})
         # The headlines, in one line of a screen; the files have the rest.
         rows = {"first": first} if step else {}
         table = [{"": name, **{key: scores[key] for key in _headlines(scores)
-                               if not key.startswith(("wer_", "cer_"))}}
+                               if not key.startswith(("wer_", "cer_", "guard_wer_"))}}
                  for name, scores in {**rows, f"step {step}": result.scores}.items()]
         told = [f"  {key}\n{text}" if self.shown.get(key) != text else f"  {key}: as before"
                 for key, text in examples.items()]
@@ -208,7 +210,8 @@ def batch_counts(batch: Batch) -> dict[str, float]:
 
 
 def describe_run(config: Config, model: SLUModel, examples: Sequence[Example],
-                 dev: Sequence[Example], plan: BatchPlan, steps: int, world: int) -> str:
+                 dev: Sequence[Example], guard: Sequence[Example], plan: BatchPlan, steps: int,
+                 world: int) -> str:
     """The plan of a run as text: data, batches for `steps` on `world` processes, parameters."""
     train = config.train
     counts = {name: getattr(p, "ds_numel", p.numel()) for name, p in model.named_parameters()}
@@ -225,6 +228,7 @@ def describe_run(config: Config, model: SLUModel, examples: Sequence[Example],
     return "\n".join([
         f"data: {_samples(examples)}, {hours:.2f} h",
         f"dev: {_samples(dev) if dev else 'none; the last checkpoint is the model'}",
+        *([f"guard: {_samples(guard)}"] if guard else []),
         *([str(plan.mixture)] if plan.mixture is not None else []),
         f"batch: {size}, shared by {world} process(es) x {train.accumulation} micro-batch(es); "
         f"{plan.steps(1)} steps an epoch, {steps} in all",

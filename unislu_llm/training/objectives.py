@@ -18,6 +18,7 @@ from unislu_llm.data.batch import Batch
 from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.data.frame_cache import FrameCache
 from unislu_llm.data.loading import check_hypotheses
+from unislu_llm.data.manifest import manifest_name
 from unislu_llm.data.sampler import sorted_batches
 from unislu_llm.data.text_injection import SimulationRates
 from unislu_llm.decoding.predict import predict
@@ -27,8 +28,9 @@ from unislu_llm.loss import ASR_PART, TASK_PART, TokenCounts, asr_share, weighte
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.saved import Description
 from unislu_llm.models.speech_llm import SpeechLLM
+from unislu_llm.scoring.predictions import check_predictions
 from unislu_llm.scoring.score import flat_scores, score_predictions
-from unislu_llm.scoring.wer import corpus_wer, rate_of
+from unislu_llm.scoring.wer import WER, corpus_wer, edits, rate_of
 from unislu_llm.tasks import ASR, TaskRegistry
 from unislu_llm.tokenizer import Example
 from unislu_llm.training.diagnostics import validation_warnings
@@ -266,6 +268,16 @@ class CTCObjective(Objective):
         for folder in folders:
             rates.save(folder)
         return ""
+
+
+def guard_scores(predictions: Predictions, guard: Sequence[Example]) -> dict[str, float]:
+    """WER of the guard set from its predictions, and of each manifest where there are several."""
+    groups = {"guard_wer": check_predictions(predictions, TaskRegistry([]))}
+    for p, e in zip(groups["guard_wer"], guard, strict=True):
+        name = manifest_name(e.utterance.source.rpartition(":")[0])
+        groups.setdefault(f"guard_wer_{name}", []).append(p)
+    return {key: WER.of(edits(some, "whisper")).wer for key, some in groups.items()
+            if some and (key == "guard_wer" or len(groups) > 2)}
 
 
 OBJECTIVES: dict[str, type[Objective]] = {"unified": UnifiedObjective, "ctc": CTCObjective}

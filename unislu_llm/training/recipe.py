@@ -76,7 +76,7 @@ def run_recipe(argv: Sequence[str], description: str, prog: str | None = None,
     config = load_config(argv, default, shipped() / "adapters" if decoder == "llm" else None,
                          description, prog=prog, extra=extra, say=told.append)
     mini = shipped() / "recipes" / "data" / "mini"
-    for path in map(Path, (*config.data.train, *config.data.dev)):
+    for path in map(Path, (*config.data.train, *config.data.dev, *config.data.guard)):
         if path.is_relative_to(mini.resolve()) and not path.is_file():
             raise UserError(f"{path}: the mini corpus is not there; give corpora of your own by "
                             "--data.train FILE... --data.dev FILE...")

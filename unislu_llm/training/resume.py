@@ -17,7 +17,7 @@ from unislu_llm.run_folder import fingerprints, is_run, settings
 # what it minimises, or by what scores `best` is chosen.
 _FREE = re.compile(
     r"train\.(epochs|max_steps|warmup_steps|lr\.\w+|max_grad_norm|gradient_checkpointing|on_\w+"
-    r"|eval_every|save_every|save_minutes|keep|time_limit|timeout|threads|trackers)"
+    r"|eval_every|guard_limit|save_every|save_minutes|keep|time_limit|timeout|threads|trackers)"
     r"|data\.num_workers|decode\.batch_size")
 _SCRIPTS = {"speech_llm": "train_llm.py", "whisper_slu": "train_whisper.py"}
 

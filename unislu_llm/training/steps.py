@@ -6,10 +6,12 @@ import contextlib
 import logging
 import math
 import shlex
+import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +30,17 @@ from unislu_llm.data.text_injection import SimulationRates
 from unislu_llm.errors import Stopped, UserError, cause_of, launched
 from unislu_llm.models.base import SLUModel, gathered
 from unislu_llm.run_folder import LAST, METRICS, is_run
+from unislu_llm.tokenizer import Example
 from unislu_llm.training import checkpoint
 from unislu_llm.training.checkpoint import Progress, rng_state, set_rng_state, what_is_safe
+from unislu_llm.training.data import deal
 from unislu_llm.training.interrupt import Clock, Interrupts, ignore_signals
 from unislu_llm.training.log import Log, Window, batch_counts
 from unislu_llm.training.memory import halve, out_of_memory
-from unislu_llm.training.objectives import Objective
+from unislu_llm.training.objectives import Objective, Predictions
 from unislu_llm.training.optim import set_rates
 from unislu_llm.training.process import HostSum, average_gradients, from_main
+from unislu_llm.training.sharding import reshard
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +66,9 @@ class Steps:
     optimizer: Optimizer
     objective: Objective
     dataset: SpeechDataset
+    dev: list[Example]
+    guard: list[Example]
+    share: list[Example] | None = None  # of both: what this process decodes, once prepared
     rates: SimulationRates | None  # of text injection
     plan: BatchPlan
     total_steps: int
@@ -113,6 +121,33 @@ class Steps:
         done = (f"after step {p.step} of {self.total_steps}, saved in {self.run / LAST}" if p.step
                 else f"before the first step of {self.run}")
         return f"{done}; go on with: {flags}"
+
+    def progress_title(self, name: str) -> str:
+        """Title of a short bar, which is for eyes alone; empty shows none."""
+        return name if self.main and sys.stderr.isatty() else ""
+
+    def decode_scored(self) -> tuple[Predictions, Predictions]:
+        """Predictions for the dev examples and the guard's, made by and known to all processes."""
+        scored, of_dev = [*self.dev, *self.guard], len(self.dev)
+        # A sharded model decodes everything everywhere: so all take the same steps.
+        mine = deal(scored, *((0, 1) if self.together else (self.rank, self.world)))
+        # Training goes on with the random numbers that it would have had without this.
+        with torch.random.fork_rng(range(torch.cuda.device_count())), self.accelerator.autocast():
+            if self.share is None:
+                make = partial(self.objective.prepare, self.model, [scored[i] for i in mine],
+                               self.progress_title("hypotheses"))
+                self.share = from_main(make) if self.together else make()
+            if self.together:
+                set_rng_state(from_main(rng_state))
+            # Apart: with a guard set the batches of dev are those that there are without.
+            n, found = sum(i < of_dev for i in mine), Predictions()
+            for part in filter(None, (self.share[:n], self.share[n:])):
+                found += self.objective.decode(self.model, part, self.dataset.frame_cache,
+                                               self.progress_title("validate"))
+        reshard(self.model)
+        done = list(zip(mine, found, strict=True)) if self.main or not self.together else []
+        everyone = [made for _, made in sorted(gather_object(done), key=lambda x: x[0])]
+        return everyone[:of_dev], everyone[of_dev:]
 
     def step(self, micro: Sequence[Batch]) -> None:
         """One optimizer step over this process's micro-batches of a global batch.

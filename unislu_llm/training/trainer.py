@@ -17,10 +17,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import gather_object, patch_environment, set_seed
+from accelerate.utils import patch_environment, set_seed
 from safetensors import SafetensorError
 from transformers.utils.logging import disable_progress_bar
 
@@ -38,9 +37,9 @@ from unislu_llm.training.data import (
     attach_hypotheses,
     build_dataset,
     build_plan,
-    deal,
     save_hypotheses,
 )
+from unislu_llm.training.diagnostics import forgetting
 from unislu_llm.training.examples import choose, show
 from unislu_llm.training.interrupt import Clock, Interrupts
 from unislu_llm.training.log import (
@@ -53,10 +52,10 @@ from unislu_llm.training.log import (
     describe_run,
     say,
 )
-from unislu_llm.training.objectives import OBJECTIVES
+from unislu_llm.training.objectives import OBJECTIVES, guard_scores
 from unislu_llm.training.optim import build_optimizer, group_rates
 from unislu_llm.training.process import HostSum, from_main, peak_memory, processes, use_threads
-from unislu_llm.training.sharding import reshard, shard, sharding_of
+from unislu_llm.training.sharding import shard, sharding_of
 from unislu_llm.training.steps import Steps
 from unislu_llm.training.zero import ZeroAccelerator, zero_of
 
@@ -106,16 +105,16 @@ class Trainer(Steps):
         self.objective = OBJECTIVES[train.objective](config, self.registry)
         examples = self.objective.examples(load_examples(
             data.train, self.registry, language=config.model.language), training=True)
-        self.dev = [] if not data.dev else self.objective.examples(load_examples(
-            data.dev, self.registry, limit=data.dev_limit, flag="data.dev", scored=True,
+        self.dev, self.guard = ([] if not files else self.objective.examples(load_examples(
+            files, self.registry, limit=data.dev_limit, flag=flag, scored=True,
             language=config.model.language), training=False)
-        self.dev_share: list[Example] | None = None  # what this process decodes, once prepared
+            for flag, files in (("data.dev", data.dev), ("data.guard", data.guard)))
 
         # 3. The model, and what it makes of the data.
         self.model = build_model(kind, config, self.registry,
                                  (e.utterance.text for e in examples), self.device)
         examples, made = attach_hypotheses(config, self.model, examples, self.rank, self.world,
-                                           self.device, self._progress("hypotheses"))
+                                           self.device, self.progress_title("hypotheses"))
         rates = fitted_rates(config)
         self.dataset = build_dataset(config, self.model, examples, rates)
         self.rates = self.dataset.injector.rates if self.dataset.injector else rates
@@ -183,21 +182,18 @@ class Trainer(Steps):
         mixture = self.plan.mixture
         drawn = (mixture.size if mixture else len(examples)) * self.total_steps
         for line in [*unspelled(examples, self.model.tokenizer), *run_findings(
-                examples, self.dev, mixture, drawn // max(self.plan.steps(1), 1))]:
+                examples, self.dev, mixture, drawn // max(self.plan.steps(1), 1), self.guard)]:
             log.warning(line)
 
     def _fill_cache(self) -> None:
         cache = self.dataset.frame_cache
         if cache is not None and (encoder := self.model.encoder) is not None:
-            spoken = (*self.dataset.examples, *(self.dev if self.objective.caches_dev else ()))
+            spoken = (*self.dataset.examples,
+                      *((*self.dev, *self.guard) if self.objective.caches_dev else ()))
             clips = [example.utterance for example in spoken]
             build_frames(cache, encoder.to(self.device), clips, device=self.device, rank=self.rank,
-                         world=self.world, progress=self._progress("encode"))
+                         world=self.world, progress=self.progress_title("encode"))
             self.accelerator.wait_for_everyone()
-
-    def _progress(self, name: str) -> str:
-        """Title of a short bar, which is for eyes alone; empty shows none."""
-        return name if self.main and sys.stderr.isatty() else ""
 
     def fit(self) -> Path:
         """Train to the end; returns the run folder.
@@ -223,7 +219,7 @@ class Trainer(Steps):
         p = self.progress
         if self.main:
             say(self.run, describe_run(self.config, self.model, self.dataset.examples, self.dev,
-                                       self.plan, self.total_steps, self.world)
+                                       self.guard, self.plan, self.total_steps, self.world)
                 + f"\nrun folder: {self.run}")
         # The first one shows where the model began. A run that was killed in one resumes before it.
         if p.validated < 0 or (p.validated < p.step and self._validates()):
@@ -238,6 +234,9 @@ class Trainer(Steps):
         p, every = self.progress, self.config.train.save_every
         steps = self.batches(p.epoch, p.step_in_epoch)
         while p.step < self.total_steps:
+            if why := forgetting(p.history, limit := self.config.train.guard_limit):
+                log.warning(why)
+                raise Stopped(f"train.guard_limit {limit:g}; best is of step {p.best_step}")
             started = time.perf_counter()
             self.clock.step()
             micro = next(steps, None)
@@ -311,24 +310,9 @@ class Trainer(Steps):
         p = self.progress
         p.validated = p.step
         started = time.perf_counter()
-        # A sharded model decodes everything everywhere: so all take the same steps.
-        mine = deal(self.dev, *((0, 1) if self.together else (self.rank, self.world)))
-        # Training goes on with the random numbers that it would have had without this.
-        devices = range(torch.cuda.device_count())
-        with torch.random.fork_rng(devices), self.accelerator.autocast():
-            if self.dev_share is None:
-                make = partial(self.objective.prepare, self.model, [self.dev[i] for i in mine],
-                               self._progress("hypotheses"))
-                self.dev_share = from_main(make) if self.together else make()
-            if self.together:
-                checkpoint.set_rng_state(from_main(checkpoint.rng_state))
-            found = self.objective.decode(self.model, self.dev_share, self.dataset.frame_cache,
-                                          self._progress("validate"))
-        reshard(self.model)
-        done = list(zip(mine, found, strict=True)) if self.main or not self.together else []
-        everyone = sorted(gather_object(done), key=lambda x: x[0])
-        predictions = [prediction for _, prediction in everyone]
+        predictions, guarded = self.decode_scored()
         result = self.objective.score(predictions, p.history)
+        result.scores.update(guard_scores(guarded, self.guard))
         p.history.append(result.scores)
         p.shown = p.shown or choose(predictions, self.registry)
         # A model that has not trained is never the best: there is no checkpoint of it.
@@ -339,8 +323,9 @@ class Trainer(Steps):
             if self.main:
                 if better:
                     checkpoint.copy_model(self.run / LAST, self.run / BEST, p)
-                self.log.validation(p.step, predictions, result, time.perf_counter() - started,
-                                    p.history[0], show(predictions, p.shown, self.registry))
+                self.log.validation(p.step, predictions, guarded, result,
+                                    time.perf_counter() - started, p.history[0],
+                                    show(predictions, p.shown, self.registry))
                 if p.step > 0:  # saved before: a resumed run must know of this one, and its row
                     checkpoint.update_progress(self.run / LAST, p)
             self.accelerator.wait_for_everyone()
