@@ -116,8 +116,7 @@ def test_plain_transformers_answers_as_we_do(tmp_path: Path, tiny_checkpoints: d
     assert not out.exists()
     trained(model).save_pretrained(folder)
     assert main(command) == 0
-    said = capsys.readouterr().out
-    assert "does not hear" in said
+    assert "does not hear" in (said := capsys.readouterr().out)
     assert "other tokens" not in said
     assert [r["task"] for r in read_json_lines(out / "parity.jsonl")] == [None, None, "sa", "sa"]
     assert answered_alone(str(out)).startswith("4 prompts: ")
