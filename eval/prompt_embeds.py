@@ -3,9 +3,8 @@
     vllm serve MERGED --enable-prompt-embeds
     python eval/prompt_embeds.py MODEL MERGED --url http://127.0.0.1:8000/v1 AUDIO [AUDIO ...]
 
-Encoder, projector and recogniser of MODEL run here; the LLM, MERGED, is what `unislu export MODEL
---merged` wrote, and writes a transcript and a task of its own choice. Without --url, transformers
-reads the embeddings here. The request to vLLM was not run.
+Encoder, projector and recogniser of MODEL run here, its LLM (MERGED, of `unislu export MODEL
+--merged`) there. Without --url, transformers reads the embeddings. The request was not run.
 """
 
 from __future__ import annotations
@@ -40,13 +39,12 @@ def main() -> None:
     clips = SpeechDataset([Example(u, None) for u in utterances], listens=model.listens)
     for i, path in enumerate(args.audio):
         batch = model.collator()([clips[i, 0]]).to(model.device)
-        speech = model.speech(batch, transcribe=True)
-        embeds = lay_out(model._prompt(batch, speech), "left")[0]  # (1, positions, dim)
+        parts = model._prompt(batch, model.speech(batch, transcribe=True))
+        embeds = lay_out(parts, "left")[0]  # (1, positions, dim)
         if not args.url:
             llm: Any = AutoModelForCausalLM.from_pretrained(args.merged, dtype=torch.float32)
-            ids = llm.generate(inputs_embeds=embeds, max_new_tokens=256)[0]
-            tokenizer: Any = AutoTokenizer.from_pretrained(args.merged)
-            print(path, tokenizer.decode(ids, skip_special_tokens=True))
+            ids = llm.generate(inputs_embeds=embeds, max_new_tokens=256)
+            print(path, AutoTokenizer.from_pretrained(args.merged).batch_decode(ids)[0])
             continue
         torch.save(embeds[0].to("cpu", torch.bfloat16), file := io.BytesIO())
         body = {"model": args.merged, "max_tokens": 256, "temperature": 0,

@@ -79,7 +79,7 @@ def test_each_server_has_a_field_for_grammars(folder: str) -> None:
     ("{0} --url {1}", lambda x: {"choices": []}, "not the API of OpenAI"),
     ("{0} --url {1}", lambda x: 500, "answers 500: b'500'"),
     ("{0} --url {1} --grammar", right, "told to say 'no', it says 'yes'"),
-    ("{0} --url {1} --model n", right, "--model n; "),
+    ("{0} --url {1} --model n", right, "serves m; name one"),
     ("{0} --url {1} --timeout 0.2", lambda x: time.sleep(1), "--timeout enough"),
     ("{0} --url http://127.0.0.1:9/v1", right, "is a server there"),
     ("{0} --model m", right, "add its --url"),

@@ -41,7 +41,7 @@ def parity(argv: Sequence[str] | None = None, prog: str | None = "unislu parity"
                              | {"found": found, "from": place}), flush=True)
     far = sum(row["margin"] > args.close for row in differ)
     tasks = dict(Counter(row["task"] or "transcript" for row in differ))
-    print(f"{len(rows)} prompts: {len(differ)} answers differ {tasks or ''}, "
+    print(f"{len(rows)} prompts: {len(differ)} answers differ{f' {tasks}' * bool(tasks)}, "
           f"{len(differ) - far} of them at a call of at most {args.close:g} nats")
     return int(far > args.allowed)
 
@@ -75,7 +75,7 @@ def _server(args: Any, first: Any, fail: Callable[[str], Any]) -> Callable[[Any]
             with urlopen(request, timeout=args.timeout) as reply:
                 return read(json.loads(reply.read(1 << 20)))
         except HTTPError as error:
-            fail(f"{url} answers {error.code}: {error.read(300)!r}")
+            fail(f"{url} answers {error.code}: {error.read(300)!r}; --url ends in /v1")
         except (OSError, HTTPException) as error:
             fail(f"{url}: {error}; is a server there, and --timeout enough?")
         except (ValueError, LookupError, TypeError, AttributeError) as error:
@@ -94,7 +94,7 @@ def _server(args: Any, first: Any, fail: Callable[[str], Any]) -> Callable[[Any]
     names = call("models", lambda said: [model["id"] for model in said["data"]])
     name = args.model or "".join(names)  # of several it is no name
     if name not in names:
-        fail(f"--model {args.model or 'is lacking'}; {args.url} has: {', '.join(names)}")
+        fail(f"--model {args.model or ''}: {args.url} serves {', '.join(names)}; name one")
     # A server that takes no grammar passes over that in silence.
     if args.grammar and (said := ask(first, 'root ::= "no"')) != "no":
         fail(f"{args.url} keeps to no grammar: told to say 'no', it says {said!r}")
