@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, get_type_hints
 import tyro
 
 from unislu_llm.errors import UserError, hint, quiet_libraries, status_of
+from unislu_llm.parity import parity
 from unislu_llm.run_commands import cache, compare, evaluate, train, version
 
 Commands = dict[str, Callable[..., Any]]
@@ -41,7 +42,7 @@ def _run(args: list[str]) -> int:
     about = ("Unified spoken language understanding: transcript, entities and labels from speech. "
              "`unislu --version` says which this is.")
     commands: Commands = {command.__name__: command for command in (
-        predict, transcribe, prepare, validate, train, evaluate, compare, export, cache)}
+        predict, transcribe, prepare, validate, train, evaluate, compare, export, parity, cache)}
     if args[0] == "--version":
         print(version())
         return 0
@@ -52,7 +53,7 @@ def _run(args: list[str]) -> int:
     if not name.startswith("-") and name not in commands:
         raise UserError(f"{program}: unknown command '{name}'{hint(name, commands)} "
                         f"Commands: {', '.join(commands)}")
-    if name in ("train", "evaluate"):  # their flags are settings, and read where those are
+    if name in ("train", "evaluate", "parity"):  # they read their flags themselves
         return commands[name](args[1:])
     if name not in commands:  # `--help`: a line for each command
         lines = {n: _named(str(c.__doc__).splitlines()[0]) for n, c in commands.items()}

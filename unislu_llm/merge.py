@@ -60,7 +60,8 @@ def merge(folder: str | Path, out: Path, *, dtype: str = "bf16", licence: str = 
                                  "respelled": _check(new, rows, close)}
         lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
         write_text(new / "parity.jsonl", "".join(lines))
-        for file in (*run.model.glob("LICENSE*"), *run.model.glob("NOTICE*")):
+        for file in (*run.model.glob("LICENSE*"), *run.model.glob("NOTICE*"),
+                     Path(__file__).with_name("parity.py")):
             shutil.copyfile(file, new / file.name)
         write_text(new / "README.md", _text(
             "merged_card", name=published or out.name, tasks=list(run.registry()), licence=licence,
@@ -130,6 +131,8 @@ def _rows(model: Any, clips: Sequence[tuple[str, str]]) -> Iterator[dict[str, An
     # Without grammar and bias, which servers have not; of what listens, without its speech.
     t, collator = model.tokenizer, replace(model.collator(), listens=False)
     texts = [hypothesis for _, hypothesis in clips]
+    # Servers begin a text as its tokenizer does by itself, and would begin it twice.
+    begin = t.base.bos_token if t.base("")["input_ids"][:1] == [t.base.bos_token_id] else ""
     examples = [Example(Utterance(i, None, "", hypothesis=h), None) for i, h in clips]
     batch = collator.from_waves(examples, [torch.zeros(0)] * len(clips)).to(model.device)
     for task in (None, *model.registry):
@@ -142,12 +145,14 @@ def _rows(model: Any, clips: Sequence[tuple[str, str]]) -> Iterator[dict[str, An
         for example, text, head, answer in zip(examples, texts, heads, answers, strict=True):
             said = [{"role": "user", "content": example.utterance.hypothesis}]
             said += [{"role": "assistant", "content": text + "".join(marks)}] if task else []
+            ids = [*model.prefix, *collator.hypothesis_ids(example), *model.suffix, *head]
             yield {"id": example.utterance.id, "task": task and task.name, "messages": said,
-                   "prompt": t.base.apply_chat_template(said, tokenize=False), "prompt_ids": [
-                       *model.prefix, *collator.hypothesis_ids(example), *model.suffix, *head],
+                   "prompt": t.base.apply_chat_template(said, tokenize=False).removeprefix(begin),
+                   "prompt_ids": ids,
                    "answer": t.base.decode(answer.ids, skip_special_tokens=True,
                                            clean_up_tokenization_spaces=False),
-                   "answer_ids": answer.ids}
+                   "answer_ids": answer.ids,  # a server that does not stop has room to go on
+                   "max_tokens": len(answer.ids) + 8 * (answer.ids[-1:] == [t.eos_id])}
         if task is None and model.config.transcript != "verbatim":
             texts = [t.decode(answer.ids).partition(SEPARATOR)[0] for answer in answers]
 
@@ -168,5 +173,4 @@ def _check(folder: Path, rows: Sequence[dict[str, Any]], close: float) -> int:
             raise UserError(f"the merged model answers otherwise than the model: clip {row['id']}, "
                             f"task {row['task']}, by {-row['margin']:.3g} nats (rounding: {close});"
                             " try --dtype fp32, and please report it, with the name of the LLM")
-    return sum(tokenizer(row["prompt"], add_special_tokens=False)["input_ids"] != row["prompt_ids"]
-               for row in rows)
+    return sum(tokenizer(row["prompt"])["input_ids"] != row["prompt_ids"] for row in rows)
