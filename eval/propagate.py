@@ -25,8 +25,9 @@ import tyro
 from propagate_attention import attention
 from propagate_errors import Confusions, inject, repairs
 from propagate_report import draw, markdown, sentences
+from propagate_swaps import changes, partners, swapped
 
-from unislu_llm.config import DecodeConfig
+from unislu_llm.config import DecodeConfig, Precision
 from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.data.loading import load_examples
 from unislu_llm.data.sampler import sorted_batches
@@ -78,6 +79,10 @@ class Options:
     """By which texts are normalised."""
     seed: int = 0
     """Of the errors."""
+    precision: Precision | None = None
+    """fp32 or bf16; default: what the run was trained in, fp32 for a model folder."""
+    batch_size: int = 0
+    """Clips at one time, which changes no answer but by rounding; 0: as the run decodes."""
     threads: int = 0
     """CPU threads; 0 leaves it to torch."""
     out: Path = Path("eval/results/propagate")
@@ -134,6 +139,11 @@ def scores(draws: Draws, model: SLUModel, protocol: Protocol) -> dict[str, dict[
     return {short: spanned([c[name] for c in counts]) for name, short in wanted.items()}
 
 
+def label_of(rate: float) -> str:
+    """What transcripts with errors are called."""
+    return f"errors {100 * rate:g} %"
+
+
 def spanned(counts: Sequence[Counts]) -> dict[str, float]:
     """Value and 95 % interval, to two digits."""
     found = bootstrap(counts)
@@ -153,44 +163,6 @@ def repair(draws: Draws, task: Task, protocol: Protocol) -> dict[str, Any] | Non
             "kept": round(100.0 * float(found / max(there, 1)), 2)}
 
 
-def partners(clips: Sequence[Utterance]) -> list[int]:
-    """For each clip another one of the same tasks, the next longer one; the longest has the
-    shortest. Raises UserError: a clip is alone."""
-    groups: dict[frozenset[str], list[int]] = {}
-    for i in sorted(range(len(clips)), key=lambda i: (clips[i].seconds, i)):
-        groups.setdefault(frozenset(clips[i].labels), []).append(i)
-    chosen = [0] * len(clips)
-    for group in groups.values():
-        if len(group) == 1:
-            raise UserError(f"{clips[group[0]].where}: no other clip is annotated for the same "
-                            "tasks, to be swapped with; take two or more")
-        for i, j in zip(group, [*group[1:], group[0]], strict=True):
-            chosen[i] = j
-    return chosen
-
-
-def swapped(clips: Sequence[Utterance], others: Sequence[int], what: str) -> list[Utterance]:
-    """Clips with the `speech` or the `hypothesis` of others, given by number."""
-    fields = {"speech": ("audio", "start", "end", "duration", "samples"),
-              "hypothesis": ("hypothesis", "evidence")}[what]
-    return [replace(u, **{name: getattr(clips[j], name) for name in fields})
-            for u, j in zip(clips, others, strict=True)]
-
-
-def changes(before: Sequence[Prediction], after: Sequence[Prediction], model: SLUModel
-            ) -> dict[str, Any]:
-    """How many transcripts and answers differ, by task."""
-    pairs = list(zip(spoken_once(before, model.registry), spoken_once(after, model.registry),
-                     strict=True))
-    both = list(zip(before, after, strict=True))
-    tasks = dict.fromkeys(p.task for p in before)
-    return {"clips": len(pairs),
-            "transcripts_changed": sum(a.hyp_text != b.hyp_text for a, b in pairs),
-            "answers": {t: sum(a.task == t for a, _ in both) for t in tasks},
-            "answers_changed": {t: sum(a.task == t and a.hyp != b.hyp for a, b in both)
-                                for t in tasks}}
-
-
 @dataclass
 class Bench:
     """A model, its clips, and what is measured of them."""
@@ -199,6 +171,7 @@ class Bench:
     clips: list[Utterance]
     options: Options
     how: DecodeConfig
+    others: list[int]  # for each clip, the one that it is swapped with
     own: list[Prediction] = field(default_factory=list)
 
     def texts(self) -> list[str]:
@@ -217,7 +190,7 @@ class Bench:
                        self.options.seed + k)
                 for k in range(self.options.draws)]
         cases: list[tuple[str, list[list[str]]]] = [("reference", [references])]
-        cases += [(f"errors {rate:.0%}", [draw[n].texts for draw in made])
+        cases += [(label_of(rate), [draw[n].texts for draw in made])
                   for n, rate in enumerate(sorted(self.options.rates))]
         rows, found = [{"transcript": "own", "changed": "nothing",
                         **scores([self.own], self.model, self.options.protocol)}], []
@@ -243,29 +216,32 @@ class Bench:
 
     def repaired(self, name: str, changed: str, clips: Sequence[Utterance],
                  texts: Sequence[str] | None, done: Draws) -> list[dict[str, Any]]:
-        """Rows of repairs with phrases free and grounded, the latter of the first draw."""
+        """Rows of repairs; with phrases grounded as well behind the model's own transcripts, and
+        behind the first draw of the most errors."""
         tasks = [t for t in self.model.registry if isinstance(t, SpanTask)]
         if name == "reference" or not any(t.name in u.labels for t in tasks for u in clips):
             return []
-        how = self.how.model_copy(update={"grounded": True})
-        bound = decode(self.model, clips, how, texts, spans_only=True)
+        cases = {"free": done}
+        if name in ("own", label_of(max(self.options.rates))):
+            how = self.how.model_copy(update={"grounded": True})
+            cases["grounded"] = [decode(self.model, clips, how, texts, spans_only=True)]
         return [{"transcript": name, "changed": changed, "phrases": phrases, **found}
-                for task in tasks for phrases, draws in (("free", done), ("grounded", [bound]))
+                for task in tasks for phrases, draws in cases.items()
                 if (found := repair(draws, task, self.options.protocol))]
 
     def swaps(self) -> list[dict[str, Any]]:
         """What changes with the speech, or the hypothesis, of another clip."""
-        others, rows, model = partners(self.clips), list[dict[str, Any]](), self.model
+        rows, model = list[dict[str, Any]](), self.model
         way = self.how.transcript or model.config.transcript
         for what, there in (("speech", model.listens), ("hypothesis", model.reads_hypothesis)):
             # A transcript that is the hypothesis, word for word, does not hear of other speech.
             free = not (what == "speech" and model.reads_hypothesis and way == "verbatim")
             for kept in (False, True)[not free:] if there else ():
                 print(f"swap of {what}, transcript {'kept' if kept else 'anew'}", flush=True)
-                done = decode(model, swapped(self.clips, others, what), self.how,
+                done = decode(model, swapped(self.clips, self.others, what), self.how,
                               self.texts() if kept else None)
                 rows.append({"swapped": what, "transcript": "kept" if kept else "anew",
-                             **changes(self.own, done, model),
+                             **changes(self.own, done, model.registry),
                              **scores([done], model, self.options.protocol)})
         return rows
 
@@ -273,7 +249,9 @@ class Bench:
 def measure(model: SLUModel, clips: Sequence[Utterance], options: Options,
             how: DecodeConfig) -> dict[str, Any]:
     """All of it, as plain data."""
-    bench = Bench(model, with_hypotheses(model, clips), options, how)
+    # Before anything is decoded: a clip that is alone should not cost minutes.
+    others = partners(clips)
+    bench = Bench(model, with_hypotheses(model, clips), options, how, others)
     rows, repaired, confusions = bench.curve()
     examples = [Example(u, t) for u in bench.clips for t in model.registry.names if t in u.labels]
     print("attention", flush=True)
@@ -306,8 +284,9 @@ def main(options: Options) -> None:
     own = run.config.decode if run.config else DecodeConfig()
     # Tasks are asked for by name, in answers that parse: all differences are of what is written.
     how = own.model_copy(update={"grammar": True, "force_task": True, "temperature": 0.0,
-                                 "num_beams": 1, "grounded": False})
-    precision = run.config.train.precision if run.config else "fp32"
+                                 "num_beams": 1, "grounded": False,
+                                 "batch_size": options.batch_size or own.batch_size})
+    precision = options.precision or (run.config.train.precision if run.config else "fp32")
     model = load_model(run, precision)
     with torch.autocast(model.device.type, torch.bfloat16, enabled=precision == "bf16"):
         found = measure(model, clips, options, how)

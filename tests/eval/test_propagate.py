@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,19 +21,14 @@ from unislu_llm.scoring.wer import corpus_wer
 from unislu_llm.tokenizer import Example
 from unislu_llm.utterance import Utterance
 
-ROOT = Path(__file__).parents[2]
 HOW = DecodeConfig(grammar=True, force_task=True, max_new_tokens=48, batch_size=2)
 
 
 @pytest.fixture
 def p(monkeypatch: pytest.MonkeyPatch) -> Any:
-    monkeypatch.syspath_prepend(ROOT / "eval")
-    import propagate
-    import propagate_attention
-    import propagate_errors
-
-    return SimpleNamespace(**{**vars(propagate_attention), **vars(propagate_errors),
-                              **vars(propagate)})
+    monkeypatch.syspath_prepend(Path(__file__).parents[2] / "eval")
+    names = ("propagate_attention", "propagate_errors", "propagate")
+    return SimpleNamespace(**{k: v for n in names for k, v in vars(import_module(n)).items()})
 
 
 @pytest.fixture(params=["mlp", "none", "whisper"])
@@ -47,9 +43,8 @@ def clips(make_utterances: Callable[..., list[Utterance]]) -> list[Utterance]:
     return [replace(u, hypothesis=f"{u.text} too") for u in made if u.labels]
 
 
-def row(name: str, text: str, said: str, ref: Any, hyp: Any) -> Prediction:
-    return Prediction(id=name, corpus="c", task="ner", ref_text=text, hyp_text=said, ref=ref,
-                      hyp=hyp)
+def row(i: str, text: str, said: str, ref: Any, hyp: Any) -> Prediction:
+    return Prediction(id=i, corpus="c", task="ner", ref_text=text, hyp_text=said, ref=ref, hyp=hyp)
 
 
 def test_behind_the_reference_no_word_is_wrong(p: Any, model: Any, clips: list[Utterance]) -> None:
@@ -58,35 +53,31 @@ def test_behind_the_reference_no_word_is_wrong(p: Any, model: Any, clips: list[U
     assert p.scores([made], model, "whisper")["wer"]["value"] == 0
     if model.reads_hypothesis:  # taken word for word, it is followed by the same answers
         kept = p.decode(model, clips, HOW.model_copy(update={"transcript": "verbatim"}))
-        assert p.decode(model, clips, HOW, [str(u.hypothesis) for u in clips]) == kept
+        assert p.decode(model, clips, HOW, [f"{u.text} too" for u in clips]) == kept
 
 
 def test_as_many_errors_are_put_in_as_are_asked_for(p: Any) -> None:
     texts = ["The council of Paris met on thirty five days, and it was glad."] * 6 + [""]
     said = "the counsel of paris on thirty five days and so it was glad"
     confusions = p.Confusions.of([row("a", texts[0], said, [], [])], "whisper")
-    assert confusions.kinds() == {"substitution": 1, "deletion": 1, "insertion": 1}
-    assert confusions.pairs == {"council": {"counsel": 1}}
+    assert [*confusions.kinds().values()] == [1, 1, 1]
     for rate in (0.05, 0.2, 0.5):
         found = p.inject(texts, [0.02, rate], confusions, "whisper", ["en"] * 7)[1]
         scored = corpus_wer(texts, found.texts, "whisper")
-        assert scored.errors == found.errors == round(rate * scored.ref_words)
-        assert sum(found.sources.values()) == found.errors
+        assert scored.errors == sum(found.sources.values()) == round(rate * scored.ref_words)
     assert {"substitution, own", "substitution, spelling"} < set(found.sources)
     with pytest.raises(UserError, match="lower rates"):
         p.inject(texts, [0.99], confusions, "whisper", ["en"] * 7)
-    assert p.edited("So, Paris met.", [(0, 3), (4, 9), (10, 14)],
-                    {0: ("deletion", ""), 1: ("substitution", "rome"), 2: ("insertion", "we")}
-                    ) == "Rome we met."
+    edits = {0: ("deletion", ""), 1: ("substitution", "rome"), 2: ("insertion", "we")}
+    assert p.edited("So, Paris met.", [(0, 3), (4, 9), (10, 14)], edits) == "Rome we met."
 
 
 def test_repairs_are_counted(p: Any) -> None:
     paris, anna = ["PLACE", "paris", 0, 5], ["PERSON", "anna", 10, 14]
-    rows = [row("a", "paris and anna", "ferris and anna", [paris, anna],
-                [["PLACE", "paris"], ["PERSON", "anna"]]),  # one repaired, one kept
-            row("b", "paris and anna", "ferris and hannah", [paris, anna],
-                [["PERSON", "paris"], ["PERSON", "hannah"]]),  # wrong label; wrong phrase
-            row("c", "paris and anna", "paris and anna", [paris, anna], [["PLACE", "paris"]]),
+    both, text = [paris, anna], "paris and anna"
+    rows = [row("a", text, "ferris and anna", both, [paris[:2], anna[:2]]),  # one of each kind
+            row("b", text, "ferris and hannah", both, [["PERSON", "paris"], ["PERSON", "hannah"]]),
+            row("c", text, text, both, [["PLACE", "paris"]]),
             row("d", "paris or paris", "paris or ferris", [paris, ["PLACE", "paris", 9, 14]],
                 [["PLACE", "paris"], ["PLACE", "paris"]])]
     counts = p.repairs(rows, "whisper")
@@ -105,12 +96,10 @@ def test_attention_is_summed_by_part(p: Any) -> None:
 
 
 def test_attention_of_a_model_sums_to_one(p: Any, model: Any, clips: list[Utterance]) -> None:
-    before = model.lm.config._attn_implementation
     found = p.attention(model, [Example(u, t) for u in clips for t in u.labels])
-    assert model.lm.config._attn_implementation == before
+    assert model.lm.config._attn_implementation == "sdpa"  # again
     for of_task in found.values():
-        assert len(of_task["self"]) == 2
-        for layer in of_task["self"]:
+        for layer in of_task["self"]:  # its shares are rounded
             assert sum(layer.values()) == pytest.approx(1, abs=1e-3)
             assert (layer["speech"] > 0) == (model.listens and model.kind == "speech_llm")
             assert (layer["hypothesis"] > 0) == model.reads_hypothesis
@@ -119,12 +108,12 @@ def test_attention_of_a_model_sums_to_one(p: Any, model: Any, clips: list[Uttera
 
 def test_a_swap_with_itself_changes_nothing(p: Any, model: Any, clips: list[Utterance]) -> None:
     own, same = p.decode(model, clips, HOW), range(len(clips))
-    assert all(i != j for i, j in enumerate(p.partners(clips)))
+    assert p.partners(clips) != list(same)
     for what in ("speech", "hypothesis"):
         again = p.decode(model, p.swapped(clips, same, what), HOW)
-        assert p.changes(own, again, model) == {
-            "clips": 5, "transcripts_changed": 0, "answers": {"ner": 3, "sa": 2},
-            "answers_changed": {"ner": 0, "sa": 0}}
+        found = p.changes(own, again, model.registry)
+        assert (found["clips"], found["transcripts_changed"]) == (5, 0)
+        assert found["answers_changed"] == {"ner": 0, "sa": 0}
     with pytest.raises(UserError, match="no other clip"):
         p.partners(clips[:2])
 
