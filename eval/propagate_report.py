@@ -36,8 +36,9 @@ def metrics(result: Result) -> dict[str, str]:
     keys = [key for key, cell in result["curve"][0].items() if isinstance(cell, Mapping)]
     rates = [key for key in keys if key in ("wer", "cer")]
     shown = [key for key in (*rates[:1], *keys) if key not in rates[1:]]
-    return {key: key.replace("_", " ").replace("f1", "F1").replace("wer", "WER").replace(
-        "cer", "CER") for key in dict.fromkeys(shown)}
+    upper = ("wer", "cer", "ner", "sa", "f1")
+    return {key: " ".join(word.upper() if word in upper else word for word in key.split("_"))
+            for key in dict.fromkeys(shown)}
 
 
 def sentences(result: Result) -> dict[str, str]:
@@ -169,7 +170,7 @@ def draw(result: Result) -> str:
     wide = max(len(scores), len(result["attention"]))
     with matplotlib.style.context(["default", str(files("unislu_llm.report") / "plots.mplstyle")]):
         matplotlib.rcParams["svg.hashsalt"] = "propagate"  # the same ids each time
-        figure = Figure(figsize=(3.6 * wide, 5.6), layout="constrained")
+        figure = Figure(figsize=(3.6 * wide, 6.0), layout="constrained")
         grid = figure.subplots(2, wide, squeeze=False)
         for axes, key in zip(grid[0], scores, strict=False):
             _draw_curve(axes, result["curve"], rate, key)
@@ -179,10 +180,9 @@ def draw(result: Result) -> str:
             axes.set(title=f"attention of {task} tokens", xlabel="layer")
         for axes in (*grid[0][len(scores):], *grid[1][len(result["attention"]):]):
             axes.set_axis_off()
-        for row, columns in zip(grid, (2, 3), strict=True):
+        for row, place in zip(grid, ("upper", "lower"), strict=True):
             if handles := row[0].get_legend_handles_labels()[0]:
-                row[0].legend(handles=handles, loc="best", fontsize=7, ncols=columns,
-                              **({"frameon": True} if row is grid[1] else {}))
+                figure.legend(handles=handles, loc=f"outside {place} center", ncols=5, fontsize=8)
         figure.savefig(file := io.StringIO(), format="svg",
                        metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return file.getvalue()
