@@ -202,12 +202,10 @@ def _draw_curve(axes: Axes, rows: Sequence[Mapping[str, Any]], rate: str, key: s
 
 def _draw_attention(axes: Axes, found: Mapping[str, Any]) -> None:
     layers = range(1, len(found["self"]) + 1)
-    below = [0.0] * len(found["self"])
-    for part, colour, hatch in zip(PARTS, COLOURS, ("", "//", "..", "\\\\", "xx"), strict=False):
-        values = [layer[part] for layer in found["self"]]
-        if any(values):
-            axes.bar(layers, values, bottom=below, color=colour, edgecolor="w", linewidth=0.3,
-                     hatch=hatch, width=1.0, label=part)
-        below = [a + b for a, b in zip(below, values, strict=True)]
+    rows = [(part, [layer[part] for layer in found["self"]], colour, hatch) for part, colour, hatch
+            in zip(PARTS, COLOURS, ("", "//", "--", "\\\\", "++"), strict=False)]
+    parts, values, colours, hatches = zip(*(row for row in rows if any(row[1])), strict=True)
+    axes.stackplot(layers, values, labels=parts, colors=colours, hatch=hatches, edgecolor="w",
+                   linewidth=0.3)
     if weights := found.get("cross_weight"):
         axes.plot(layers, weights, color="k", marker="o", label="speech, of what is added")
