@@ -180,9 +180,10 @@ def draw(result: Result) -> str:
             axes.set(title=f"attention of {task} tokens", xlabel="layer")
         for axes in (*grid[0][len(scores):], *grid[1][len(result["attention"]):]):
             axes.set_axis_off()
-        for row, place in zip(grid, ("upper", "lower"), strict=True):
+        legends: tuple[Any, ...] = ("outside upper center", "outside lower center")
+        for row, place in zip(grid, legends, strict=True):
             if handles := row[0].get_legend_handles_labels()[0]:
-                figure.legend(handles=handles, loc=f"outside {place} center", ncols=5, fontsize=8)
+                figure.legend(handles=handles, loc=place, ncols=5, fontsize=8)
         figure.savefig(file := io.StringIO(), format="svg",
                        metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
     return file.getvalue()
