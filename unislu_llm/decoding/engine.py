@@ -287,8 +287,7 @@ class Engine:
         bonus = self.options.hypothesis_bias
         return self.model.config.hypothesis_bias if bonus is None else bonus
 
-    @staticmethod
-    def _hypotheses(state: State) -> list[list[int]] | None:
+    def _hypotheses(self, state: State) -> list[list[int]] | None:
         """Ids of what transcripts go by: what the model reads, else its `ctc` projector's text."""
         return state.ctc_hypothesis if state.hypothesis is None else state.hypothesis
 

@@ -24,10 +24,10 @@ _PLOTS = {"trade": ("error rate, difference", "score, difference", 2.4, 0.0, "")
           "lengths": ("length", "value", 1.5, 0.0, "-"), "curves": ("step", "value", 1.6, 0.0, "-"),
           "calibration": ("confidence", "share right", 2.4, 0.0, "-")}
 _MARKERS, _HATCHES = "osD^vPX", ("", "//", "..", "\\\\", "xx", "++")
-_COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 # What is drawn in these follows the page, light or dark: its style sheet says what they are.
 _VARIABLES = {"#000000": "var(--ink)", "#ffffff": "var(--paper)", "#b0b0b0": "var(--line)",
-              **{colour: f"var(--c{i})" for i, colour in enumerate(_COLOURS)}}
+              **{colour: f"var(--c{i})" for i, colour in enumerate(COLOURS)}}
 
 
 def draw_plot(kind: str, rows: Rows, systems: Sequence[str]) -> str:
@@ -64,7 +64,7 @@ def draw_plot(kind: str, rows: Rows, systems: Sequence[str]) -> str:
 def _draw_bars(axes: Axes, rows: Rows) -> None:
     """Numbers of the third column and those behind it, stacked; a bar a system."""
     left, most = [0] * len(rows), max(sum(list(row.values())[2:]) for row in rows)
-    for part, colour, hatch in zip(list(rows[0])[2:], _COLOURS, _HATCHES, strict=True):
+    for part, colour, hatch in zip(list(rows[0])[2:], COLOURS, _HATCHES, strict=True):
         values = [row[part] for row in rows]
         bars = axes.barh([fill(row["system"], 22) for row in rows], values, left=left, label=part,
                          color=colour, edgecolor="w", hatch=hatch, height=0.7)
@@ -84,7 +84,7 @@ def _draw_points(axes: Axes, rows: Rows, systems: Sequence[str], kind: str) -> N
         shift = 0.4 * ((i + 0.5) / len(systems) - 0.5)  # side by side: intervals hide one another
         spans = [[_span(row[key], places, shift) for key in columns]
                  for row in rows if row["system"] == name]
-        colour = _COLOURS[i % len(_COLOURS)]
+        colour = COLOURS[i % len(COLOURS)]
         for (x, *across), (y, *up) in spans:
             axes.plot(across, [y, y], color=colour)
             axes.plot([x, x], up, color=colour)
