@@ -23,7 +23,7 @@ CODE = tuple(sorted(p for top in ("unislu_llm", "recipes", "eval")
                     for p in (ROOT / top).rglob("*.py")))
 TESTS = tuple(sorted((ROOT / "tests").rglob("*.py")))
 
-LAYERS = ("cli", "run_commands", "report", "evaluate merge", "export", "evaluate_options",
+LAYERS = ("cli", "run_commands", "serve", "report", "evaluate merge", "export", "evaluate_options",
           "model_card prediction_file", "training", "run_folder", "decoding", "models", "data",
           "scoring", "config_file", "flags", "config", "weights", "io", "tokenizer",
           "unified", "utterance", "tasks", "loss", "text_files", "errors")

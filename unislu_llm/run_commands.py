@@ -9,6 +9,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from unislu_llm.errors import UserError
+from unislu_llm.serve import Serving
+
 
 def version() -> str:
     """Version, and the revision of a checkout."""
@@ -102,3 +105,18 @@ def cache(source: Annotated[Path, tyro.conf.arg(metavar="RUN_OR_CONFIG")], /,
     from unislu_llm.training.recipe import fill_cache
 
     print(f"{fill_cache(source, folder, decoder)} clips stored")
+
+
+def serve(model: Annotated[str, tyro.conf.arg(metavar="MODEL")], /, how: Serving) -> None:
+    """Answer over HTTP: /v1/audio/transcriptions as OpenAI does, /v1/understand with the tasks.
+
+    Args:
+        model: Run folder (its best checkpoint), saved model, or name on the Hugging Face hub.
+    """
+    if min(how.batch_size, how.max_requests, how.max_mb, how.max_seconds) < 1:
+        raise UserError("--batch-size and what begins with --max- must be 1 or more")
+    try:
+        from unislu_llm.serve import app
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'unislu_llm[serve]'") from None
+    app.serve(model, how)
