@@ -71,18 +71,20 @@ def same(found: dict[str, Any] | str, expected: dict[str, Any]) -> bool:
 
 
 def main(model: str, /, url: str = "http://127.0.0.1:8000/v1", requests: int = 200,
-         alone: int = 40, out: Path | None = None) -> int:
+         distinct: int = 300, alone: int = 40, out: Path | None = None) -> int:
     """Measure a server that is running.
 
     Args:
         model: that it serves, to answer each clip alone here.
         url: of the server.
         requests: at once.
+        distinct: clips that they are of.
         alone: of them, one at a time.
         out: file of the result.
     """
     files = sorted(CLIPS.glob("*.opus"))
-    clips = [files[7 * i % len(files)] for i in range(requests)]  # of all kinds
+    files = [files[7 * i % len(files)] for i in range(distinct)]  # of all kinds
+    clips = [files[i % len(files)] for i in range(requests)]
     loaded = load(model)
     expected = {clip: json.loads(json.dumps(plain(clip.name, understand(loaded, clip))))
                 for clip in dict.fromkeys(clips)}
@@ -94,7 +96,7 @@ def main(model: str, /, url: str = "http://127.0.0.1:8000/v1", requests: int = 2
                                                    strict=False)
              if not isinstance(found, str) and not same(found, expected[clip])]
     times = statistics.quantiles([s for _, s in together], n=100)
-    result = {"requests": requests, "lost": lost, "other_answers": wrong,
+    result = {"requests": requests, "clips": len({*clips}), "lost": lost, "other_answers": wrong,
               "a_second": {"one_at_a_time": round(alone / one_by_one, 3),
                            "at_once": round(requests / seconds, 3),
                            "ratio": round(requests / seconds * one_by_one / alone, 2)},

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import hmac
 import os
-import signal
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -73,8 +72,8 @@ class Understanding(BaseModel, extra="forbid"):
 
 
 class Service:
-    """Answers requests for a model; :attr:`app` is the ASGI application. A token is wanted of all
-    but `/health`; without one, requests must name this machine as their host."""
+    """Answers requests for a model; :attr:`app` is the ASGI application. Where there is a token,
+    all but `/health` want it."""
 
     def __init__(self, model: SLUModel, name: str, how: Serving, token: str = "") -> None:
         self._model, self._name, self._how, self._token = model, name, how, token
@@ -82,8 +81,7 @@ class Service:
         self._requests = prometheus.Counter("unislu_requests", "", ["path", "code"], registry=own)
         self._latency = prometheus.Histogram("unislu_request_seconds", "", ["path"], registry=own,
                                              buckets=(.1, .2, .5, 1, 2, 5, 10, 20, 50, 100))
-        sizes = prometheus.Histogram("unislu_batch_size", "", registry=own,
-                                     buckets=(1, 2, 4, 8, 16, 32, 64))
+        sizes = prometheus.Summary("unislu_batch_size", "", registry=own)
         seconds = prometheus.Counter("unislu_audio_seconds", "", registry=own)
 
         def decode(clips: Sequence[Tensor], how: Mapping[str, Any]) -> list[Answer]:
@@ -126,12 +124,9 @@ class Service:
             self._latency.labels(path).observe(time.perf_counter() - start)
 
     def _fault(self, request: Request) -> tuple[int, str] | None:
-        # A page in a browser can give its own name this address, and read what is answered.
-        if not self._token and request.url.hostname not in _LOCAL:
-            return 400, "without a token, this server answers to localhost alone"
         given = request.headers.get("authorization", "").removeprefix("Bearer ")
         if self._token and request.url.path != "/health" and not hmac.compare_digest(
-                given.encode(), self._token.encode()):
+                given.encode("latin-1"), self._token.encode()):
             return 401, "the token is wrong or lacking; send 'Authorization: Bearer TOKEN'"
         size = request.headers.get("content-length", "")
         if size.isdecimal() and int(size) > self._how.max_mb * 1_000_000:
@@ -174,12 +169,14 @@ class Service:
         jobs = self.queue.submit(clips, {"tasks": tasks, "options": decode, "n_best": n_best,
                                          "overlap": overlap, "language": told or None})
         done = asyncio.gather(*map(asyncio.wrap_future, jobs))
+        gone = asyncio.ensure_future(request.receive())  # behind a body nothing else comes
         try:
-            while not (await asyncio.wait({done}, timeout=1))[0]:
-                if await request.is_disconnected():
-                    raise HTTPException(499, "the client has gone away")
+            await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if not done.done():
+                raise HTTPException(499, "the client has gone away")
             return done.result()
         finally:
+            gone.cancel()
             done.cancel()
             for job in jobs:
                 job.cancel()
@@ -199,23 +196,22 @@ def _samples(file: UploadFile, most: float) -> Tensor:
 
 def _transcription(answer: Answer, kind: str, language: str) -> Any:
     """In one of OpenAI's formats. Times are those of windows: there are no others."""
-    length = round(answer.seconds, 3)
-    parts = answer.windows or [{"start": 0.0, "end": length, "text": answer.transcript}]
-    if kind == "text":
-        return PlainTextResponse(answer.transcript + "\n")
-    if kind in ("srt", "vtt"):
-        clock = "%H:%M:%S." if kind == "vtt" else "%H:%M:%S,"
-        times = [[f"{datetime.min + timedelta(seconds=p[key]):{clock}%f}"[:-3]
-                  for key in ("start", "end")] for p in parts]
-        cues = [f"{start} --> {end}\n{p['text'].strip()}\n\n"
-                for (start, end), p in zip(times, parts, strict=True) if p["text"].strip()]
-        return PlainTextResponse("WEBVTT\n\n" + "".join(cues) if kind == "vtt" else "".join(
-            f"{i}\n{cue}" for i, cue in enumerate(cues, 1)))
-    more = {"task": "transcribe", "language": LANGUAGES.get(language, language), "duration": length,
-            "warnings": answer.warnings, "segments": [
-                {"id": i, **{key: part[key] for key in ("start", "end", "text")}}
-                for i, part in enumerate(parts)]}
-    return {"text": answer.transcript, **(more if kind == "verbose_json" else {})}
+    parts = [{key: part[key] for key in ("start", "end", "text")} for part in answer.windows or [
+        {"start": 0.0, "end": round(answer.seconds, 3), "text": answer.transcript}]]
+    if kind == "json":
+        return {"text": answer.transcript}
+    if kind == "verbose_json":
+        return {"task": "transcribe", "language": LANGUAGES.get(language, language),
+                "duration": round(answer.seconds, 3), "text": answer.transcript,
+                "segments": [{"id": i, **part} for i, part in enumerate(parts)],
+                "warnings": answer.warnings}
+    text = "WEBVTT\n\n" * (kind == "vtt") + f"{answer.transcript}\n" * (kind == "text")
+    for i, part in enumerate((p for p in parts if p["text"].strip() and kind != "text"), 1):
+        times = " --> ".join(f"{datetime.min + timedelta(seconds=part[key]):%H:%M:%S.%f}"[:-3]
+                             for key in ("start", "end"))
+        head = f"{i}\n{times.replace('.', ',')}" if kind == "srt" else times
+        text += f"{head}\n{part['text'].strip()}\n\n"
+    return PlainTextResponse(text)
 
 
 async def _error(_: Request, error: Exception) -> JSONResponse:
@@ -254,5 +250,4 @@ def serve(model: str, how: Serving) -> None:
     server = _Server(uvicorn.Config(service.app, host=how.host, port=how.port,
                                     timeout_graceful_shutdown=120))
     server.queue = service.queue
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # uvicorn has a handler of its own, until it ends
     server.run()
