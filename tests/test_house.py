@@ -57,11 +57,11 @@ def parsed(path: Path) -> ast.Module:
 
 
 def test_the_package_is_small() -> None:
-    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 19_000
+    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 19_220
 
 
 def test_the_tests_are_small() -> None:
-    assert sum(len(lines_of(p)) for p in TESTS) <= 17_200
+    assert sum(len(lines_of(p)) for p in TESTS) <= 17_295
 
 
 def test_no_line_is_over_100_characters() -> None:

@@ -107,16 +107,13 @@ def cache(source: Annotated[Path, tyro.conf.arg(metavar="RUN_OR_CONFIG")], /,
     print(f"{fill_cache(source, folder, decoder)} clips stored")
 
 
-def serve(model: Annotated[str, tyro.conf.arg(metavar="MODEL")], /, how: Serving) -> None:
-    """Answer over HTTP: /v1/audio/transcriptions as OpenAI does, /v1/understand with the tasks.
-
-    Args:
-        model: Run folder (its best checkpoint), saved model, or name on the Hugging Face hub.
-    """
-    if min(how.batch_size, how.max_requests, how.max_mb, how.max_seconds) < 1:
+def serve(model: Annotated[str, tyro.conf.arg(metavar="MODEL", help="as of `unislu predict`")], /,
+          server: Serving) -> None:
+    """Answer over HTTP: /v1/audio/transcriptions as OpenAI does, /v1/understand with the tasks."""
+    if min(server.batch_size, server.max_requests, server.max_mb, server.max_seconds) < 1:
         raise UserError("--batch-size and what begins with --max- must be 1 or more")
     try:
         from unislu_llm.serve import app
     except ModuleNotFoundError as error:
         raise UserError(f"{error.name} is not installed: pip install 'unislu_llm[serve]'") from None
-    app.serve(model, how)
+    app.serve(model, server)

@@ -123,8 +123,6 @@ def test_openai_s_client_transcribes(stub: Stub) -> None:
                         http_client=client(start(token="secret")))
     said = its.audio.transcriptions.create(model="tiny", file=("a.wav", sound(0.3)))
     assert (said.text, [model.id for model in its.models.list()]) == ("0.3", ["tiny"])
-    with pytest.raises(openai.NotFoundError, match="the model here is 'tiny'"):
-        its.audio.transcriptions.create(model="whisper-1", file=("a.wav", sound()))
 
 
 @pytest.mark.parametrize(("path", "content", "form", "status", "message"), [
@@ -132,9 +130,9 @@ def test_openai_s_client_transcribes(stub: Stub) -> None:
     (TASKS, sound()[:-99], {}, 400, "truncated"), (TASKS, sound(0.5), {}, 400, "not this one"),
     (TASKS, sound(0.6), {}, 500, "see the log"), ("/v1/x", sound(), {}, 404, "Not Found"),
     (TASKS, sound(), {"tasks": "nerr"}, 400, "unknown task 'nerr'"),
-    (TASKS, sound(), {"beams": "2"}, 400, "beams: unknown key"),
-    (TASKS, sound(), {"num_beams": "9"}, 400, "num_beams: must be at most 8"),
+    (TASKS, sound(), {"num_beams": "9", "beams": "2"}, 400, "beams: unknown key"),
     (SPEECH, sound(), {"model": "tiny", "stream": "true"}, 400, "stream"),
+    (SPEECH, sound(), {"model": "whisper-1"}, 404, "the model here is 'tiny'"),
     (TASKS, bytes(1_000_001), {}, 413, "over 1 MB"),
     (TASKS, [b"--x\r\n", bytes(1_000_001)], {}, 413, "Too Large"),
     (TASKS, sound(0.0, 21, "FLAC"), {}, 413, "has 21 s, over 20")])
@@ -226,11 +224,10 @@ def test_it_takes_so_many_and_ends_with_those_in_decoding(stub: Stub) -> None:
 
 @pytest.mark.parametrize(("args", "message"), [
     (["--host", "0.0.0.0"], "needs a token"), ([], "pip install 'unislu_llm[serve]'"),
-    (["--batch-size", "0"], "1 or more"), (["--token-file", "none"], "none cannot be read")])
-def test_the_command_refuses_before_it_loads(args: list[str], message: str,
-                                             capsys: pytest.CaptureFixture[str],
+    (["--batch-size", "0"], "1 or more"), (["--token-file", "x"], "x cannot be read")])
+def test_the_command_refuses_before_it_loads(args: list[str], message: str, capsys: Any,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
-    if not args:
+    if not args:  # as if something were not installed
         monkeypatch.delattr("unislu_llm.serve.app")
         monkeypatch.setitem(sys.modules, "unislu_llm.serve.app", None)
     assert cli.main(["serve", "nowhere", *args]) == 2

@@ -39,17 +39,15 @@ _LOCAL = ("127.0.0.1", "localhost", "::1")
 _VALUES = 2 * 96_000  # a second of a file that are read: two channels at 96 kHz
 _FORM: Any = {"max_files": 16, "max_fields": 64, "max_part_size": 1 << 16}
 _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
-Few = Annotated[int, Field(ge=1, le=8)]  # beams cost memory
 
 
 class Transcription(BaseModel):
-    """OpenAI's form. Other fields that it may have, as `prompt`, change nothing."""
+    """OpenAI's form. Others of its fields, as `prompt` and `temperature`, change nothing."""
 
     file: UploadFile
     model: str
     language: str = ""
     response_format: Literal["json", "text", "srt", "verbose_json", "vtt"] = "json"
-    temperature: Annotated[float, Field(ge=0, le=1)] = 0.0
     stream: bool = False
     include: Annotated[list[str], Field(alias="include[]")] = []
     granularities: Annotated[list[str], Field(alias="timestamp_granularities[]")] = []
@@ -62,8 +60,8 @@ class Understanding(BaseModel, extra="forbid"):
     model: str = ""
     tasks: list[str] = ["all"]
     language: str = ""
-    n_best: Few = 1
-    num_beams: Few = 1
+    n_best: int = 1
+    num_beams: Annotated[int, Field(ge=1, le=8)] = 1  # they cost memory
     transcript: Literal["rewrite", "margin", "verbatim"] | None = None
     grounded: bool = False
     no_speech: Annotated[float, Field(ge=0, le=1)] = 0.6
@@ -139,9 +137,9 @@ class Service:
         """The transcript of a file."""
         if ask.stream or ask.include or "word" in ask.granularities:
             raise UserError("stream, include[] and times of words are not there; leave them out")
-        answer, = await self._answers(request, ask, [ask.file], (), temperature=ask.temperature)
-        language = ask.language or self._model.config.language
-        return _transcription(answer, ask.response_format, language)
+        answer, = await self._answers(request, ask, [ask.file], ())
+        return _transcription(answer, ask.response_format,
+                              ask.language or self._model.config.language)
 
     async def understand(self, request: Request, ask: Annotated[Understanding, Form()]) -> Any:
         """What `unislu predict --json` prints of each file, in their order."""
@@ -150,9 +148,9 @@ class Service:
         names = list(registry.names if names == ["all"] else dict.fromkeys(names))
         for name in names:
             registry[name]  # an unknown task is an error
-        options = ask.model_dump(include={"num_beams", "transcript", "grounded", "no_speech"})
-        answers = await self._answers(request, ask, ask.file, names, ask.n_best, ask.overlap,
-                                      **options)
+        answers = await self._answers(
+            request, ask, ask.file, names, ask.n_best, ask.overlap, **ask.model_dump(include={
+                "num_beams", "transcript", "grounded", "no_speech"}))
         return {"answers": [plain(file.filename or "", answer, ask.confidences)
                             for file, answer in zip(ask.file, answers, strict=True)]}
 
@@ -168,8 +166,8 @@ class Service:
             self._readers, _samples, file, self._how.max_seconds) for file in files))
         jobs = self.queue.submit(clips, {"tasks": tasks, "options": decode, "n_best": n_best,
                                          "overlap": overlap, "language": told or None})
-        done = asyncio.gather(*map(asyncio.wrap_future, jobs))
-        gone = asyncio.ensure_future(request.receive())  # behind a body nothing else comes
+        done: asyncio.Future[Any] = asyncio.gather(*map(asyncio.wrap_future, jobs))
+        gone: asyncio.Future[Any] = asyncio.ensure_future(request.receive())  # nothing else comes
         try:
             await asyncio.wait({done, gone}, return_when=asyncio.FIRST_COMPLETED)
             if not done.done():

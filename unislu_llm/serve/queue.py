@@ -30,13 +30,10 @@ class Job(Future[Answer]):
 
 class Queue:
     """Jobs in the order in which they came. One thread, which owns the model, takes the oldest and
-    those of equal options that are nearest to it in length. What is cancelled is dropped.
+    those of equal options that are nearest to it in length, and has `decode(clips, how)` answer up
+    to `batch_size` of them. What is cancelled is dropped."""
 
-    `decode` answers up to `batch_size` clips.
-    """
-
-    def __init__(self, decode: Callable[[Sequence[Tensor], Mapping[str, Any]], Sequence[Answer]],
-                 batch_size: int) -> None:
+    def __init__(self, decode: Callable[..., Sequence[Answer]], batch_size: int) -> None:
         self._decode, self._batch_size = decode, batch_size
         self._waiting: list[Job] = []
         self._change, self.stopping = threading.Condition(), False
@@ -50,9 +47,10 @@ class Queue:
         """Put clips in line, all or none; raises HTTPException: 429, or 503 as it stops."""
         jobs = [Job(clip, how) for clip in clips]
         with self._change:
-            full = sum(len(job.clip) for job in (*self._waiting, *jobs)) > _MOST
-            if self.stopping or (full and self._waiting):
-                raise HTTPException(*(STOPPING if self.stopping else BUSY))
+            if self.stopping:
+                raise HTTPException(*STOPPING)
+            if self._waiting and sum(len(j.clip) for j in (*self._waiting, *jobs)) > _MOST:
+                raise HTTPException(*BUSY)
             self._waiting += jobs
             self._change.notify()
         return jobs
