@@ -22,7 +22,7 @@ import torch
 import tyro
 
 from unislu_llm import load, understand
-from unislu_llm.decoding.files import plain
+from unislu_llm.decoding.files import as_json
 from unislu_llm.errors import reported
 from unislu_llm.io import portable, write_text
 from unislu_llm.run_folder import versions
@@ -86,7 +86,7 @@ def main(model: str, /, url: str = "http://127.0.0.1:8000/v1", requests: int = 2
     files = [files[7 * i % len(files)] for i in range(distinct)]  # of all kinds
     clips = [files[i % len(files)] for i in range(requests)]
     loaded = load(model)
-    expected = {clip: json.loads(json.dumps(plain(clip.name, understand(loaded, clip))))
+    expected = {clip: json.loads(as_json(clip.name, understand(loaded, clip)))
                 for clip in dict.fromkeys(clips)}
     del loaded
     together, single, seconds = asyncio.run(measure(url, clips, alone))

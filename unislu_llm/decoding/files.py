@@ -103,18 +103,13 @@ def _new(out: Path | None) -> TextIO:
         raise UserError(f"--out {out}: cannot be written ({error.strerror})") from error
 
 
-def plain(file: str, answer: Answer, confidences: bool = False) -> dict[str, Any]:
-    """An answer as JSON has it."""
+def as_json(file: str, answer: Answer, confidences: bool = False) -> str:
+    """An answer on one line."""
     values = {"file": file, **answer.to_dict()}
     for part in () if confidences else (values, *values.get("windows", ())):
         part.pop("confidence", None)
         part.pop("evidence", None)
-    return values
-
-
-def as_json(file: str, answer: Answer, confidences: bool = False) -> str:
-    """An answer on one line."""
-    return json.dumps(plain(file, answer, confidences), ensure_ascii=False)
+    return json.dumps(values, ensure_ascii=False)
 
 
 def as_text(file: str, answer: Answer) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hmac
+import json
 import os
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
@@ -26,7 +27,7 @@ from transformers.models.whisper.tokenization_whisper import LANGUAGES
 from unislu_llm.config import DecodeConfig
 from unislu_llm.data import audio
 from unislu_llm.decoding.answer import Answer
-from unislu_llm.decoding.files import plain
+from unislu_llm.decoding.files import as_json
 from unislu_llm.decoding.predict import understand
 from unislu_llm.errors import UserError, dotted, explain
 from unislu_llm.models.base import SLUModel
@@ -151,7 +152,7 @@ class Service:
         answers = await self._answers(
             request, ask, ask.file, names, ask.n_best, ask.overlap, **ask.model_dump(include={
                 "num_beams", "transcript", "grounded", "no_speech"}))
-        return {"answers": [plain(file.filename or "", answer, ask.confidences)
+        return {"answers": [json.loads(as_json(file.filename or "", answer, ask.confidences))
                             for file, answer in zip(ask.file, answers, strict=True)]}
 
     async def _answers(self, request: Request, ask: Transcription | Understanding,
