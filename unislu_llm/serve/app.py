@@ -127,8 +127,7 @@ class Service:
         if self._token and request.url.path != "/health" and not hmac.compare_digest(
                 given.encode("latin-1"), self._token.encode()):
             return 401, "the token is wrong or lacking; send 'Authorization: Bearer TOKEN'"
-        size = request.headers.get("content-length", "")
-        if size.isdecimal() and int(size) > self._how.max_mb * 1_000_000:
+        if int(request.headers.get("content-length", 0)) > self._how.max_mb * 1_000_000:
             return 413, f"the request has over {self._how.max_mb} MB; send a shorter file"
         if self.queue.stopping and request.url.path != "/metrics":
             return STOPPING
@@ -146,9 +145,7 @@ class Service:
         """What `unislu predict --json` prints of each file, in their order."""
         registry = self._model.registry
         names = [name for field in ask.tasks for name in field.split(",") if name]
-        names = list(registry.names if names == ["all"] else dict.fromkeys(names))
-        for name in names:
-            registry[name]  # an unknown task is an error
+        names = list(registry.names) if names == ["all"] else [registry[n].name for n in names]
         answers = await self._answers(
             request, ask, ask.file, names, ask.n_best, ask.overlap, **ask.model_dump(include={
                 "num_beams", "transcript", "grounded", "no_speech"}))
