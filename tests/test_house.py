@@ -23,7 +23,8 @@ CODE = tuple(sorted(p for top in ("unislu_llm", "recipes", "eval")
                     for p in (ROOT / top).rglob("*.py")))
 TESTS = tuple(sorted((ROOT / "tests").rglob("*.py")))
 
-LAYERS = ("cli", "run_commands", "report", "evaluate merge parity", "export", "evaluate_options",
+LAYERS = ("cli", "run_commands", "serve", "report", "evaluate merge parity", "export",
+          "evaluate_options",
           "model_card prediction_file", "training", "run_folder", "decoding", "models", "data",
           "scoring", "config_file", "flags", "config", "weights", "io", "tokenizer",
           "unified", "utterance", "tasks", "loss", "text_files", "errors")
@@ -57,11 +58,11 @@ def parsed(path: Path) -> ast.Module:
 
 
 def test_the_package_is_small() -> None:
-    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 19_000
+    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 19_220
 
 
 def test_the_tests_are_small() -> None:
-    assert sum(len(lines_of(p)) for p in TESTS) <= 17_200
+    assert sum(len(lines_of(p)) for p in TESTS) <= 17_295
 
 
 def test_no_line_is_over_100_characters() -> None:

@@ -14,7 +14,7 @@ import tyro
 
 from unislu_llm.errors import UserError, hint, quiet_libraries, status_of
 from unislu_llm.parity import parity
-from unislu_llm.run_commands import cache, compare, evaluate, train, version
+from unislu_llm.run_commands import cache, compare, evaluate, serve, train, version
 
 Commands = dict[str, Callable[..., Any]]
 Manifests = Annotated[list[Path], tyro.conf.arg(metavar="MANIFEST [MANIFEST ...]",
@@ -42,7 +42,8 @@ def _run(args: list[str]) -> int:
     about = ("Unified spoken language understanding: transcript, entities and labels from speech. "
              "`unislu --version` says which this is.")
     commands: Commands = {command.__name__: command for command in (
-        predict, transcribe, prepare, validate, train, evaluate, compare, export, parity, cache)}
+        predict, transcribe, prepare, validate, train, evaluate, compare, export, parity, serve,
+        cache)}
     if args[0] == "--version":
         print(version())
         return 0

@@ -9,6 +9,9 @@ from typing import Annotated, Literal
 
 import tyro
 
+from unislu_llm.errors import UserError
+from unislu_llm.serve import Serving
+
 
 def version() -> str:
     """Version, and the revision of a checkout."""
@@ -102,3 +105,15 @@ def cache(source: Annotated[Path, tyro.conf.arg(metavar="RUN_OR_CONFIG")], /,
     from unislu_llm.training.recipe import fill_cache
 
     print(f"{fill_cache(source, folder, decoder)} clips stored")
+
+
+def serve(model: Annotated[str, tyro.conf.arg(metavar="MODEL", help="as of `unislu predict`")], /,
+          server: Serving) -> None:
+    """Answer over HTTP: /v1/audio/transcriptions as OpenAI does, /v1/understand with the tasks."""
+    if min(server.batch_size, server.max_requests, server.max_mb, server.max_seconds) < 1:
+        raise UserError("--batch-size and what begins with --max- must be 1 or more")
+    try:
+        from unislu_llm.serve import app
+    except ModuleNotFoundError as error:
+        raise UserError(f"{error.name} is not installed: pip install 'unislu_llm[serve]'") from None
+    app.serve(model, server)

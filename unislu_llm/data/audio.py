@@ -140,8 +140,8 @@ def open_audio(name: str | Path, content: bytes | None = None) -> soundfile.Soun
     try:
         sound = soundfile.SoundFile(name if content is None else io.BytesIO(content))
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: headerless .raw
-        raise UserError(f"{name}: cannot be read as audio ({error}); convert it to WAV, FLAC or "
-                        "Ogg/Opus") from error
+        raise UserError(f"{name}: cannot be read as audio ({getattr(error, 'error_string', error)})"
+                        "; convert it to WAV, FLAC or Ogg/Opus") from error
     if problem := _damage(name, content, sound):
         sound.close()
         raise UserError(f"{name}: {problem}")
