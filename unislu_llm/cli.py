@@ -83,6 +83,7 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
             overlap: float = 0.0, language: str = "", no_speech: float = 0.6,
             num_beams: int = 1, n_best: int = 1,
             transcript: Literal["rewrite", "margin", "verbatim"] | None = None,
+            phrases: Path | None = None, phrase_boost: float = 2.0,
             grounded: bool = False, no_grammar: bool = False, confidences: bool = False,
             precision: Literal["fp32", "bf16"] = "fp32", batch_size: int = 8) -> int:
     """Print transcript, entities and labels of audio files, as they come.
@@ -103,6 +104,8 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
         num_beams: Beams; 1 is greedy.
         n_best: With JSON: alternatives to print, at most as many as beams.
         transcript: How a hypothesis becomes the transcript; default: the model's own way.
+        phrases: File of names and terms, one a line, that are raised in transcripts.
+        phrase_boost: Nats by which each token of these is raised.
         grounded: Phrases of span tasks are whole words of the transcript.
         no_grammar: Let the model write freely, malformed or not.
         confidences: With JSON: how sure the decoder is of tokens, entities and labels.
@@ -120,6 +123,7 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
     from unislu_llm.config import DecodeConfig
     from unislu_llm.config_file import check
     from unislu_llm.decoding import files
+    from unislu_llm.decoding.phrases import Phrases
     from unislu_llm.run_folder import find_run, load_model
 
     run = find_run(model)
@@ -129,7 +133,9 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
     options = check(DecodeConfig, {
         "batch_size": batch_size, "num_beams": num_beams, "no_speech": no_speech,
         "transcript": transcript, "grounded": grounded, "force_task": True,
+        "phrases": str(phrases or ""), "phrase_boost": phrase_boost,
         "grammar": not no_grammar}, lambda place: f"--{place[0]}".replace("_", "-"))
+    Phrases.of(options.phrases, options.phrase_boost)  # what is wrong with them is told first
     paths = list(files.find_files(audio))
     answers = files.answer_files(partial(load_model, run, precision), paths, names, options,
                                  n_best=n_best, overlap=overlap, language=language or None)
@@ -140,8 +146,8 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
 def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT")],
                manifests: Manifests, /, out: Path, source: Literal["decoder", "ctc"] = "decoder",
                language: str = "en", tasks_file: Path | None = None, copy_text: bool = False,
-               pseudo_label: bool = False, precision: Literal["fp32", "bf16"] = "fp32",
-               batch_size: int = 8) -> None:
+               pseudo_label: bool = False, phrases: Path | None = None, phrase_boost: float = 2.0,
+               precision: Literal["fp32", "bf16"] = "fp32", batch_size: int = 8) -> None:
     """Write copies of manifests whose rows have a hypothesis: what a recogniser makes of them.
 
     It can be stopped and started again. Rows over 30 s, and without --copy-text those without
@@ -157,6 +163,8 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
         copy_text: Rows without audio get their own transcript as hypothesis.
         pseudo_label: Rows with audio that lack `text` get the transcript as `text`, and no row gets
             a hypothesis. Those that are empty, repeat themselves or are over 30 s are left out.
+        phrases: File of names and terms, one a line, that are raised in what is recognised.
+        phrase_boost: Nats by which each token of these is raised.
         precision: Of the recogniser; bf16 is several times faster on a GPU.
         batch_size: Clips at one time.
     """
@@ -167,6 +175,7 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
                         "twice, the second time on the copies")
     from tabulate import tabulate
 
+    from unislu_llm.decoding.phrases import Phrases
     from unislu_llm.decoding.transcribe import transcribe
     from unislu_llm.run_folder import find_run, is_run
     from unislu_llm.scoring.wer import corpus_wer, rate_of
@@ -176,6 +185,7 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
     reports = transcribe(str(run.model) if run else model, manifests, out,
                          TaskRegistry.from_yaml(tasks_file), source=source, language=language,
                          copy_text=copy_text, pseudo_label=pseudo_label, precision=precision,
+                         phrases=Phrases.of(phrases, phrase_boost),
                          name=run.name if run else "", batch_size=batch_size)
     table = []
     for r in reports:

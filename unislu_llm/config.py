@@ -114,8 +114,7 @@ class ModelConfig(Section):
     hypothesis_bias: Rate = 0.0
     """Nats by which decoding favours the next words of the hypothesis, else of the ctc text."""
     transcript: Literal["auto", "rewrite", "margin", "verbatim"] = "auto"
-    """The hypothesis becomes the transcript: rewrite by the LLM, by a margin (it departs only where
-    it is surer of another word by hypothesis_bias), verbatim; auto: validation chooses."""
+    """How a hypothesis becomes the transcript (docs/decoding.md); auto: validation chooses."""
     recogniser: FilePath = ""
     """What makes hypotheses: a Whisper or saved model, ctc (the projector), empty: the encoder."""
     attention: Literal["auto", "eager", "sdpa", "flash", "flex"] = "auto"
@@ -271,13 +270,15 @@ class DecodeConfig(Section):
     """In place of the model's own hypothesis_bias."""
     transcript: Transcript | None = None
     """rewrite, margin or verbatim, in place of the model's own transcript."""
-
+    phrases: FilePath = ""
+    """File of names and terms, one a line, that are raised in transcripts (docs/decoding.md)."""
+    phrase_boost: Rate = 2.0
+    """Nats by which each token of these is raised."""
     no_speech: Share = 0.6
     """Whisper's probability of no speech above which nothing is answered; 1 answers all."""
 
     def bound(self, seconds: float) -> int:
-        """New tokens allowed for so many seconds of audio."""
-        # However short the audio, there is room for markers and labels.
+        """New tokens for so many seconds of audio; however few, markers and labels have room."""
         return min(self.max_new_tokens, 24 + int(self.tokens_per_second * seconds))
 
 

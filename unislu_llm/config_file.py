@@ -29,7 +29,7 @@ S = TypeVar("S", bound=Section)
 
 # Settings that are paths, by section; those of models may be names as well.
 _PATHS = {"data": ("train", "dev", "tasks", "frame_cache"), "augment": ("noise",),
-          "train": ("init",), "model": ("encoder", "llm", "recogniser")}
+          "train": ("init",), "model": ("encoder", "llm", "recogniser"), "decode": ("phrases",)}
 
 
 class Preset(ModelConfig):

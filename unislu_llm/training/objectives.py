@@ -20,6 +20,7 @@ from unislu_llm.data.frame_cache import FrameCache
 from unislu_llm.data.loading import check_hypotheses
 from unislu_llm.data.sampler import sorted_batches
 from unislu_llm.data.text_injection import SimulationRates
+from unislu_llm.decoding.phrases import Phrases
 from unislu_llm.decoding.predict import predict
 from unislu_llm.decoding.recogniser import load_recogniser, with_hypotheses
 from unislu_llm.errors import UserError
@@ -148,7 +149,8 @@ class UnifiedObjective(Objective):
         # The recogniser runs once. A `ctc` projector that trains has other hypotheses every time.
         if not model.reads_hypothesis or model.config.recogniser == "ctc":
             return list(dev)
-        found = with_hypotheses(model, [e.utterance for e in dev], progress=progress)
+        found = with_hypotheses(model, [e.utterance for e in dev], progress, phrases=Phrases.of(
+            self.config.decode.phrases, self.config.decode.phrase_boost))
         load_recogniser.cache_clear()  # its weights are not needed any more
         return [Example(utterance, e.task) for utterance, e in zip(found, dev, strict=True)]
 
