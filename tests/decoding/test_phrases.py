@@ -50,7 +50,6 @@ def test_complete_phrases_gain_and_others_give_back(
     base = tokenizer_of(metaspace)
     plain = f" {text} .".replace("{", "").replace("}", "")
     ids = base(plain, add_special_tokens=False)["input_ids"]
-    # Of the marked stretches every token gains once, in whatever order it is given and taken.
     marked = [part.split("}")[0] for part in text.split("{")[1:]]
     expected = sum(len(base(f" {part}", add_special_tokens=False)["input_ids"]) for part in marked)
     assert sum(gains(base, phrases, ids)) == 2.0 * expected * raised
@@ -67,9 +66,6 @@ def test_a_bonus_token_by_token(tokenizer: UnifiedTokenizer) -> None:
     others = tokenizer.text_ids("anna, council.") + tokenizer.base("n")["input_ids"]
     assert (out[others] == -2.0).all(), "taken back where it is left, inside the word or behind it"
     assert out[first] == 0.0, "one is left, the next one begun"
-    bias.reorder(torch.tensor([1, 0]))
-    bias.advance(torch.tensor([[-1], [-1]]))
-    assert torch.equal(bias(zeros)[1], out)
     ended = PhraseBias(tokenizer.base, [("parisian",)], 2.0, [tokenizer.marker_ids[SEPARATOR]])
     ended.advance(torch.tensor([[first, tokenizer.marker_ids[SEPARATOR]]]))
     assert not ended(zeros[:1]).any()
@@ -81,8 +77,8 @@ def test_of_a_list_only_what_resembles_the_first_pass_is_raised() -> None:
     assert listed.like("we flew to zurich, and to 東京 today") == ("東京", "Zürich")
     assert listed.like("") == ()
     many = Phrases(tuple(f"paris {i}" for i in range(100)), 2.0)
-    assert 0 < len(many.like("it was paris 7")) < 40
     assert many.like("it was paris 7")[0] == "paris 7"
+    assert len(many.like("it was paris 7")) == 30
 
 
 def test_errors_name_file_and_line(tmp_path: Path, tiny_run: Callable[..., Path],
@@ -98,32 +94,20 @@ def test_errors_name_file_and_line(tmp_path: Path, tiny_run: Callable[..., Path]
             Phrases.of(str(file), 2.0)
     with pytest.raises(UserError, match=r"phrases\[1\]"):
         Phrases.of(["Anna", ""], 2.0)
-    run = tiny_run()
-    for boost in ("2", "-1"):
-        assert main(["predict", str(run), "corpus", "--phrases", str(file),
-                     "--phrase-boost", boost]) == 2
+    args = ["predict", str(tiny_run()), "corpus", "--phrases", str(file), "--phrase-boost"]
+    assert main([*args, "2"]) == main([*args, "-1"]) == 2
     assert "more than 10,000 phrases" in (said := capsys.readouterr().err)
     assert "--phrase-boost: must be at least 0" in said
 
 
-@pytest.fixture(scope="module")
-def whisper(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("whisper")
-    for part in make_whisper(init_std=0.3):
-        part.save_pretrained(folder)
-    return str(folder)
-
-
-def all_of(self: Phrases, heard: str) -> tuple[str, ...]:
-    return self.texts
-
-
-def test_whisper_says_a_phrase_that_is_raised_enough(whisper: str, build: Build,
+def test_whisper_says_a_phrase_that_is_raised_enough(tmp_path: Path, build: Build,
                                                      monkeypatch: pytest.MonkeyPatch) -> None:
-    own, waves = WhisperRecogniser(whisper), noise(3)
+    for part in make_whisper(init_std=0.3):
+        part.save_pretrained(tmp_path)
+    own, waves = WhisperRecogniser(str(tmp_path)), noise(3)
     plain = own(waves, "en")
     assert own(waves, "en", Phrases(("quetzalcoatlus",), 500.0)) == plain, "it is like nothing"
-    monkeypatch.setattr(Phrases, "like", all_of)
+    monkeypatch.setattr(Phrases, "like", lambda self, heard: self.texts)
     long = f"{SAID} we thank the european parliament"  # too long to be said four times
     forced = own(waves, "en", Phrases((long,), 500.0))
     assert all(long in t.text.lower() for t in forced)
@@ -145,9 +129,8 @@ def test_an_llm_that_rewrites_is_drawn_to_phrases(build: Build, options: dict[st
         batch = batch_of(model, waves[which], texts[which])
         return Engine(model, how, phrases).answer(batch, [["ner"]] * len(batch))
 
-    plain, raised = said(slice(None), None), said(slice(None), LIST)
-    assert plain == decode(model, waves, [["ner"]] * 4, texts, **options)
-    assert raised[1] == plain[1], "nothing is like an empty hypothesis"
+    plain, raised = decode(model, waves, [["ner"]] * 4, texts, **options), said(slice(None), LIST)
+    assert str(raised[1]) == str(plain[1]), "nothing is like an empty hypothesis"
     for i in range(4):
         one, = said(slice(i, i + 1), LIST)
         assert (one.transcript, one.outputs) == (raised[i].transcript, raised[i].outputs)
@@ -165,8 +148,7 @@ def test_phrases_reach_the_recogniser_of_every_window(build: Build,
 
     monkeypatch.setattr(module, "recogniser_of", lambda *_: says)
     speech = 0.1 * torch.randn(16_000 * 45).numpy(), 16_000
-    options = DecodeConfig(phrase_boost=1.5)
-    assert understand(model, speech, [], options, phrases=["Anna"]).transcript == "anna anna"
-    assert given == [Phrases(("Anna",), 1.5)] * 2
-    understand(model, speech, [], options)
+    assert understand(model, speech, [], phrases=["Anna"]).transcript == "anna anna"
+    assert given == [Phrases(("Anna",), DecodeConfig().phrase_boost)] * 2
+    understand(model, speech, [])
     assert len(given) == 2, "no list, no argument"
