@@ -57,11 +57,11 @@ def parsed(path: Path) -> ast.Module:
 
 
 def test_the_package_is_small() -> None:
-    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 19_150
+    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 19_100
 
 
 def test_the_tests_are_small() -> None:
-    assert sum(len(lines_of(p)) for p in TESTS) <= 17_250
+    assert sum(len(lines_of(p)) for p in TESTS) <= 17_210
 
 
 def test_no_line_is_over_100_characters() -> None:

@@ -129,11 +129,11 @@ class Engine:
 
     def _raised(self, batch: Batch) -> Raised:
         """Phrases like what each row's hypothesis says, or else what the model does without any."""
-        heard = [e.utterance.hypothesis for e in batch.examples]
+        said = [e.utterance.hypothesis for e in batch.examples]
         if self.phrases and not self.model.reads_hypothesis:
             first = Engine(self.model, self.options)
-            heard = [a.transcript for a in first.answer(batch, [()] * len(batch))]
-        return [self.phrases.like(text or "") for text in heard] if self.phrases else ()
+            said = [a.transcript for a in first.answer(batch, [()] * len(batch))]
+        return [self.phrases.like(text or "") for text in said] if self.phrases else ()
 
     def _free(self, batch: Batch, names: Sequence[list[str]], raised: Raised) -> Read:
         """One answer for all tasks: whatever the model chooses to say."""

@@ -26,7 +26,7 @@ from unislu_llm.scoring.text import is_letter, word_spans
 from unislu_llm.text_files import read_text
 
 MOST, LONGEST = 10_000, 200  # phrases of a list, characters of a phrase
-_SIMILAR = 60.0  # percent from which a phrase may be what was heard
+_SIMILAR = 60.0  # percent from which a phrase may be what was said
 _KEPT = 30  # phrases of an utterance that are raised at most: the most similar ones
 _WORDS = 8  # of a stretch that is compared; longer phrases still have most of it
 _FREE = 4  # words of a phrase up to which each may have a capital or none, by itself
@@ -69,10 +69,10 @@ class Phrases(NamedTuple):
         texts = tuple(dict.fromkeys(" ".join(text.split()) for text in found.values()))
         return cls(texts, boost) if texts and boost else None
 
-    def like(self, heard: str) -> tuple[str, ...]:
-        """The phrases that resemble some stretch of what was heard, the most similar ones first:
+    def like(self, hypothesis: str) -> tuple[str, ...]:
+        """The phrases that resemble some stretch of a hypothesis, the most similar ones first:
         by letters and, half as much, by consonants; blanks aside (`lat via`)."""
-        words = [heard[a:b] for a, b in word_spans(heard)]
+        words = [hypothesis[a:b] for a, b in word_spans(hypothesis)]
         said = [_key("".join(words[i:i + n])) for n in range(1, _WORDS + 1)
                 for i in range(len(words) - n + 1)]
         if not said:
