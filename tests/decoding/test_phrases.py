@@ -38,11 +38,10 @@ def gains(tokenizer: Any, phrases: Sequence[str], ids: Sequence[int]) -> list[fl
 
 @pytest.mark.parametrize("metaspace", [None, "never"])
 @pytest.mark.parametrize(("phrases", "text", "raised"), [
-    (["paris"], "we met in {paris} on monday", 1), (["paris", "monday"], "{Paris} on {MONDAY}", 1),
+    (["paris", "monday"], "in {Paris} on {MONDAY}", 1), (["met in rome", "met"], "{met} in a", 1),
     (["Anna Paris"], "{anna paris}. {Anna Paris}, {ANNA PARIS}", 1), (["pari"], "in paris", 0),
     (["aris"], "in paris", 0), (["paris on"], "in paris, on", 0), (["anna voted"], "anna met", 0),
     (["met in paris", "paris on monday"], "{met in paris on monday}", 1),
-    (["met", "met in rome"], "{met} in paris", 1), (["council", "council met"], "{council met}", 1),
     (["met in", "met in paris on"], "we {met in} paris again", 1), (["[paris"], "in {paris}", 1)])
 def test_complete_phrases_gain_and_others_give_back(
         tokenizer_of: Callable[[str | None], Any], metaspace: str | None,
@@ -77,8 +76,7 @@ def test_of_a_list_only_what_resembles_the_first_pass_is_raised() -> None:
     assert listed.like("we flew to zurich, and to 東京 today") == ("東京", "Zürich")
     assert listed.like("") == ()
     many = Phrases(tuple(f"paris {i}" for i in range(100)), 2.0)
-    assert many.like("it was paris 7")[0] == "paris 7"
-    assert len(many.like("it was paris 7")) == 30
+    assert (many.like("it was paris 7")[0], len(many.like("paris 7"))) == ("paris 7", 30)
 
 
 def test_errors_name_file_and_line(tmp_path: Path, tiny_run: Callable[..., Path],
@@ -131,9 +129,8 @@ def test_an_llm_that_rewrites_is_drawn_to_phrases(build: Build, options: dict[st
 
     plain, raised = decode(model, waves, [["ner"]] * 4, texts, **options), said(slice(None), LIST)
     assert str(raised[1]) == str(plain[1]), "nothing is like an empty hypothesis"
-    for i in range(4):
-        one, = said(slice(i, i + 1), LIST)
-        assert (one.transcript, one.outputs) == (raised[i].transcript, raised[i].outputs)
+    alone = [said(slice(i, i + 1), LIST)[0] for i in range(4)]
+    assert [(a.transcript, a.outputs) for a in alone] == [(a.transcript, a.outputs) for a in raised]
     forced = said(slice(3, 4), Phrases(("anna voted",), 500.0))[0].transcript.lower()
     assert ("anna voted" in forced) is ("transcript" not in options or how.transcript == "margin")
 
