@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,21 +38,20 @@ def gains(tokenizer: Any, phrases: Sequence[str], ids: Sequence[int]) -> list[fl
 
 
 @pytest.mark.parametrize("metaspace", [None, "never"])
-@pytest.mark.parametrize(("phrases", "text", "raised"), [
-    (["paris", "monday"], "in {Paris} on {MONDAY}", 1), (["met in rome", "met"], "{met} in a", 1),
-    (["Anna Paris"], "{anna paris}. {Anna Paris}, {ANNA PARIS}", 1), (["pari"], "in paris", 0),
-    (["aris"], "in paris", 0), (["paris on"], "in paris, on", 0), (["anna voted"], "anna met", 0),
-    (["met in paris", "paris on monday"], "{met in paris on monday}", 1),
-    (["met in", "met in paris on"], "we {met in} paris again", 1), (["[paris"], "in {paris}", 1)])
+@pytest.mark.parametrize(("phrases", "text"), [
+    (["paris", "monday"], "in {Paris} on {MONDAY}"), (["met in rome", "met"], "{met} in a"),
+    (["Anna Paris"], "{anna paris}. {Anna Paris}, {ANNA PARIS}"), (["pari"], "in paris"),
+    (["aris"], "in paris"), (["paris on"], "in paris, on"), (["anna voted"], "anna met"),
+    (["met in paris", "paris on monday"], "{met in paris on monday}"),
+    (["met in", "met in paris on"], "we {met in} paris again"), (["[paris"], "in {paris}")])
 def test_complete_phrases_gain_and_others_give_back(
         tokenizer_of: Callable[[str | None], Any], metaspace: str | None,
-        phrases: list[str], text: str, raised: int) -> None:
+        phrases: list[str], text: str) -> None:
     base = tokenizer_of(metaspace)
-    plain = f" {text} .".replace("{", "").replace("}", "")
-    ids = base(plain, add_special_tokens=False)["input_ids"]
-    marked = [part.split("}")[0] for part in text.split("{")[1:]]
+    ids = base(re.sub("[{}]", "", f" {text} ."), add_special_tokens=False)["input_ids"]
+    marked = re.findall("{(.*?)}", text)
     expected = sum(len(base(f" {part}", add_special_tokens=False)["input_ids"]) for part in marked)
-    assert sum(gains(base, phrases, ids)) == 2.0 * expected * raised
+    assert sum(gains(base, phrases, ids)) == 2.0 * expected
 
 
 def test_a_bonus_token_by_token(tokenizer: UnifiedTokenizer) -> None:
