@@ -28,8 +28,7 @@ SAID = "the council met in paris on monday"
 LIST = Phrases(("Paris", "anna voted", "European Parliament", "union", SAID), 3.0)
 
 
-def gains(tokenizer: Any, phrases: Sequence[str], ids: Sequence[int]) -> list[float]:
-    """What a bias of 2 nats adds to each token of a text."""
+def gains(tokenizer: Any, phrases: Sequence[str], ids: Sequence[int]) -> list[float]:  # by 2 nats
     bias, found = PhraseBias(tokenizer, [tuple(phrases)], 2.0), []
     for token in ids:
         found.append(float(bias(torch.zeros(1, len(tokenizer)))[0, token]))
