@@ -40,7 +40,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, WhisperConfig
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
-from unislu_llm.config import DecodeConfig, ModelConfig, TrainConfig, Transcript
+from unislu_llm.config import DecodeConfig, ModelConfig, TrainConfig
 from unislu_llm.data.batch import Batch
 from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.data.frame_cache import FrameCache, build_frames, encoder_settings
@@ -57,6 +57,7 @@ from unislu_llm.models.kv_cache import State
 from unislu_llm.models.speech_llm import SpeechLLM
 from unislu_llm.run_folder import find_run, load_model, versions
 from unislu_llm.scoring.wer import corpus_wer
+from unislu_llm.setting_types import Transcript
 from unislu_llm.tasks import Span, TaskRegistry
 from unislu_llm.tokenizer import Example, make_examples
 from unislu_llm.training import process

@@ -27,7 +27,7 @@ from propagate_errors import Confusions, inject, repairs
 from propagate_report import draw, markdown, sentences
 from propagate_swaps import changes, partners, swapped
 
-from unislu_llm.config import DecodeConfig, Precision
+from unislu_llm.config import DecodeConfig
 from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.data.loading import load_examples
 from unislu_llm.data.sampler import sorted_batches
@@ -51,6 +51,7 @@ from unislu_llm.scoring.bootstrap import Counts, bootstrap
 from unislu_llm.scoring.predictions import Prediction, annotated, check_predictions, spoken_once
 from unislu_llm.scoring.score import utterance_counts
 from unislu_llm.scoring.text import Protocol
+from unislu_llm.setting_types import Precision
 from unislu_llm.tasks import SpanTask, Task, TaskRegistry
 from unislu_llm.tokenizer import Example
 from unislu_llm.utterance import Utterance

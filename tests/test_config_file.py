@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from unislu_llm.config import Common, Config, ModelConfig
+from unislu_llm.config import Config, ModelConfig
 from unislu_llm.config_file import config_from_file, load_config, to_yaml
 from unislu_llm.errors import UserError
 from unislu_llm.io import write_json
+from unislu_llm.setting_types import Common
 
 
 @pytest.fixture

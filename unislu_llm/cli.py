@@ -82,20 +82,18 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
                                                       help_behavior_hint="")], /,
             tasks: tuple[str, ...] = ("all",), out: Path | None = None,
             as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-            overlap: float = 0.0, language: str = "", no_speech: float = 0.6,
-            num_beams: int = 1, n_best: int = 1,
+            overlap: float = 0.0, language: str = "", no_speech: float = 0.6, n_best: int = 1,
+            num_beams: int = 1, phrases: Path | None = None, phrase_boost: float = 2.0,
             transcript: Literal["rewrite", "margin", "verbatim"] | None = None,
             grounded: bool = False, no_grammar: bool = False, confidences: bool = False,
             precision: Literal["fp32", "bf16"] = "fp32", batch_size: int = 8) -> int:
     """Print transcript, entities and labels of audio files, as they come.
 
-    What is over 30 s is cut at pauses into windows, whose answers are joined. A file that cannot
-    be read is one error; the others are answered, and the exit status is 2.
+    What is over 30 s is cut at pauses into windows. Unreadable files are an error each, status 2.
 
     Args:
         model: Run folder (its best checkpoint), saved model, or name on the Hugging Face hub.
-        audio: WAV, FLAC, Ogg, Opus, MP3; any rate, mixed down to mono. Files, folders with files in
-            and below them, patterns such as 'clips/*.wav', or - for a file on the standard input.
+        audio: WAV, FLAC, Ogg, Opus, MP3: files, folders, 'clips/*.wav', or - for standard input.
         tasks: Tasks to answer; without names: transcripts alone.
         out: Write JSON lines into this new file, in place of printing.
         as_json: Print one JSON object a file, with all that is known.
@@ -105,36 +103,38 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
         num_beams: Beams; 1 is greedy.
         n_best: With JSON: alternatives to print, at most as many as beams.
         transcript: How a hypothesis becomes the transcript; default: the model's own way.
+        phrases: File of names and terms, one a line, that are raised in transcripts.
+        phrase_boost: Nats by which each token of these is raised.
         grounded: Phrases of span tasks are whole words of the transcript.
         no_grammar: Let the model write freely, malformed or not.
         confidences: With JSON: how sure the decoder is of tokens, entities and labels.
         precision: Of frozen weights; bf16 is faster on a GPU.
         batch_size: Files (or windows) decoded at one time.
     """
-    if not audio:  # before anything is loaded, which takes seconds
-        raise UserError("no audio file is named; give one or more")
-    if not 1 <= n_best <= num_beams:
-        raise UserError(f"--n-best {n_best} (1 or more) needs --num-beams {max(n_best, 1)} or more")
-    if grounded and no_grammar:
-        raise UserError("--grounded needs the grammar; drop --no-grammar")
-    if out and out.exists():
-        raise UserError(f"--out {out}: is there already; remove it, or give another")
+    for wrong, why in (  # before anything is loaded, which takes seconds
+            (not audio, "no audio file is named; give one or more"),
+            (not 1 <= n_best <= num_beams, f"--n-best {n_best} (1 or more) needs --num-beams "
+             f"{max(n_best, 1)} or more"),
+            (grounded and no_grammar, "--grounded needs the grammar; drop --no-grammar"),
+            (out and out.exists(), f"--out {out}: is there already; remove it, or give another")):
+        if wrong:
+            raise UserError(why)
     from unislu_llm.config import DecodeConfig
     from unislu_llm.config_file import check
     from unislu_llm.decoding import files
     from unislu_llm.run_folder import find_run, load_model
 
     run = find_run(model)
-    names = list(run.registry().names if tasks == ("all",) else dict.fromkeys(tasks))
-    for name in names:
-        run.registry()[name]  # an unknown task is named before the model is loaded
+    registry, every = run.registry(), tasks == ("all",)  # unknown tasks are told before loading
+    names = [registry[name].name for name in (registry.names if every else dict.fromkeys(tasks))]
     options = check(DecodeConfig, {
         "batch_size": batch_size, "num_beams": num_beams, "no_speech": no_speech,
         "transcript": transcript, "grounded": grounded, "force_task": True,
+        "phrases": str(phrases or ""), "phrase_boost": phrase_boost,
         "grammar": not no_grammar}, lambda place: f"--{place[0]}".replace("_", "-"))
-    paths = list(files.find_files(audio))
-    answers = files.answer_files(partial(load_model, run, precision), paths, names, options,
-                                 n_best=n_best, overlap=overlap, language=language or None)
+    load, paths = partial(load_model, run, precision), list(files.find_files(audio))
+    answers = files.answer_files(load, paths, names, options, n_best=n_best, overlap=overlap,
+                                 language=language or None)
     show = partial(files.as_json, confidences=confidences) if as_json or out else files.as_text
     return 2 if files.write_answers(answers, len(paths), show, out) else 0
 
@@ -142,8 +142,8 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
 def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT")],
                manifests: Manifests, /, out: Path, source: Literal["decoder", "ctc"] = "decoder",
                language: str = "en", tasks_file: Path | None = None, copy_text: bool = False,
-               pseudo_label: bool = False, precision: Literal["fp32", "bf16"] = "fp32",
-               batch_size: int = 8) -> None:
+               pseudo_label: bool = False, phrases: Path | None = None, phrase_boost: float = 2.0,
+               precision: Literal["fp32", "bf16"] = "fp32", batch_size: int = 8) -> None:
     """Write copies of manifests whose rows have a hypothesis: what a recogniser makes of them.
 
     It can be stopped and started again. Rows over 30 s, and without --copy-text those without
@@ -159,6 +159,8 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
         copy_text: Rows without audio get their own transcript as hypothesis.
         pseudo_label: Rows with audio that lack `text` get the transcript as `text`, and no row gets
             a hypothesis. Those that are empty, repeat themselves or are over 30 s are left out.
+        phrases: File of names and terms, one a line, that are raised in what is recognised.
+        phrase_boost: Nats by which each token of these is raised.
         precision: Of the recogniser; bf16 is several times faster on a GPU.
         batch_size: Clips at one time.
     """
@@ -169,6 +171,7 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
                         "twice, the second time on the copies")
     from tabulate import tabulate
 
+    from unislu_llm.decoding.phrases import Phrases
     from unislu_llm.decoding.transcribe import transcribe
     from unislu_llm.run_folder import find_run, is_run
     from unislu_llm.scoring.wer import corpus_wer, rate_of
@@ -178,6 +181,7 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
     reports = transcribe(str(run.model) if run else model, manifests, out,
                          TaskRegistry.from_yaml(tasks_file), source=source, language=language,
                          copy_text=copy_text, pseudo_label=pseudo_label, precision=precision,
+                         phrases=Phrases.of(phrases, phrase_boost),
                          name=run.name if run else "", batch_size=batch_size)
     table = []
     for r in reports:

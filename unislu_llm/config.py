@@ -1,65 +1,39 @@
 """The settings of a run: what can be set, within which bounds, and what each means.
 
-One description serves flags, config files, presets of LLMs, a run's `config.yaml`, saved models.
-Later wins: defaults, preset (`adapters/*.yaml`), the model of `train.init`, config file, flags.
+One description serves everywhere: flags, config files, presets of LLMs, the run folder's
+`config.yaml`, and the `model` section of a saved model's `config.json`. Later wins: defaults, the
+preset of the LLM (`adapters/*.yaml`), the model that a run starts from (`train.init`), the config
+file (`--config`), flags.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field
 from tyro.conf import arg
 
 from unislu_llm.errors import UserError
-
-Precision = Literal["fp32", "bf16"]
-Transcript = Literal["rewrite", "margin", "verbatim"]  # as ModelConfig.transcript says
-_JSON = arg(constructor=json.loads, metavar="JSON")  # a flag whose value is JSON
-
-
-class Common:
-    """Mark of a setting that most users set: `--help` shows those, `--help-all` the others too."""
-
-
-# Bounds are wider than anybody needs, and such that no value exhausts the memory by itself, never
-# ends, or overflows where it is used. Strict: otherwise `"5"` and `true` would pass for numbers.
-Count = Annotated[int, Field(ge=0, le=10**9, strict=True)]
-Positive = Annotated[int, Field(ge=1, le=10**9, strict=True)]
-Few = Annotated[int, Field(ge=1, le=128, strict=True)]  # layers, heads, frames that are stacked
-Width = Annotated[int, Field(ge=0, le=32_768, strict=True)]  # of a layer
-Switch = Annotated[bool, Field(strict=True)]
-# Pydantic takes `.inf` and `.nan` of YAML for numbers; as a rate they would end in NaN losses.
-Number = Annotated[float, Field(strict=True, allow_inf_nan=False)]
-Rate = Annotated[Number, Field(ge=0.0, le=1e6)]
-Share = Annotated[Number, Field(ge=0.0, le=1.0)]
-Level = Annotated[Number, Field(ge=-100.0, le=100.0)]  # dB
-
-
-def _file_name(text: str) -> str:
-    # The system would answer such names with errors of its own, wherever they are used first.
-    if any(c < " " for c in text) or any(len(part.encode()) > 255 for part in text.split("/")):
-        raise ValueError(f"is too long for a name, or has a control character: {text!r:.60}")
-    return text
-
-
-def _no_text(value: Any) -> Any:
-    # What else an option may be only its owner knows, who has no file and line to name.
-    items = value if isinstance(value, list) else [value]
-    if len(items) > 100 or not all(type(i) in (int, float) and abs(i) <= 1e9 for i in items):
-        raise ValueError(f"must be a number or a list of numbers, found {value!r:.80}")
-    return value
-
-
-FilePath = Annotated[str, Field(max_length=4096), AfterValidator(_file_name)]
-"""File, folder or checkpoint; empty where there need be none."""
-Name = Annotated[FilePath, Field(min_length=1)]
-Names = Annotated[list[Name], Field(max_length=1000)]
-Prompt = Annotated[str, Field(max_length=10_000)]
-Options = Annotated[dict[str, Annotated[Any, AfterValidator(_no_text)]], _JSON]
-"""Further arguments of what a setting chooses."""
+from unislu_llm.setting_types import (
+    JSON,
+    Common,
+    Count,
+    Few,
+    FilePath,
+    Level,
+    Name,
+    Names,
+    Number,
+    Options,
+    Positive,
+    Precision,
+    Prompt,
+    Rate,
+    Share,
+    Switch,
+    Transcript,
+)
 
 
 class Section(BaseModel):
@@ -111,8 +85,7 @@ class ModelConfig(Section):
     hypothesis_bias: Rate = 0.0
     """Nats by which decoding favours the next words of the hypothesis, else of the ctc text."""
     transcript: Literal["auto", "rewrite", "margin", "verbatim"] = "auto"
-    """The hypothesis becomes the transcript: rewrite by the LLM, by a margin (it departs only where
-    it is surer of another word by hypothesis_bias), verbatim; auto: validation chooses."""
+    """How a hypothesis becomes the transcript (docs/decoding.md); auto: validation chooses."""
     recogniser: FilePath = ""
     """What makes hypotheses: a Whisper or saved model, ctc (the projector), empty: the encoder."""
     attention: Literal["auto", "eager", "sdpa", "flash", "flex"] = "auto"
@@ -136,7 +109,7 @@ class DataConfig(Section):
     """Manifests of other speech, whose WER tells beside dev what is forgotten; never of best."""
     tasks: Annotated[Name | None, arg(aliases=["--tasks-file"]), Common] = None
     """YAML list of tasks; default: those of train.init, else named entities and sentiment."""
-    weights: Annotated[dict[str, Rate], _JSON] = {}
+    weights: Annotated[dict[str, Rate], JSON] = {}
     """Share of each corpus (or manifest, by its stem) in training; overrides the temperature."""
     temperature: Annotated[Number, Field(ge=0.01, le=1e9)] = 1.0
     """Draw a corpus of n samples in proportion to n ** (1 / temperature); 1 is natural mixing."""
@@ -270,12 +243,15 @@ class DecodeConfig(Section):
     """In place of the model's own hypothesis_bias."""
     transcript: Transcript | None = None
     """rewrite, margin or verbatim, in place of the model's own transcript."""
+    phrases: FilePath = ""
+    """File of names and terms, one a line, that are raised in transcripts (docs/decoding.md)."""
+    phrase_boost: Rate = 2.0
+    """Nats by which each token of these is raised."""
     no_speech: Share = 0.6
     """Whisper's probability of no speech above which nothing is answered; 1 answers all."""
 
     def bound(self, seconds: float) -> int:
-        """New tokens allowed for so many seconds of audio."""
-        # However short the audio, there is room for markers and labels.
+        """New tokens for so many seconds of audio; however few, markers and labels have room."""
         return min(self.max_new_tokens, 24 + int(self.tokens_per_second * seconds))
 
 
@@ -302,7 +278,7 @@ class Config(Sections):
     """Run folder, never overwritten; default: runs/<recipe>-<date-time>."""
     resume: Annotated[Switch, Common] = False
     """Go on with the run in `output` from its last checkpoint."""
-    stages: Annotated[list[dict[str, Any]], Field(max_length=100), _JSON] = []
+    stages: Annotated[list[dict[str, Any]], Field(max_length=100), JSON] = []
     """Stages in order, each a mapping with a `name` and sections laid over this config."""
 
 

@@ -18,10 +18,11 @@ from typing import Annotated, Any, TypeVar
 import yaml
 from pydantic import Field, ValidationError
 
-from unislu_llm.config import Common, Config, ModelConfig, Precision, Section, Stage
+from unislu_llm.config import Config, ModelConfig, Section, Stage
 from unislu_llm.errors import Place, UserError, dotted, explain
 from unislu_llm.flags import Extra, flag_of, parse_flags
 from unislu_llm.io import MODEL_FILE, RUN_CONFIG, find_model, is_hub_name, near_models, read_json
+from unislu_llm.setting_types import Common, Precision
 from unislu_llm.text_files import read_yaml
 
 Values = dict[str, Any]
@@ -29,7 +30,7 @@ S = TypeVar("S", bound=Section)
 
 # Settings that are paths, by section; those of models may be names as well.
 _PATHS = {"data": ("train", "dev", "guard", "tasks", "frame_cache"), "augment": ("noise",),
-          "train": ("init",), "model": ("encoder", "llm", "recogniser")}
+          "train": ("init",), "model": ("encoder", "llm", "recogniser"), "decode": ("phrases",)}
 
 
 class Preset(ModelConfig):

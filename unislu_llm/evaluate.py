@@ -16,9 +16,10 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 import torch
 
-from unislu_llm.config import DecodeConfig, Precision, check_decoding
+from unislu_llm.config import DecodeConfig, check_decoding
 from unislu_llm.config_file import check
 from unislu_llm.data.loading import load_examples
+from unislu_llm.decoding.phrases import Phrases
 from unislu_llm.decoding.predict import predict
 from unislu_llm.errors import UserError
 from unislu_llm.evaluate_options import Options
@@ -29,6 +30,7 @@ from unislu_llm.run_folder import Run, find_run, load_model, versions
 from unislu_llm.scoring.calibration import calibrate
 from unislu_llm.scoring.predictions import check_predictions
 from unislu_llm.scoring.score import format_table, intervals, same_data, score_predictions
+from unislu_llm.setting_types import Precision
 from unislu_llm.tokenizer import Example
 
 
@@ -49,7 +51,8 @@ class Job:
         return {"weights": sha256(self.run.model / WEIGHTS_FILE),
                 "config": sha256(self.run.model / MODEL_FILE),
                 "manifests": [sha256(path) for path in self.manifests], "limit": self.limit,
-                "decode": self.decode.model_dump(), "precision": self.precision}
+                "decode": self.decode.model_dump(), "precision": self.precision,
+                "phrases": Phrases.of(self.decode.phrases, self.decode.phrase_boost)}
 
     def decoding(self) -> dict[str, Any]:
         """What has to be alike where systems are compared."""

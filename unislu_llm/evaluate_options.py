@@ -11,16 +11,17 @@ import tyro
 from pydantic import Field, create_model
 from pydantic.fields import FieldInfo
 
-from unislu_llm.config import DecodeConfig, Precision
+from unislu_llm.config import DecodeConfig
 from unislu_llm.flags import refuse_repeats
+from unislu_llm.setting_types import Precision
 
 
 def _flag(name: str, setting: FieldInfo) -> tuple[Any, Any]:
     # A switch is left out by not being given; other values need a None that says so.
     switch = setting.annotation is bool
     kind: Any = bool if switch else setting.annotation | None  # type: ignore[operator]
-    if name == "force_task":
-        kind = Annotated[kind, tyro.conf.arg(aliases=["--force-task"])]
+    if name in ("force_task", "phrases", "phrase_boost"):
+        kind = Annotated[kind, tyro.conf.arg(aliases=[f"--{name}".replace("_", "-")])]
     return kind, Field(False if switch else None, description=setting.description)
 
 

@@ -17,8 +17,9 @@ from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
 import tyro
 from pydantic import BaseModel, Field, ValidationError, create_model
 
-from unislu_llm.config import Common, Config, Section
+from unislu_llm.config import Config, Section
 from unislu_llm.errors import Place, UserError, already_told, dotted, explain
+from unislu_llm.setting_types import Common
 
 Extra = Mapping[str, tuple[Any, Any]]
 """Flags that are no settings: by name, type and pydantic field, which holds the default."""

@@ -29,7 +29,7 @@ from filelock import FileLock, Timeout
 from transformers.utils.logging import disable_progress_bar
 
 from unislu_llm import models
-from unislu_llm.config import Config, Precision
+from unislu_llm.config import Config
 from unislu_llm.config_file import absolute, config_of_run, to_yaml
 from unislu_llm.data.manifest import manifest_name
 from unislu_llm.errors import UserError, disk_fault
@@ -52,6 +52,7 @@ from unislu_llm.io import (
 )
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.saved import Description
+from unislu_llm.setting_types import Precision
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.weights import fetch_model
 

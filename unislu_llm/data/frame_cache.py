@@ -22,10 +22,10 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from unislu_llm.config import Precision
 from unislu_llm.data import audio
 from unislu_llm.errors import UserError
 from unislu_llm.io import atomic, sha256
+from unislu_llm.setting_types import Precision
 from unislu_llm.utterance import Utterance
 
 FORMAT = 2  # raise it when audio.py, the encoder or the files change: older entries are not found

@@ -17,6 +17,7 @@ from unislu_llm.decoding.greedy import Greedy, Make, Margin
 from unislu_llm.decoding.hypothesis_bias import HypothesisBias
 from unislu_llm.decoding.loops import loop_start
 from unislu_llm.decoding.no_speech import evidence_of
+from unislu_llm.decoding.phrases import PhraseBias, Phrases
 from unislu_llm.decoding.reading import feed
 from unislu_llm.decoding.search import Decoded, Ends, Processor, beam_search, padded, score_labels
 from unislu_llm.decoding.vocabulary import vocabulary_of
@@ -29,6 +30,7 @@ _MOST_LABELS = 64  # tasks with more are decoded token by token: each label cost
 
 # Row of an utterance in the batch, and a task asked of it (`asr`: its transcript alone).
 Pair = tuple[int, str]
+Raised = Sequence[Sequence[str]]  # phrases of each row, or nothing
 Found = dict[Pair, list[Decoded]]  # answers, best first
 Shares = dict[Pair, Tensor]  # probabilities `(labels,)` of answers that are labels
 # What a batch says: these, and of each row of the prompt's state `ctc_hypothesis` and `start`.
@@ -54,8 +56,9 @@ class Engine:
     Raises UserError: options that do not go together, or a label that the tokenizer cannot spell.
     """
 
-    def __init__(self, model: SLUModel, options: DecodeConfig | None = None) -> None:
-        self.model, self.options = model, options or DecodeConfig()
+    def __init__(self, model: SLUModel, options: DecodeConfig | None = None,
+                 phrases: Phrases | None = None) -> None:
+        self.model, self.options, self.phrases = model, options or DecodeConfig(), phrases
         if self.options.temperature and self.options.num_beams > 1:
             raise UserError("decode.temperature samples one answer; it takes num_beams 1")
         self._ids = model.tokenizer.marker_ids
@@ -105,7 +108,8 @@ class Engine:
                 shares: Shares = {}
             else:
                 way = self._by_task if self.options.force_task else self._free
-                found, shares, by_ctc, start = way(batch.to(self.model.device), names)
+                here = batch.to(self.model.device)
+                found, shares, by_ctc, start = way(here, names, self._raised(batch))
         finally:
             self.model.train(training)
             evidence = ([e.utterance.evidence for e in batch.examples] if start is None else
@@ -123,7 +127,15 @@ class Engine:
                 several=n_best > 1))
         return answers
 
-    def _free(self, batch: Batch, names: Sequence[list[str]]) -> Read:
+    def _raised(self, batch: Batch) -> Raised:
+        """Phrases like what each row's hypothesis says, or else what the model does without any."""
+        said = [e.utterance.hypothesis for e in batch.examples]
+        if self.phrases and not self.model.reads_hypothesis:
+            first = Engine(self.model, self.options)
+            said = [a.transcript for a in first.answer(batch, [()] * len(batch))]
+        return [self.phrases.like(text or "") for text in said] if self.phrases else ()
+
+    def _free(self, batch: Batch, names: Sequence[list[str]], raised: Raised) -> Read:
         """One answer for all tasks: whatever the model chooses to say."""
         state, seconds = self.model.prefill(batch), batch.durations
         by_ctc, start = state.ctc_hypothesis, state.start
@@ -132,7 +144,7 @@ class Engine:
         need = [self._grammar.need(r) if self._grammar else 0 for r in requests]
         fits = self.model.fits(state, need)
         room = [*map(self._budget, seconds, need, fits)]
-        make, heads = self._maker(requests, room, state), [Decoded()] * len(names)
+        make, heads = self._maker(requests, room, state, raised), [Decoded()] * len(names)
         eos = self.model.tokenizer.eos_id
         if verbatim := self._way(state) == "verbatim":
             heads = self._verbatim(state, need)
@@ -145,7 +157,7 @@ class Engine:
         return {(i, name): [heads[i] + tail for tail in ranked[i]]
                 for i, some in enumerate(names) for name in some}, {}, by_ctc, start
 
-    def _by_task(self, batch: Batch, names: Sequence[list[str]]) -> Read:
+    def _by_task(self, batch: Batch, names: Sequence[list[str]], raised: Raised) -> Read:
         """Transcripts once, then each task from a copy of the cache."""
         state, seconds = self.model.prefill(batch), batch.durations
         by_ctc, start = state.ctc_hypothesis, state.start
@@ -170,7 +182,7 @@ class Engine:
             ranked = [[head + Decoded([stop], [math.nan])] for head, (stop, *_) in
                       zip(self._verbatim(state, most), stops, strict=True)]
         else:
-            make = self._maker(requests, room, state)
+            make = self._maker(requests, room, state, raised)
             ranked, state = self._search(state, room, stops, make, state)
             if self.options.num_beams > 1:
                 # The beams' own states are gone; the best transcripts are read again, in one step.
@@ -293,24 +305,26 @@ class Engine:
 
     def _way(self, state: State) -> str:
         """How transcripts are made: without a hypothesis `rewrite`, and by beams no margin."""
-        if self._hypotheses(state) is None or (
-                self._transcript == "margin" and self.options.num_beams > 1):
-            return "rewrite"
-        return self._transcript
+        beams = self._transcript == "margin" and self.options.num_beams > 1
+        return "rewrite" if beams or self._hypotheses(state) is None else self._transcript
 
-    def _maker(self, requests: Sequence[Request], budgets: Sequence[int], state: State) -> Make:
-        """What makes the processors of transcripts: the grammar, and before it the bias."""
+    def _maker(self, requests: Sequence[Request], budgets: Sequence[int], state: State,
+               raised: Raised) -> Make:
+        """What makes the processors of transcripts: what they are drawn to, then the grammar."""
         read, margin = self._hypotheses(state), self._way(state) == "margin"
         if read is not None:
             read = [self._kept(ids, loops=not margin).ids for ids in read]
 
         def make() -> list[Processor]:
-            grammar = self._processors(requests, budgets)
-            if read is None:
-                return grammar
-            # By a margin, nothing is added to the scores: it is what they are compared by.
-            return [HypothesisBias(self.model.tokenizer, read, 0.0 if margin else self._bias,
-                                   self.model.device), *grammar]
+            made, own = self._processors(requests, budgets), self.model.tokenizer
+            if self.phrases:
+                ends = [*self._ids.values(), own.eos_id]
+                made.insert(0, PhraseBias(own.base, raised, self.phrases.boost, ends))
+            if read is not None:
+                # By a margin, nothing is added to the scores: it is what they are compared by.
+                made.insert(0, HypothesisBias(own, read, 0.0 if margin else self._bias,
+                                              self.model.device))
+            return made
 
         return make
 

@@ -15,6 +15,7 @@ from unislu_llm.config import DecodeConfig
 from unislu_llm.data import audio
 from unislu_llm.decoding.answer import Answer
 from unislu_llm.decoding.inputs import One, expand
+from unislu_llm.decoding.phrases import Phrases
 from unislu_llm.decoding.predict import understand
 from unislu_llm.errors import UserError
 from unislu_llm.io import named, printable
@@ -43,6 +44,7 @@ def answer_files(load: Callable[[], SLUModel], files: Sequence[str | UserError],
         files: errors are handed on.
         tasks, options, how: of :func:`~unislu_llm.decoding.predict.understand`.
     """
+    Phrases.of(options.phrases, options.phrase_boost)  # what is wrong there is told before loading
     chunk, model = options.batch_size, None
     for start in range(0, len(files), chunk):
         some = files[start:start + chunk]

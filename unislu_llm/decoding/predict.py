@@ -18,6 +18,7 @@ from unislu_llm.decoding.engine import Engine
 from unislu_llm.decoding.inputs import One, utterances_of
 from unislu_llm.decoding.long_form import join, windows
 from unislu_llm.decoding.no_speech import Evidence, judge, silent
+from unislu_llm.decoding.phrases import Phrases
 from unislu_llm.decoding.recogniser import with_hypotheses
 from unislu_llm.errors import UserError
 from unislu_llm.models.base import SLUModel
@@ -47,16 +48,19 @@ def predict(model: SLUModel, examples: Sequence[Example], options: DecodeConfig 
     Raises:
         UserError: unreadable audio; the message names manifest line and file.
     """
+    options = options or DecodeConfig()
+    engine = Engine(model, options, Phrases.of(options.phrases, options.phrase_boost))
     groups: dict[tuple[int, bool], list[int]] = {}
     for i, example in enumerate(examples):
         # The transcript alone is a request of its own: it ends where others have [T/L].
         groups.setdefault((id(example.utterance), example.task is None), []).append(i)
     members = list(groups.values())
     utterances = with_hypotheses(model, [examples[some[0]].utterance for some in members],
-                                 progress=progress and f"{progress}: hypotheses")
+                                 progress=progress and f"{progress}: hypotheses",
+                                 phrases=engine.phrases)
     tasks = [[task for i in some if (task := examples[i].task) is not None] for some in members]
     predictions: Predictions = [{} for _ in examples]
-    for indices, answers in _batches(Engine(model, options), utterances, tasks, progress=progress):
+    for indices, answers in _batches(engine, utterances, tasks, progress=progress):
         done = [(i, answer) for g, answer in zip(indices, answers, strict=True) for i in members[g]]
         for i, answer in done:
             language = examples[i].utterance.language or model.config.language
@@ -73,7 +77,7 @@ def understand(model: SLUModel, inputs: Iterable[One], *rest: Any, **how: Any) -
 def understand(model: SLUModel, inputs: One | Iterable[One],
                tasks: str | Sequence[str] | None = None, options: DecodeConfig | None = None, *,
                n_best: int = 1, long_form: bool = True, overlap: float = 0.0,
-               language: str | None = None) -> Any:
+               language: str | None = None, phrases: Iterable[str] | None = None) -> Any:
     """Transcript and annotations of speech: an answer for one input, a list for several.
 
     Args:
@@ -87,17 +91,19 @@ def understand(model: SLUModel, inputs: One | Iterable[One],
             refuses it.
         overlap: seconds by which windows overlap.
         language: Whisper language code for the model's recogniser; default: the model's own.
+        phrases: names and terms that are raised; default: those of the file `options.phrases`.
 
     Raises:
         UserError: unreadable or unusable audio, audio over 30 s without `long_form`, an unknown
             task, a language where no recogniser is told one, a model that reads reference
-            transcripts, or more answers than beams.
+            transcripts, more answers than beams, or what is no phrase.
     """
     options = options or DecodeConfig()
     # What the caller set on purpose stays, also where it equals a default.
     usual = {name: True for name in ("grammar", "force_task")
              if name not in options.model_fields_set}
-    engine = Engine(model, options.model_copy(update=usual))
+    listed = Phrases.of(options.phrases if phrases is None else phrases, options.phrase_boost)
+    engine = Engine(model, options.model_copy(update=usual), listed)
     names = [tasks] if isinstance(tasks, str) else list(
         model.registry.names if tasks is None else tasks)
     for name in names:
@@ -119,7 +125,7 @@ def understand(model: SLUModel, inputs: One | Iterable[One],
 def _understand(engine: Engine, whole: Sequence[Utterance], tasks: Sequence[str], n_best: int,
                 long_form: bool, overlap: float) -> list[Answer]:
     parts = [windows(u, overlap) if long_form else [u] for u in whole]
-    every = with_hypotheses(engine.model, [part for some in parts for part in some])
+    every = with_hypotheses(engine.model, [u for p in parts for u in p], phrases=engine.phrases)
     found: dict[int, Answer] = {}
     for indices, done in _batches(engine, every, [tasks] * len(every), n_best=n_best):
         found |= zip(indices, (a.refused(engine.model.registry) if a.no_speech else a

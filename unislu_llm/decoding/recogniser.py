@@ -30,6 +30,8 @@ from unislu_llm.data.frame_cache import load_clip
 from unislu_llm.decoding.engine import Engine
 from unislu_llm.decoding.loops import loop_start
 from unislu_llm.decoding.no_speech import Evidence, evidence_of, silent
+from unislu_llm.decoding.phrases import PhraseBias, Phrases
+from unislu_llm.decoding.search import padded
 from unislu_llm.errors import UserError
 from unislu_llm.io import is_saved_model
 from unislu_llm.models.base import SLUModel
@@ -53,12 +55,13 @@ class Transcript(NamedTuple):
     evidence: Evidence | None = None  # of speech, where the recogniser has any
 
 
-Recogniser = Callable[[Sequence[Tensor], str], list[Transcript]]
-"""Transcripts of clips `(S,)` at 16 kHz, up to 30 s each, in a language (Whisper's code)."""
+Recogniser = Callable[..., list[Transcript]]
+"""Transcripts of clips `(S,)` at 16 kHz, up to 30 s, in a language (Whisper's code), by phrases."""
 
 
 class WhisperRecogniser:
-    """Plain Whisper, greedy.
+    """Plain Whisper, greedy. With phrases, clips in which some may be said are decoded once more
+    from the same frames; the better text stands.
 
     It was trained on clips padded to 30 s. Less silence saves time of the encoder and costs words
     (docs/results.md); at its natural length a clip makes it repeat itself.
@@ -86,7 +89,8 @@ class WhisperRecogniser:
         self._encoder = SpeechEncoder(whisper.model.encoder, ModelConfig()).eval()
         self._tokenizer = weights.from_pretrained(AutoTokenizer, path)
 
-    def __call__(self, waves: Sequence[Tensor], language: str) -> list[Transcript]:
+    def __call__(self, waves: Sequence[Tensor], language: str,
+                 phrases: Phrases | None = None) -> list[Transcript]:
         # Its decoder has no mask: clips of a batch are padded to one length, which is rounded up so
         # that it depends on the clip alone.
         groups: defaultdict[int, list[int]] = defaultdict(list)
@@ -97,52 +101,77 @@ class WhisperRecogniser:
         for size, some in groups.items():
             padded = [F.pad(waves[i], (0, size - len(waves[i]))) for i in some]
             bounds = [DecodeConfig().bound(len(waves[i]) / audio.SAMPLE_RATE) for i in some]
-            found |= zip(some, self._transcribe(padded, bounds, language), strict=True)
+            found |= zip(some, self._transcribe(padded, bounds, language, phrases), strict=True)
         return [found[i] for i in range(len(waves))]
 
     @torch.inference_mode()
-    def _transcribe(self, waves: Sequence[Tensor], bounds: Sequence[int],
-                    language: str) -> list[Transcript]:
+    def _transcribe(self, waves: Sequence[Tensor], bounds: Sequence[int], language: str,
+                    phrases: Phrases | None) -> list[Transcript]:
         """Transcripts of clips of one length, of so many tokens at most."""
-        whisper, device = self._whisper, self._whisper.device
-        prompt = whisper_prompt(whisper, self._tokenizer, language)
+        whisper, tokenizer = self._whisper, self._tokenizer
+        prompt = whisper_prompt(whisper, tokenizer, language)
         mel, lengths = audio.batch_log_mel(waves, int(whisper.config.num_mel_bins))
-        frames, _ = self._encoder(mel.to(device, whisper.dtype), lengths)
+        frames, _ = self._encoder(mel.to(whisper.device, whisper.dtype), lengths)
         room = int(whisper.config.max_target_positions) - len(prompt)
         bounds = [min(room, bound) for bound in bounds]
         first: list[Tensor] = []  # logits at the first position
+        # `generate` gives no logits of the prompt, which tell speech and language: hence the hook.
+        with whisper.register_forward_hook(
+                lambda _, __, out: None if first else first.append(out.logits[:, 0])):
+            said = self._decode(frames, prompt, bounds)
+        found = []
+        for (ids, sure), evidence in zip(said, evidence_of(tokenizer, whisper, first[0]),
+                                         strict=True):
+            text = str(tokenizer.decode(ids, skip_special_tokens=True))
+            found.append(_cut(ids, tokenizer, evidence.of_words(sum(sure) / len(sure), text)))
+        raised = [phrases.like(t.text) if phrases else () for t in found]
+        if phrases and (rows := [i for i, some in enumerate(raised) if some]):
+            again = self._decode(frames[rows], prompt, [bounds[i] for i in rows], PhraseBias(
+                tokenizer, [raised[i] for i in rows], phrases.boost))
+            for i, new in zip(rows, again, strict=True):
+                both = PhraseBias(tokenizer, [raised[i]] * 2, phrases.boost)
+                both.advance(padded([said[i][0], new[0]], frames.device))
+                # The bonus counts twice: a greedy search seldom finds the best text with a phrase.
+                old, better = (sum(sure) + 2 * gain for (_, sure), gain in
+                               zip((said[i], new), both.gains(), strict=True))
+                made = _cut(new[0], tokenizer, found[i].evidence)  # of speech: the first pass's
+                found[i] = made if better >= old and not made.loop else found[i]
+        return found
+
+    def _decode(self, frames: Tensor, prompt: Sequence[int], bounds: Sequence[int],
+                bias: PhraseBias | None = None) -> list[tuple[list[int], list[float]]]:
+        """Of each row the ids behind the prompt, and log-probabilities of these and the end."""
+        whisper, device = self._whisper, frames.device
         steps: list[Tensor] = []  # log-probability of each token that is taken, `(rows,)`
 
-        def note(_: Tensor, scores: Tensor) -> Tensor:
-            steps.append(scores.float().log_softmax(-1).amax(-1))
+        def note(ids: Tensor, scores: Tensor) -> Tensor:
+            log_probs = scores.float().log_softmax(-1)
+            if bias is not None:
+                bias.advance(ids[:, max(len(prompt), ids.shape[1] - 1):])
+                scores = bias(scores)
+            steps.append(log_probs.gather(1, scores.argmax(-1, keepdim=True))[:, 0])
             return scores
 
         # Whisper's own `generate` adds windows, timestamps and language detection. The generic
-        # one honours the checkpoint's suppressed tokens and decides nothing else. It gives out no
-        # logits of the prompt, which tell speech and language without another pass: hence the hook.
-        with whisper.register_forward_hook(
-                lambda _, __, out: None if first else first.append(out.logits[:, 0])):
-            out = GenerationMixin.generate(
-                whisper, encoder_outputs=BaseModelOutput(last_hidden_state=frames),
-                attention_mask=torch.ones(frames.shape[:2], dtype=torch.long, device=device),
-                decoder_input_ids=torch.tensor(prompt, device=device).expand(len(frames), -1),
-                logits_processor=LogitsProcessorList([note]),  # type: ignore[list-item]
-                do_sample=False, max_new_tokens=max(bounds))
+        # one honours the checkpoint's suppressed tokens and decides nothing else.
+        out = GenerationMixin.generate(
+            whisper, encoder_outputs=BaseModelOutput(last_hidden_state=frames),
+            attention_mask=torch.ones(frames.shape[:2], dtype=torch.long, device=device),
+            decoder_input_ids=torch.tensor(prompt, device=device).expand(len(frames), -1),
+            logits_processor=LogitsProcessorList([note]),  # type: ignore[list-item]
+            do_sample=False, max_new_tokens=max(bounds))
         end, found = int(whisper.config.eos_token_id), []
-        for ids, n, log_probs, evidence in zip(
-                out[:, len(prompt):].tolist(), bounds, torch.stack(steps, dim=1).tolist(),
-                evidence_of(self._tokenizer, whisper, first[0]), strict=True):
+        for ids, n, log_probs in zip(out[:, len(prompt):].tolist(), bounds,
+                                     torch.stack(steps, dim=1).tolist(), strict=True):
             said = ids[:ids.index(end)] if end in ids[:n] else ids[:n]
-            sure = log_probs[:min(len(said) + 1, n)]  # with the token that ends it
-            text = str(self._tokenizer.decode(said, skip_special_tokens=True))
-            evidence = evidence.of_words(sum(sure) / len(sure), text)
-            found.append(_cut(said, self._tokenizer, evidence))
+            found.append((said, log_probs[:min(len(said) + 1, n)]))
         return found
 
 
 class ModelRecogniser:
     """One of our models, whose prompt says the language: what its decoder says, or by source `ctc`
-    the greedy text of its projector. One that reads hypotheses has its own recogniser make them.
+    the greedy text of its projector, in which no phrase is raised. One that reads hypotheses has
+    its own recogniser make them.
 
     Raises:
         UserError: by `ctc`, the model has another projector.
@@ -152,17 +181,20 @@ class ModelRecogniser:
         if source == "ctc" and not isinstance(getattr(model, "projector", None), CTCProjector):
             raise UserError("hypotheses by `ctc` need a model with the projector 'ctc'")
         self._model: Any = model
-        self._engine = None if source == "ctc" else Engine(
-            model, DecodeConfig(grammar=True, force_task=True))
+        self._ctc = source == "ctc"
 
     @torch.inference_mode()
-    def __call__(self, waves: Sequence[Tensor], language: str) -> list[Transcript]:
-        model, engine = self._model, self._engine
+    def __call__(self, waves: Sequence[Tensor], language: str,
+                 phrases: Phrases | None = None) -> list[Transcript]:
+        model = self._model
+        engine = None if self._ctc else Engine(
+            model, DecodeConfig(grammar=True, force_task=True), phrases)
         blanks = [Example(Utterance("", None, ""), None)] * len(waves)
         if engine is not None and model.reads_hypothesis:
             blanks = [Example(replace(blanks[0].utterance, hypothesis=made.text,
                                       evidence=made.evidence), None)
-                      for made in recogniser_of(model)(waves, language)]
+                      for made in recogniser_of(model)(
+                          waves, language, *filter(None, [phrases]))]
         batch = model.collator().from_waves(blanks, waves)
         if engine is None:  # no decoder runs
             said = [(ids, None if ids else Evidence(1.0))
@@ -223,8 +255,8 @@ def recogniser_of(model: SLUModel, device: torch.device | None = None) -> Recogn
 
 
 def recognise(recogniser: Recogniser, utterances: Sequence[Utterance], registry: TaskRegistry, *,
-              language: str = "en", batch_size: int = 8,
-              progress: str = "") -> Iterator[tuple[int, Transcript]]:
+              language: str = "en", batch_size: int = 8, progress: str = "",
+              phrases: Phrases | None = None) -> Iterator[tuple[int, Transcript]]:
     """Index of each utterance and what is said in it, in lower case and on one line.
 
     Args:
@@ -234,6 +266,7 @@ def recognise(recogniser: Recogniser, utterances: Sequence[Utterance], registry:
         language: of utterances that name none.
         batch_size: clips at one time, of one language.
         progress: label of a progress bar; empty shows none.
+        phrases: that are raised.
 
     Raises:
         UserError: unreadable audio.
@@ -246,7 +279,7 @@ def recognise(recogniser: Recogniser, utterances: Sequence[Utterance], registry:
             some = [i for i in order[:batch_size] if codes[i] == codes[order[0]]]
             order = order[len(some):]
             waves = [load_clip(utterances[i]) for i in some]
-            made = recogniser(waves, codes[some[0]])
+            made = recogniser(waves, codes[some[0]], *filter(None, [phrases]))
             for i, wave, t in zip(some, waves, made, strict=True):
                 evidence = Evidence(1.0) if silent(wave) else t.evidence
                 yield i, t._replace(text=clean(t.text, registry), evidence=evidence)
@@ -261,12 +294,13 @@ def clean(text: str, registry: TaskRegistry) -> str:
 
 
 def with_hypotheses(model: SLUModel, utterances: Sequence[Utterance], progress: str = "",
-                    device: torch.device | None = None) -> list[Utterance]:
+                    device: torch.device | None = None,
+                    phrases: Phrases | None = None) -> list[Utterance]:
     """Attach to utterances what a model needs before it decodes: hypotheses, where it reads them.
 
     Those of `model.hypothesis manifest` that are there stay; the model's recogniser makes the
     others. What comes twice stays one object. `progress` is the label of a progress bar, `device`
-    the recogniser's in place of the model's.
+    the recogniser's in place of the model's; `phrases` are raised in what is made.
 
     Raises:
         UserError: a reference transcript or the recogniser is lacking.
@@ -285,9 +319,11 @@ def with_hypotheses(model: SLUModel, utterances: Sequence[Utterance], progress: 
                         "but not used on files; train one with model.hypothesis manifest")
     if lacking:
         made = dict(recognise(recogniser_of(model, device), list(lacking.values()), model.registry,
-                              language=model.config.language, progress=progress))
+                              language=model.config.language, progress=progress, phrases=phrases))
         found |= {key: replace(u, hypothesis=made[i].text, evidence=made[i].evidence)
                   for i, (key, u) in enumerate(lacking.items())}
         if looped := sum(t.loop for t in made.values()):
             log.warning("%d of %d hypotheses repeated themselves and were cut", looped, len(made))
+    if phrases and (given := len(found) - len(lacking)):
+        log.warning("phrases change no given hypothesis: %d of %d are given", given, len(found))
     return [found[id(u)] for u in utterances]

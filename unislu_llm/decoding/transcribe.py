@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 
-from unislu_llm.config import DecodeConfig, Precision
+from unislu_llm.config import DecodeConfig
 from unislu_llm.data.annotations import listed_phrases
 from unislu_llm.data.audio import MAX_SECONDS
 from unislu_llm.data.manifest import Row, moved, read_rows
 from unislu_llm.data.phrases import place_phrases
 from unislu_llm.decoding.no_speech import judge
+from unislu_llm.decoding.phrases import Phrases
 from unislu_llm.decoding.recogniser import Recogniser, Transcript, clean, load_recogniser, recognise
 from unislu_llm.errors import UserError
 from unislu_llm.io import append_json, atomic
+from unislu_llm.setting_types import Precision
 from unislu_llm.tasks import SpanTask, TaskRegistry
 from unislu_llm.utterance import Utterance
 
@@ -46,7 +48,7 @@ class Report:
 def transcribe(model: str, manifests: Sequence[Path], folder: Path, registry: TaskRegistry, *,
                source: str = "decoder", language: str = "en", copy_text: bool = False,
                pseudo_label: bool = False, name: str = "", precision: Precision = "fp32",
-               batch_size: int = 8) -> list[Report]:
+               batch_size: int = 8, phrases: Phrases | None = None) -> list[Report]:
     """Write a copy of each manifest whose rows have a hypothesis, or with `pseudo_label` a text.
 
     All else in the rows stays, audio paths follow. A pseudo-label is for rows with audio that
@@ -66,11 +68,14 @@ def transcribe(model: str, manifests: Sequence[Path], folder: Path, registry: Ta
         name: of the recogniser in `text_source`; default: the checkpoint's, or its folder's.
         precision: of the recogniser.
         batch_size: clips at one time.
+        phrases: that are raised in what is recognised.
 
     Raises:
         UserError: no such recogniser, a manifest with problems, two of one name, unreadable audio,
             a file in the way of a copy, or no row of a manifest is left.
     """
+    if phrases and source == "ctc":
+        raise UserError("--phrases: by --source ctc no decoder chooses words; drop one of the two")
     device, half = "cuda" if torch.cuda.is_available() else "cpu", precision == "bf16"
     load = partial(load_recogniser, model, source, device=device,
                    dtype=torch.bfloat16 if half else torch.float32)
@@ -80,7 +85,7 @@ def transcribe(model: str, manifests: Sequence[Path], folder: Path, registry: Ta
             return write_copies(
                 load, manifests, folder, registry, settings=[model, source, precision],
                 copy_text=copy_text, text_source=name if pseudo_label else "", language=language,
-                batch_size=batch_size, progress=True)
+                batch_size=batch_size, progress=True, **({"phrases": phrases} if phrases else {}))
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error})") from error
 

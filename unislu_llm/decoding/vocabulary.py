@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
+from typing import Any
 from unicodedata import category
 
 import torch
@@ -37,7 +38,7 @@ class Vocabulary:
         # What decoding drops, and what some tokenizers do not call special, is no text.
         hidden |= {i for i, token in base.added_tokens_decoder.items()
                    if token.special or _CONTROL.fullmatch(token.content)}
-        self.texts = ["" if i in hidden else text for i, text in enumerate(_texts(tokenizer, size))]
+        self.texts = ["" if i in hidden else text for i, text in enumerate(texts_of(base, size))]
         self.whole = [not (BROKEN in text or (name and _BYTE.fullmatch(name)))
                       for text, name in zip(self.texts, names, strict=True)]
         visible = torch.tensor([bool(text.replace(BROKEN, "").strip()) for text in self.texts])
@@ -55,16 +56,17 @@ class Vocabulary:
         return bool(a and b) and is_letter(a) and is_letter(b)
 
 
-def _texts(tokenizer: UnifiedTokenizer, size: int) -> list[str]:
-    """Each token's characters as decoded; of special tokens they mean nothing."""
+@lru_cache(maxsize=4)
+def texts_of(base: Any, size: int) -> list[str]:
+    """Each of so many tokens' characters as decoded; of special tokens they mean nothing."""
     # Behind a letter, because tokenizers hide the blank of a text's first word.
-    anchor = tokenizer.text_ids("a")[-1:]
+    anchor = base("a", add_special_tokens=False)["input_ids"][-1:]
     pairs = [anchor, *([*anchor, i] for i in range(size))]
-    if backend := getattr(tokenizer.base, "backend_tokenizer", None):  # many times faster
+    if backend := getattr(base, "backend_tokenizer", None):  # many times faster
         decoded: Sequence[str] = backend.decode_batch(pairs, skip_special_tokens=True)
     else:
-        decoded = [str(tokenizer.base.decode(pair, skip_special_tokens=True,
-                                             clean_up_tokenization_spaces=False)) for pair in pairs]
+        decoded = [str(base.decode(pair, skip_special_tokens=True,
+                                   clean_up_tokenization_spaces=False)) for pair in pairs]
     # Python's tokenizers give nothing for a part of a character.
     return [text.removeprefix(decoded[0]) or ("" if backend else BROKEN) for text in decoded[1:]]
 

@@ -17,10 +17,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import pad_sequence
 
-from unislu_llm.config import Few, Share, Width
 from unislu_llm.errors import UserError
 from unislu_llm.models.encoder import attention_bias, valid_mask, zero_beyond
 from unislu_llm.models.projector_base import Projected, Projector, stack_frames
+from unislu_llm.setting_types import Few, Share, Width
 from unislu_llm.tokenizer import UnifiedTokenizer
 
 BLANK = 0

@@ -16,11 +16,11 @@ from pydantic import ConfigDict, Field, ValidationError, create_model
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from unislu_llm.config import Few, Width
 from unislu_llm.errors import UserError, dotted, explain, hint
 from unislu_llm.models.ctc import CTCProjector
 from unislu_llm.models.encoder import valid_mask
 from unislu_llm.models.projector_base import Projector, ceil_div, stack_frames
+from unislu_llm.setting_types import Few, Width
 
 
 class LinearProjector(Projector):

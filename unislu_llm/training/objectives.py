@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from unislu_llm.config import Config, Transcript
+from unislu_llm.config import Config
 from unislu_llm.data.batch import Batch
 from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.data.frame_cache import FrameCache
@@ -21,6 +21,7 @@ from unislu_llm.data.loading import check_hypotheses
 from unislu_llm.data.manifest import manifest_name
 from unislu_llm.data.sampler import sorted_batches
 from unislu_llm.data.text_injection import SimulationRates
+from unislu_llm.decoding.phrases import Phrases
 from unislu_llm.decoding.predict import predict
 from unislu_llm.decoding.recogniser import load_recogniser, with_hypotheses
 from unislu_llm.errors import UserError
@@ -31,6 +32,7 @@ from unislu_llm.models.speech_llm import SpeechLLM
 from unislu_llm.scoring.predictions import check_predictions
 from unislu_llm.scoring.score import flat_scores, score_predictions
 from unislu_llm.scoring.wer import WER, corpus_wer, edits, rate_of
+from unislu_llm.setting_types import Transcript
 from unislu_llm.tasks import ASR, TaskRegistry
 from unislu_llm.tokenizer import Example
 from unislu_llm.training.diagnostics import validation_warnings
@@ -150,7 +152,8 @@ class UnifiedObjective(Objective):
         # The recogniser runs once. A `ctc` projector that trains has other hypotheses every time.
         if not model.reads_hypothesis or model.config.recogniser == "ctc":
             return list(dev)
-        found = with_hypotheses(model, [e.utterance for e in dev], progress=progress)
+        found = with_hypotheses(model, [e.utterance for e in dev], progress, phrases=Phrases.of(
+            self.config.decode.phrases, self.config.decode.phrase_boost))
         load_recogniser.cache_clear()  # its weights are not needed any more
         return [Example(utterance, e.task) for utterance, e in zip(found, dev, strict=True)]
 
