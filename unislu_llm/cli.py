@@ -80,7 +80,7 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
                                                       help_behavior_hint="")], /,
             tasks: tuple[str, ...] = ("all",), out: Path | None = None,
             as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-            overlap: float = 0.0, language: str = "", no_speech: float = 0.6,
+            overlap: float = 0.0, language: str = "", recogniser: str = "", no_speech: float = 0.6,
             num_beams: int = 1, n_best: int = 1,
             transcript: Literal["rewrite", "margin", "verbatim"] | None = None,
             grounded: bool = False, no_grammar: bool = False, confidences: bool = False,
@@ -99,6 +99,8 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
         as_json: Print one JSON object a file, with all that is known.
         overlap: Seconds by which windows overlap.
         language: Whisper language code for the recogniser; default: the model's own.
+        recogniser: What makes hypotheses in place of the model's own: a Whisper checkpoint or saved
+            model, `ctranslate2:CHECKPOINT`, or the URL of a server up to `/v1`.
         no_speech: Probability of no speech above which nothing is answered; 1 answers all.
         num_beams: Beams; 1 is greedy.
         n_best: With JSON: alternatives to print, at most as many as beams.
@@ -132,7 +134,8 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
         "grammar": not no_grammar}, lambda place: f"--{place[0]}".replace("_", "-"))
     paths = list(files.find_files(audio))
     answers = files.answer_files(partial(load_model, run, precision), paths, names, options,
-                                 n_best=n_best, overlap=overlap, language=language or None)
+                                 n_best=n_best, overlap=overlap, language=language or None,
+                                 recogniser=recogniser)
     show = partial(files.as_json, confidences=confidences) if as_json or out else files.as_text
     return 2 if files.write_answers(answers, len(paths), show, out) else 0
 
@@ -148,7 +151,8 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
     audio, are copied as they are.
 
     Args:
-        model: Whisper or a saved model, by folder or name on the hub; or a run folder.
+        model: Whisper or a saved model, by folder or name on the hub; or a run folder; or
+            `ctranslate2:CHECKPOINT`; or the URL of a server with OpenAI's API, up to `/v1`.
         manifests: JSON-lines files.
         out: Folder of the copies; a call that is stopped goes on from what it made.
         source: Of a saved model: its decoder's transcript, or the greedy text of its ctc projector.

@@ -73,7 +73,7 @@ def understand(model: SLUModel, inputs: Iterable[One], *rest: Any, **how: Any) -
 def understand(model: SLUModel, inputs: One | Iterable[One],
                tasks: str | Sequence[str] | None = None, options: DecodeConfig | None = None, *,
                n_best: int = 1, long_form: bool = True, overlap: float = 0.0,
-               language: str | None = None) -> Any:
+               language: str | None = None, recogniser: str = "") -> Any:
     """Transcript and annotations of speech: an answer for one input, a list for several.
 
     Args:
@@ -87,6 +87,8 @@ def understand(model: SLUModel, inputs: One | Iterable[One],
             refuses it.
         overlap: seconds by which windows overlap.
         language: Whisper language code for the model's recogniser; default: the model's own.
+        recogniser: what makes hypotheses in place of the model's own
+            (:func:`~unislu_llm.decoding.recogniser.load_recogniser`).
 
     Raises:
         UserError: unreadable or unusable audio, audio over 30 s without `long_form`, an unknown
@@ -102,7 +104,10 @@ def understand(model: SLUModel, inputs: One | Iterable[One],
         model.registry.names if tasks is None else tasks)
     for name in names:
         model.registry[name]  # an unknown task is named before anything is read
-    if language and (not model.reads_hypothesis or model.config.recogniser == "ctc"):
+    if recogniser and not model.reads_hypothesis:
+        raise UserError(f"recogniser '{recogniser}': this model reads no hypothesis; leave it out")
+    if language and not recogniser and (
+            not model.reads_hypothesis or model.config.recogniser == "ctc"):
         raise UserError(f"language '{language}': no recogniser makes hypotheses for this model, to "
                         "which it could be told; leave it out")
     whole, one = utterances_of(inputs, language)
@@ -112,14 +117,15 @@ def understand(model: SLUModel, inputs: One | Iterable[One],
     # Frozen weights may be in half precision, in which what was trained beside them is not.
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())
     with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
-        answers = _understand(engine, whole, names, n_best, long_form, overlap)
+        answers = _understand(engine, whole, names, n_best, long_form, overlap, recogniser)
     return answers[0] if one else answers
 
 
 def _understand(engine: Engine, whole: Sequence[Utterance], tasks: Sequence[str], n_best: int,
-                long_form: bool, overlap: float) -> list[Answer]:
+                long_form: bool, overlap: float, recogniser: str) -> list[Answer]:
     parts = [windows(u, overlap) if long_form else [u] for u in whole]
-    every = with_hypotheses(engine.model, [part for some in parts for part in some])
+    every = with_hypotheses(engine.model, [part for some in parts for part in some],
+                            recogniser=recogniser)
     found: dict[int, Answer] = {}
     for indices, done in _batches(engine, every, [tasks] * len(every), n_best=n_best):
         found |= zip(indices, (a.refused(engine.model.registry) if a.no_speech else a

@@ -136,7 +136,7 @@ class WhisperRecogniser:
             sure = log_probs[:min(len(said) + 1, n)]  # with the token that ends it
             text = str(self._tokenizer.decode(said, skip_special_tokens=True))
             evidence = evidence.of_words(sum(sure) / len(sure), text)
-            found.append(_cut(said, self._tokenizer, evidence))
+            found.append(cut(said, self._tokenizer, evidence))
         return found
 
 
@@ -170,10 +170,11 @@ class ModelRecogniser:
         else:
             said = [(model.tokenizer.text_ids(a.transcript), a.evidence)
                     for a in engine.answer(batch, [()] * len(waves))]
-        return [_cut(ids, model.tokenizer.base, evidence) for ids, evidence in said]
+        return [cut(ids, model.tokenizer.base, evidence) for ids, evidence in said]
 
 
-def _cut(ids: Sequence[int], tokenizer: Any, evidence: Evidence | None) -> Transcript:
+def cut(ids: Sequence[int], tokenizer: Any, evidence: Evidence | None) -> Transcript:
+    """What token ids say, up to where they begin to repeat themselves."""
     # Copied by a model that reads it, a repetition would become one of the model.
     start = loop_start(ids)
     return Transcript(str(tokenizer.decode(ids[:start], skip_special_tokens=True)),
@@ -188,10 +189,23 @@ def load_recogniser(name: str, source: str = "decoder", revision: str | None = N
     Whisper, by folder or name on the hub (of some `revision`); the last one is kept.
 
     A saved model has `dtype` for its frozen weights, and needs autocast around its calls then.
+    `ctranslate2:NAME` and the URL of a server are recognisers too
+    (:mod:`unislu_llm.decoding.other_recognisers`).
 
     Raises:
         UserError: there is none.
     """
+    from unislu_llm.decoding.other_recognisers import (  # it is made of what is here
+        CTRANSLATE2,
+        URLS,
+        CTranslate2Recogniser,
+        RemoteRecogniser,
+    )
+
+    if name.startswith(URLS):
+        return RemoteRecogniser(name)
+    if name.startswith(CTRANSLATE2):
+        return CTranslate2Recogniser(name.removeprefix(CTRANSLATE2), revision, device)
     disable_progress_bar()  # of the base checkpoints' tensors
     if is_saved_model(found := weights.resolve(name, revision).path):
         return ModelRecogniser(models.load(found, dtype=dtype).to(device), source)
@@ -210,10 +224,15 @@ def fast_type(device: torch.device) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def recogniser_of(model: SLUModel, device: torch.device | None = None) -> Recogniser:
-    """The recogniser that a model's configuration names, on `device` or the model's; raises as
-    :func:`load_recogniser`."""
-    config = model.config
+def recogniser_of(model: SLUModel, device: torch.device | None = None,
+                  name: str = "") -> Recogniser:
+    """The recogniser of a `name`, default: that of the model's configuration, on `device` or the
+    model's; raises as :func:`load_recogniser`, and for a server that nobody but the model names."""
+    config = model.config if not name else model.config.model_copy(update={"recogniser": name})
+    if config.recogniser.startswith("http") and not name:  # a model may be anybody's
+        raise UserError(f"the model has its hypotheses made by {config.recogniser}, where your "
+                        "audio would go: give that address by --recogniser if you trust it, "
+                        "or write hypotheses by `unislu transcribe`")
     if config.recogniser == "ctc":
         return ModelRecogniser(model, "ctc")
     base = None if config.recogniser else model.bases.get("encoder")
@@ -261,12 +280,13 @@ def clean(text: str, registry: TaskRegistry) -> str:
 
 
 def with_hypotheses(model: SLUModel, utterances: Sequence[Utterance], progress: str = "",
-                    device: torch.device | None = None) -> list[Utterance]:
+                    device: torch.device | None = None,
+                    recogniser: str = "") -> list[Utterance]:
     """Attach to utterances what a model needs before it decodes: hypotheses, where it reads them.
 
     Those of `model.hypothesis manifest` that are there stay; the model's recogniser makes the
     others. What comes twice stays one object. `progress` is the label of a progress bar, `device`
-    the recogniser's in place of the model's.
+    and `recogniser` are in place of the model's.
 
     Raises:
         UserError: a reference transcript or the recogniser is lacking.
@@ -284,8 +304,8 @@ def with_hypotheses(model: SLUModel, utterances: Sequence[Utterance], progress: 
                         "measure an upper bound: it can be scored on manifests with transcripts, "
                         "but not used on files; train one with model.hypothesis manifest")
     if lacking:
-        made = dict(recognise(recogniser_of(model, device), list(lacking.values()), model.registry,
-                              language=model.config.language, progress=progress))
+        made = dict(recognise(recogniser_of(model, device, recogniser), list(lacking.values()),
+                              model.registry, language=model.config.language, progress=progress))
         found |= {key: replace(u, hypothesis=made[i].text, evidence=made[i].evidence)
                   for i, (key, u) in enumerate(lacking.items())}
         if looped := sum(t.loop for t in made.values()):
