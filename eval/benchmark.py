@@ -47,8 +47,9 @@ from unislu_llm.data.frame_cache import FrameCache, build_frames, encoder_settin
 from unislu_llm.data.loading import load_examples
 from unislu_llm.data.sampler import sorted_batches
 from unislu_llm.decoding.engine import Engine
+from unislu_llm.decoding.hypotheses import load_recogniser, recognise
 from unislu_llm.decoding.hypothesis_bias import HypothesisBias
-from unislu_llm.decoding.recogniser import WhisperRecogniser, recognise
+from unislu_llm.decoding.recogniser import WhisperRecogniser
 from unislu_llm.errors import UserError, reported
 from unislu_llm.io import write_json
 from unislu_llm.loss import weighted_loss
@@ -187,9 +188,12 @@ class Bench:
                     for n in self.args.batch_sizes for way in self.args.ways or [""]}
         if self.args.what == "recognise":
             dtype = torch.bfloat16 if self.args.precision == "bf16" else torch.float32
-            return {f"{s:g} s of silence": partial(self.recognise, WhisperRecogniser(
-                self.args.recogniser, device=self.device, dtype=dtype, silence=s))
-                for s in self.args.silence}
+            load = partial(load_recogniser.__wrapped__, device=self.device)
+            makers = {f"{name}, {s:g} s of silence": WhisperRecogniser(
+                name, device=self.device, dtype=dtype, silence=s) for s in self.args.silence
+                for name in self.args.recogniser if ":" not in name}
+            makers |= {name: load(name) for name in self.args.recogniser if ":" in name}
+            return {name: partial(self.recognise, maker) for name, maker in makers.items()}
         self.optimizer = build_optimizer(self.model.trainable_groups(), TrainConfig())
         return {f"batch {self.args.batch_size}": self.train}
 
@@ -318,7 +322,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16], help="decode")
     parser.add_argument("--ways", nargs="+", choices=["token", *get_args(Transcript)], default=[],
                         help="decode: of a hypothesis; default: the model's")
-    parser.add_argument("--recogniser", default="openai/whisper-base", help="recognise: Whisper")
+    parser.add_argument("--recogniser", nargs="+", default=["openai/whisper-base"],
+                        help="Whisper, ctranslate2:WHISPER, or the URL of a server")
     parser.add_argument("--silence", type=float, nargs="+", default=[3.0, 30.0],
                         help="recognise: seconds behind each clip")
     parser.add_argument("--new-tokens", type=int, default=64, help="decode: bound of any answer")

@@ -21,8 +21,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unislu_llm import load
 from unislu_llm.data.dataset import SpeechDataset
+from unislu_llm.decoding.hypotheses import (
+    with_hypotheses,
+)
 from unislu_llm.decoding.inputs import utterances_of
-from unislu_llm.decoding.recogniser import with_hypotheses
 from unislu_llm.errors import reported
 from unislu_llm.models.speech_llm import lay_out
 from unislu_llm.tokenizer import Example

@@ -26,7 +26,8 @@ TESTS = tuple(sorted((ROOT / "tests").rglob("*.py")))
 LAYERS = ("cli", "run_commands", "serve", "report", "evaluate merge parity", "export",
           "evaluate_options", "model_card prediction_file", "training", "run_folder", "decoding",
           "models", "data", "scoring", "config_file", "flags", "config", "setting_types",
-          "weights", "io", "tokenizer", "unified", "utterance", "tasks", "loss", "text_files", "errors")
+          "weights", "io", "tokenizer", "unified", "utterance", "tasks", "loss", "text_files",
+          "errors")
 """Rooms of the package from the roof down; a room imports what is below it, and itself."""
 RANKS = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms.split()}
 
@@ -57,11 +58,11 @@ def parsed(path: Path) -> ast.Module:
 
 
 def test_the_package_is_small() -> None:
-    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 19_220
+    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 20_200
 
 
 def test_the_tests_are_small() -> None:
-    assert sum(len(lines_of(p)) for p in TESTS) <= 17_295
+    assert sum(len(lines_of(p)) for p in TESTS) <= 18_050
 
 
 def test_no_line_is_over_100_characters() -> None:

@@ -82,8 +82,8 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
                                                       help_behavior_hint="")], /,
             tasks: tuple[str, ...] = ("all",), out: Path | None = None,
             as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-            overlap: float = 0.0, language: str = "", no_speech: float = 0.6, n_best: int = 1,
-            num_beams: int = 1, phrases: Path | None = None, phrase_boost: float = 2.0,
+            overlap: float = 0.0, language: str = "", recogniser: str = "", no_speech: float = 0.6,
+            n_best: int = 1, num_beams: int = 1, phrases: str = "", phrase_boost: float = 2.0,
             transcript: Literal["rewrite", "margin", "verbatim"] | None = None,
             grounded: bool = False, no_grammar: bool = False, confidences: bool = False,
             precision: Literal["fp32", "bf16"] = "fp32", batch_size: int = 8) -> int:
@@ -99,6 +99,7 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
         as_json: Print one JSON object a file, with all that is known.
         overlap: Seconds by which windows overlap.
         language: Whisper language code for the recogniser; default: the model's own.
+        recogniser: Makes hypotheses: Whisper, a saved model, `ctranslate2:WHISPER`, a server's URL.
         no_speech: Probability of no speech above which nothing is answered; 1 answers all.
         num_beams: Beams; 1 is greedy.
         n_best: With JSON: alternatives to print, at most as many as beams.
@@ -113,8 +114,8 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
     """
     for wrong, why in (  # before anything is loaded, which takes seconds
             (not audio, "no audio file is named; give one or more"),
-            (not 1 <= n_best <= num_beams, f"--n-best {n_best} (1 or more) needs --num-beams "
-             f"{max(n_best, 1)} or more"),
+            (not 1 <= n_best <= num_beams,
+             f"--n-best {n_best} (1 or more) needs --num-beams {max(n_best, 1)} or more"),
             (grounded and no_grammar, "--grounded needs the grammar; drop --no-grammar"),
             (out and out.exists(), f"--out {out}: is there already; remove it, or give another")):
         if wrong:
@@ -123,18 +124,17 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
     from unislu_llm.config_file import check
     from unislu_llm.decoding import files
     from unislu_llm.run_folder import find_run, load_model
-
     run = find_run(model)
     registry, every = run.registry(), tasks == ("all",)  # unknown tasks are told before loading
     names = [registry[name].name for name in (registry.names if every else dict.fromkeys(tasks))]
     options = check(DecodeConfig, {
         "batch_size": batch_size, "num_beams": num_beams, "no_speech": no_speech,
         "transcript": transcript, "grounded": grounded, "force_task": True,
-        "phrases": str(phrases or ""), "phrase_boost": phrase_boost,
-        "grammar": not no_grammar}, lambda place: f"--{place[0]}".replace("_", "-"))
+        "phrases": phrases, "phrase_boost": phrase_boost, "grammar": not no_grammar},
+        lambda place: f"--{place[0]}".replace("_", "-"))
     load, paths = partial(load_model, run, precision), list(files.find_files(audio))
     answers = files.answer_files(load, paths, names, options, n_best=n_best, overlap=overlap,
-                                 language=language or None)
+                                 language=language or None, recogniser=recogniser)
     show = partial(files.as_json, confidences=confidences) if as_json or out else files.as_text
     return 2 if files.write_answers(answers, len(paths), show, out) else 0
 
@@ -150,7 +150,8 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
     audio, are copied as they are.
 
     Args:
-        model: Whisper or a saved model, by folder or name on the hub; or a run folder.
+        model: Whisper or a saved model, by folder or name on the hub; or a run folder; or
+            `ctranslate2:CHECKPOINT`; or the URL of a server with OpenAI's API, up to `/v1`.
         manifests: JSON-lines files.
         out: Folder of the copies; a call that is stopped goes on from what it made.
         source: Of a saved model: its decoder's transcript, or the greedy text of its ctc projector.

@@ -35,7 +35,6 @@ _PATHS = {"data": ("train", "dev", "guard", "tasks", "frame_cache"), "augment": 
 
 class Preset(ModelConfig):
     """A preset, `adapters/*.yaml`: model settings for one LLM, and a precision to train it in."""
-
     precision: Precision = "fp32"  # default of train.precision
     # Of the LLM's own config.json: copies of it, in folders or under other names, have the same.
     config: dict[str, str | int | list[int]] = Field({})

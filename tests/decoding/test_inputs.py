@@ -182,7 +182,7 @@ def test_the_recogniser_is_told_the_language(build: Build, clip: Path,
         told.append(language)
         return [Transcript("anna met the council")] * len(waves)
 
-    monkeypatch.setattr("unislu_llm.decoding.recogniser.recogniser_of", lambda *_: recogniser)
+    monkeypatch.setattr("unislu_llm.decoding.hypotheses.recogniser_of", lambda *_: recogniser)
     model = build("llm", projector="none", hypothesis="manifest", transcript="verbatim")
     assert understand(model, clip, "sa", SHORT, language="de").hypothesis == "anna met the council"
     understand(model, clip, "sa", SHORT)

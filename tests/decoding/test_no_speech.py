@@ -17,7 +17,8 @@ from tests.decoding.common import REGISTRY, Build, noise
 from tests.tiny import make_whisper
 from unislu_llm.config import DecodeConfig
 from unislu_llm.data.manifest import write_manifest
-from unislu_llm.decoding import recogniser as module
+from unislu_llm.decoding import hypotheses as module
+from unislu_llm.decoding import recogniser as whisper_module
 from unislu_llm.decoding.files import as_json, as_text
 from unislu_llm.decoding.no_speech import Evidence, evidence_of, judge, silent
 from unislu_llm.decoding.predict import predict, understand
@@ -87,14 +88,14 @@ def test_a_recogniser_reads_it_from_its_own_pass(tmp_path: Path,
     model.save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     seen: list[Tensor] = []
-    monkeypatch.setattr(module, "evidence_of", lambda *given: (
+    monkeypatch.setattr(whisper_module, "evidence_of", lambda *given: (
         seen.append(given[2]), evidence_of(*given))[1])
     recogniser, wave = WhisperRecogniser(str(tmp_path)), noise(1)[0]
-    generate, made = module.GenerationMixin.generate, []
-    monkeypatch.setattr(module.GenerationMixin, "generate", lambda self, **how: (
+    generate, made = whisper_module.GenerationMixin.generate, []
+    monkeypatch.setattr(whisper_module.GenerationMixin, "generate", lambda self, **how: (
         made.append(generate(self, **how)), made[-1])[1])
     transcript, = recogniser([wave], "en")
-    mel, _ = module.audio.batch_log_mel([wave], pad_to_30s=True)
+    mel, _ = whisper_module.audio.batch_log_mel([wave], pad_to_30s=True)
     with torch.no_grad():
         logits = model(input_features=mel, decoder_input_ids=made[0]).logits
     torch.testing.assert_close(seen[0], logits[:, 0], atol=1e-3, rtol=1e-3)

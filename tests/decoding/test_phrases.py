@@ -15,11 +15,14 @@ from tests.decoding.common import Build, batch_of, decode, noise
 from tests.tiny import make_whisper
 from unislu_llm.cli import main
 from unislu_llm.config import DecodeConfig
-from unislu_llm.decoding import recogniser as module
+from unislu_llm.decoding import hypotheses as module
 from unislu_llm.decoding.engine import Engine
+from unislu_llm.decoding.hypotheses import (
+    ModelRecogniser,
+)
 from unislu_llm.decoding.phrases import MOST, PhraseBias, Phrases
 from unislu_llm.decoding.predict import understand
-from unislu_llm.decoding.recogniser import ModelRecogniser, Transcript, WhisperRecogniser
+from unislu_llm.decoding.recogniser import Transcript, WhisperRecogniser
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import SEPARATOR
 from unislu_llm.tokenizer import UnifiedTokenizer

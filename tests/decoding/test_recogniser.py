@@ -15,18 +15,18 @@ from tests.decoding.common import Build, noise
 from tests.tiny import make_whisper
 from unislu_llm.config import DecodeConfig
 from unislu_llm.data import audio
-from unislu_llm.decoding import recogniser as module
-from unislu_llm.decoding.predict import predict, understand
-from unislu_llm.decoding.recogniser import (
+from unislu_llm.decoding import hypotheses as module
+from unislu_llm.decoding import recogniser as whisper_module
+from unislu_llm.decoding.hypotheses import (
     ModelRecogniser,
-    Transcript,
-    WhisperRecogniser,
     fast_type,
     load_recogniser,
     recognise,
     recogniser_of,
     with_hypotheses,
 )
+from unislu_llm.decoding.predict import predict, understand
+from unislu_llm.decoding.recogniser import Transcript, WhisperRecogniser
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import Example
@@ -88,8 +88,8 @@ def test_transcripts_are_the_same_alone_and_in_a_batch(whisper: str,
 def test_clips_are_padded_by_their_own_length(whisper: str,
                                               monkeypatch: pytest.MonkeyPatch) -> None:
     heard: list[torch.Tensor] = []
-    generate = module.GenerationMixin.generate
-    monkeypatch.setattr(module.GenerationMixin, "generate", lambda self, **how: (
+    generate = whisper_module.GenerationMixin.generate
+    monkeypatch.setattr(whisper_module.GenerationMixin, "generate", lambda self, **how: (
         heard.append(how["encoder_outputs"].last_hidden_state), generate(self, **how))[1])
     waves = [torch.randn(int(16_000 * seconds)) for seconds in (1.0, 2.5, 2.0, 28.0)]
     WhisperRecogniser(whisper, silence=3.0)(waves, "en")
@@ -107,8 +107,8 @@ def test_loops_are_cut(whisper: str, monkeypatch: pytest.MonkeyPatch) -> None:
     tokenizer = recogniser._tokenizer
     once = tokenizer(" we met in paris", add_special_tokens=False)["input_ids"]
     said = [9, *once * 6]
-    generate = module.GenerationMixin.generate
-    monkeypatch.setattr(module.GenerationMixin, "generate", lambda self, **how: torch.cat(
+    generate = whisper_module.GenerationMixin.generate
+    monkeypatch.setattr(whisper_module.GenerationMixin, "generate", lambda self, **how: torch.cat(
         [generate(self, **how)[:, :4], torch.tensor([said])], dim=1))
     wave = torch.zeros(160_000)
     cut, = recogniser([wave], "en")

@@ -15,11 +15,13 @@ from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.data.sampler import sorted_batches
 from unislu_llm.decoding.answer import Answer, prediction
 from unislu_llm.decoding.engine import Engine
+from unislu_llm.decoding.hypotheses import (
+    with_hypotheses,
+)
 from unislu_llm.decoding.inputs import One, utterances_of
 from unislu_llm.decoding.long_form import join, windows
 from unislu_llm.decoding.no_speech import Evidence, judge, silent
 from unislu_llm.decoding.phrases import Phrases
-from unislu_llm.decoding.recogniser import with_hypotheses
 from unislu_llm.errors import UserError
 from unislu_llm.models.base import SLUModel
 from unislu_llm.tokenizer import Example
@@ -77,7 +79,8 @@ def understand(model: SLUModel, inputs: Iterable[One], *rest: Any, **how: Any) -
 def understand(model: SLUModel, inputs: One | Iterable[One],
                tasks: str | Sequence[str] | None = None, options: DecodeConfig | None = None, *,
                n_best: int = 1, long_form: bool = True, overlap: float = 0.0,
-               language: str | None = None, phrases: Iterable[str] | None = None) -> Any:
+               language: str | None = None, phrases: Iterable[str] | None = None,
+               recogniser: str = "") -> Any:
     """Transcript and annotations of speech: an answer for one input, a list for several.
 
     Args:
@@ -92,6 +95,8 @@ def understand(model: SLUModel, inputs: One | Iterable[One],
         overlap: seconds by which windows overlap.
         language: Whisper language code for the model's recogniser; default: the model's own.
         phrases: names and terms that are raised; default: those of the file `options.phrases`.
+        recogniser: what makes hypotheses in place of the model's own
+            (:func:`~unislu_llm.decoding.hypotheses.load_recogniser`).
 
     Raises:
         UserError: unreadable or unusable audio, audio over 30 s without `long_form`, an unknown
@@ -108,7 +113,10 @@ def understand(model: SLUModel, inputs: One | Iterable[One],
         model.registry.names if tasks is None else tasks)
     for name in names:
         model.registry[name]  # an unknown task is named before anything is read
-    if language and (not model.reads_hypothesis or model.config.recogniser == "ctc"):
+    if recogniser and not model.reads_hypothesis:
+        raise UserError(f"recogniser '{recogniser}': this model reads no hypothesis; leave it out")
+    if language and not recogniser and (
+            not model.reads_hypothesis or model.config.recogniser == "ctc"):
         raise UserError(f"language '{language}': no recogniser makes hypotheses for this model, to "
                         "which it could be told; leave it out")
     whole, one = utterances_of(inputs, language)
@@ -118,14 +126,15 @@ def understand(model: SLUModel, inputs: One | Iterable[One],
     # Frozen weights may be in half precision, in which what was trained beside them is not.
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())
     with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
-        answers = _understand(engine, whole, names, n_best, long_form, overlap)
+        answers = _understand(engine, whole, names, n_best, long_form, overlap, recogniser)
     return answers[0] if one else answers
 
 
 def _understand(engine: Engine, whole: Sequence[Utterance], tasks: Sequence[str], n_best: int,
-                long_form: bool, overlap: float) -> list[Answer]:
+                long_form: bool, overlap: float, recogniser: str) -> list[Answer]:
     parts = [windows(u, overlap) if long_form else [u] for u in whole]
-    every = with_hypotheses(engine.model, [u for p in parts for u in p], phrases=engine.phrases)
+    every = with_hypotheses(engine.model, [u for p in parts for u in p], phrases=engine.phrases,
+                            recogniser=recogniser)
     found: dict[int, Answer] = {}
     for indices, done in _batches(engine, every, [tasks] * len(every), n_best=n_best):
         found |= zip(indices, (a.refused(engine.model.registry) if a.no_speech else a

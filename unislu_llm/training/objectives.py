@@ -21,9 +21,12 @@ from unislu_llm.data.loading import check_hypotheses
 from unislu_llm.data.manifest import manifest_name
 from unislu_llm.data.sampler import sorted_batches
 from unislu_llm.data.text_injection import SimulationRates
+from unislu_llm.decoding.hypotheses import (
+    load_recogniser,
+    with_hypotheses,
+)
 from unislu_llm.decoding.phrases import Phrases
 from unislu_llm.decoding.predict import predict
-from unislu_llm.decoding.recogniser import load_recogniser, with_hypotheses
 from unislu_llm.errors import UserError
 from unislu_llm.loss import ASR_PART, TASK_PART, TokenCounts, asr_share, weighted_loss
 from unislu_llm.models.base import SLUModel
