@@ -3,9 +3,7 @@
     python eval/benchmark.py train                              # random weights, no download
     python eval/benchmark.py decode --device cuda --precision bf16
     python eval/benchmark.py train --model adapters/whisper-base--smollm2-135m
-    python eval/benchmark.py decode --model runs/mine --manifest dev.jsonl
-    # What becomes of a hypothesis; `token` is one call of the LLM a token.
-    python eval/benchmark.py decode --model runs/mine --ways token rewrite verbatim
+    python eval/benchmark.py decode --model runs/mine --ways token rewrite verbatim  # hypotheses
     python eval/benchmark.py recognise --manifest dev.jsonl --silence 3 30
 
 Without --model the model has random weights in the sizes of --encoder and --llm; without --manifest

@@ -45,7 +45,7 @@ def inside(world: Path) -> Iterator[pytest.MonkeyPatch]:
         patch.chdir(world)
         patch.setenv("UNISLU_CACHE", str(world.parent / "converted"))
         patch.setattr("unislu_llm.training.recipe.shipped", lambda: world)
-        patch.syspath_prepend("recipes")
+        patch.syspath_prepend("recipes"), patch.syspath_prepend("eval")
         tone = np.sin(np.arange(8000) / 9).astype(np.float32)  # Piper's voices are a package
         patch.setattr("make_voices.PiperVoice.speak", lambda *_: tone)
         yield patch
@@ -91,6 +91,7 @@ def checkout(tmp_path_factory: Any, tiny_checkpoints: dict[str, str]) -> Path:
         shutil.copytree(ROOT / room, world / room, ignore=shutil.ignore_patterns(
             "audio", "results", "*--*", "__pycache__"))
     (world / MINI / "audio").symlink_to(ROOT / MINI / "audio")
+    (world / "names.txt").write_text("Malta\n")
     for file in (world / MINI).glob("*.jsonl"):
         file.write_text("".join(file.read_text("utf-8").splitlines(keepends=True)[:2]), "utf-8")
     presets = [yaml.safe_load(p.read_text("utf-8")) for p in ROOT.glob("adapters/*.yaml")]
