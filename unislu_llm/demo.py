@@ -29,14 +29,16 @@ def segments(text: str, phrases: Sequence[tuple[str, str]], language: str = "",
     """A transcript as pieces `(text, label or None)`, and, as `LABEL: phrase`, what has no place of
     its own in it: it is not said so often, or overlaps a longer one."""
     spans, lost = place_phrases(text, phrases, first=True, language=language)
-    once = dict.fromkeys(phrases[i] for i in lost)  # given more often than said: marked once
-    spans, _ = place_phrases(text, list(once), spans, first=True, language=language)
+    missing = [phrases[i] for i in sorted(lost)]
+    once = list(dict.fromkeys(missing))  # what is given more often than said is marked once
+    spans, lost = place_phrases(text, once, spans, first=True, language=language)
+    for i in set(range(len(once))) - set(lost):
+        missing.remove(once[i])
     pieces, at = list[tuple[str, str | None]](), 0
-    for label, start, end in spans:
+    for label, start, end in [*spans, ("", len(text), len(text))]:
         pieces += [(text[at:start], None), (text[start:end], label)]
         at = end
-    pieces.append((text[at:], None))
-    return [p for p in pieces if p[0]], [f"{phrases[i][0]}: {phrases[i][1]}" for i in sorted(lost)]
+    return [p for p in pieces if p[0]], [f"{label}: {phrase}" for label, phrase in missing]
 
 
 def label_shares(answer: Answer, task: str) -> dict[str, float] | str:
@@ -54,8 +56,7 @@ def shown(model: SLUModel, answer: Answer) -> list[Any]:
     labels = [label_shares(answer, t.name) for t in model.registry if isinstance(t, LabelTask)]
     known = answer.to_dict()
     notes = ["no speech"] * answer.no_speech + [f"warning: {w}" for w in answer.warnings]
-    notes += [f"not marked: {phrase}" for phrase in lost]
-    notes += [f"malformed: {problem}" for problem in known["problems"]]
+    notes += [f"not marked: {p}" for p in lost] + [f"malformed: {p}" for p in known["problems"]]
     return [pieces, *labels, "\n".join(notes), known]
 
 
@@ -64,14 +65,14 @@ def page(models: Mapping[str, SLUModel]) -> Any:
     import gradio as gr
 
     def answer(model: SLUModel, clip: str | None, phrases: str = "") -> list[Any]:
-        if not clip:
-            raise gr.Error("Record a clip, or choose a file or an example.", title="No clip")
         words = [phrase for line in phrases.splitlines() if (phrase := line.strip())]
         try:
+            if not clip:
+                raise UserError("record a clip, or choose a file or an example")
             return shown(model, understand(model, clip, **({"phrases": words} if words else {})))
         except UserError as error:
             # The file is known by its name; it lies in a temporary folder. Errors are read as HTML.
-            why = html.escape(str(error).replace(f"{Path(clip).parent}{os.sep}", ""))
+            why = html.escape(str(error).replace(f"{Path(clip or '').parent}{os.sep}", ""))
             raise gr.Error(why, title="No answer", print_exception=False) from None
 
     with gr.Blocks(title="unislu: understand speech", analytics_enabled=False) as blocks:
@@ -114,10 +115,8 @@ def serve(names: Sequence[str], host: str, port: int | None) -> None:
     if host not in ("127.0.0.1", "localhost", "::1") and not password:
         raise UserError(f"--host {host} lets others in: set UNISLU_TOKEN, the password of the user "
                         "'unislu'; or leave --host out")
-    models = dict[str, SLUModel]()
-    for name in names:
-        models[name] = load(name, base=next(iter(models.values()), None))
-    blocks = page(models)
+    models = {names[0]: load(names[0])}
+    blocks = page(models | {name: load(name, base=models[names[0]]) for name in names[1:]})
     try:
         # All that lets others in is said here, whatever GRADIO_SHARE and its like say.
         blocks.launch(server_name=host, server_port=port, share=False, quiet=True, pwa=False,
