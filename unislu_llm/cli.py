@@ -138,7 +138,7 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
 
 
 def demo(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
-         other: Annotated[str, tyro.conf.arg(metavar="MODEL2")] = "", /,
+         other: Annotated[str, tyro.conf.arg(metavar="[MODEL2]")] = "", /,
          host: str = "127.0.0.1", port: int | None = None) -> None:
     """Show a page in the browser to try a model, or two beside each other; it works offline.
 

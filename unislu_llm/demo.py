@@ -124,6 +124,6 @@ def serve(names: Sequence[str], host: str, port: int | None) -> None:
                       mcp_server=False, enable_monitoring=False, footer_links=[],
                       max_file_size="200mb", prevent_thread_lock=True)
     except OSError as error:
-        raise UserError(f"--port {port} of {host}: {error}") from error
+        raise UserError(f"--host {host}: {str(error).split('. ')[0]}") from error
     print(f"{blocks.local_url} (Ctrl-C ends it)", flush=True)
     blocks.block_thread()
