@@ -80,7 +80,8 @@ def page(models: Mapping[str, SLUModel]) -> Any:
         inputs: list[Any] = [gr.Audio(label="Clip", sources=["microphone", "upload"],
                                       type="filepath", buttons=[])]
         if "phrases" in inspect.signature(understand).parameters:
-            inputs.append(gr.Textbox(label="Names and terms that may be said, one a line", lines=2))
+            label = "Names and terms that may be said, one a line"
+            inputs.append(gr.Textbox("", label=label, lines=2))
         folder = shipped() / "recipes" / "data" / "mini"
         if clips := {str(folder / row["audio"]): shorten(row["text"])
                      for manifest in sorted(folder.glob("*_dev.jsonl"))
@@ -97,7 +98,7 @@ def page(models: Mapping[str, SLUModel]) -> Any:
                                 for task in model.registry if isinstance(task, LabelTask)]
                     outputs.append(gr.Textbox(label="Notes", lines=1, max_lines=8))
                     with gr.Accordion("All that is known", open=False):
-                        outputs.append(gr.JSON(show_label=False))
+                        outputs.append(gr.JSON(label="Answer", show_label=False))
                 # One call at a time: models are not made for several, and share the processor.
                 button.click(partial(answer, model), inputs, outputs, concurrency_limit=1,
                              concurrency_id="model", api_name=f"understand_{i}")
