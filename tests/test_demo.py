@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -57,7 +56,7 @@ def test_the_page_answers_as_python_does_and_takes_all_as_text(
         client = Client(url, verbose=False)
         for i, model in enumerate(models.values(), 1):
             shown = client.predict(handle_file(clip), api_name=f"/understand_{i}")
-            assert shown[-1] == json.loads(json.dumps(understand(model, clip).to_dict()))
+            assert shown[-1] == understand(model, clip).to_dict()
         with pytest.raises(Exception, match=r"^broken\.wav: cannot be read"):
             client.predict(handle_file(broken), api_name="/understand_1")
     finally:
