@@ -21,9 +21,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unislu_llm import load
 from unislu_llm.data.dataset import SpeechDataset
-from unislu_llm.decoding.hypotheses import (
-    with_hypotheses,
-)
+from unislu_llm.decoding.hypotheses import with_hypotheses
 from unislu_llm.decoding.inputs import utterances_of
 from unislu_llm.errors import reported
 from unislu_llm.models.speech_llm import lay_out
@@ -37,7 +35,7 @@ def main() -> None:
         parser.add_argument(name, nargs=count)
     args = parser.parse_args()
     model: Any = load(args.model)
-    utterances = with_hypotheses(model, utterances_of(args.audio)[0])
+    utterances = with_hypotheses(model, list(utterances_of(args.audio)[0]))
     clips = SpeechDataset([Example(u, None) for u in utterances], listens=model.listens)
     for i, path in enumerate(args.audio):
         batch = model.collator()([clips[i, 0]]).to(model.device)

@@ -33,9 +33,7 @@ from unislu_llm.data.loading import load_examples
 from unislu_llm.data.sampler import sorted_batches
 from unislu_llm.decoding.answer import prediction
 from unislu_llm.decoding.engine import Engine
-from unislu_llm.decoding.hypotheses import (
-    with_hypotheses,
-)
+from unislu_llm.decoding.hypotheses import with_hypotheses
 from unislu_llm.errors import UserError, reported
 from unislu_llm.io import (
     MODEL_FILE,

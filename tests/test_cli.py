@@ -368,7 +368,7 @@ def test_help_version_and_mistyped_commands(unislu: Run) -> None:
         assert status == 0
         assert re.findall(r"• (\w+)", out) == [
             "predict", "transcribe", "prepare", "validate", "train", "evaluate", "compare",
-            "export", "parity", "serve", "cache"]
+            "export", "parity", "serve", "demo", "cache"]
         assert len(out.splitlines()) < 40, "a page, not the help of every command"
     for command in ("predict", "transcribe", "validate", "evaluate", "compare"):
         assert "(default: )" not in unislu(command, "--help")[1].partition("-h, --help")[0]

@@ -24,10 +24,10 @@ CODE = tuple(sorted(p for top in ("unislu_llm", "recipes", "eval")
 TESTS = tuple(sorted((ROOT / "tests").rglob("*.py")))
 
 LAYERS = ("cli", "run_commands", "serve", "report", "evaluate merge parity", "export",
-          "evaluate_options", "model_card prediction_file", "training", "run_folder", "decoding",
-          "models", "data", "scoring", "config_file", "flags", "config", "setting_types",
-          "weights", "io", "tokenizer", "unified", "utterance", "tasks", "loss", "text_files",
-          "errors")
+          "evaluate_options", "demo pipeline", "model_card prediction_file", "training",
+          "run_folder", "decoding", "models", "data", "scoring", "config_file", "flags", "config",
+          "setting_types", "weights", "io", "tokenizer", "unified", "utterance", "tasks", "loss",
+          "text_files", "errors")
 """Rooms of the package from the roof down; a room imports what is below it, and itself."""
 RANKS = {room: rank for rank, rooms in enumerate(LAYERS) for room in rooms.split()}
 

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from unislu_llm.decoding.answer import Answer
-    from unislu_llm.decoding.predict import understand
+    from unislu_llm.decoding.predict import stream, understand
     from unislu_llm.models.speech_llm import SpeechLLM
     from unislu_llm.models.whisper_slu import WhisperSLU
     from unislu_llm.run_folder import load
@@ -23,9 +23,10 @@ if TYPE_CHECKING:
 # On a CPU it tells of missing kernels when something imports it, and of a cast in every layer.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 
-__all__ = ["Answer", "SpeechLLM", "WhisperSLU", "load", "understand"]
+__all__ = ["Answer", "SpeechLLM", "WhisperSLU", "load", "stream", "understand"]
 
 _HOMES = {"Answer": "decoding.answer", "understand": "decoding.predict", "load": "run_folder",
+          "stream": "decoding.predict",
           "SpeechLLM": "models.speech_llm", "WhisperSLU": "models.whisper_slu"}
 
 

@@ -43,7 +43,7 @@ def _run(args: list[str]) -> int:
              "`unislu --version` says which this is.")
     commands: Commands = {command.__name__: command for command in (
         predict, transcribe, prepare, validate, train, evaluate, compare, export, parity, serve,
-        cache)}
+        demo, cache)}
     if args[0] == "--version":
         print(version())
         return 0
@@ -137,6 +137,22 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
                                  language=language or None, recogniser=recogniser)
     show = partial(files.as_json, confidences=confidences) if as_json or out else files.as_text
     return 2 if files.write_answers(answers, len(paths), show, out) else 0
+
+
+def demo(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
+         other: Annotated[str, tyro.conf.arg(metavar="[MODEL2]")] = "", /,
+         host: str = "127.0.0.1", port: int | None = None) -> None:
+    """Show a page in the browser to try a model, or two beside each other; it works offline.
+
+    Args:
+        model: Run folder (its best checkpoint), saved model, or name on the Hugging Face hub.
+        other: The same.
+        host: Address to listen at; one that others can reach needs a password in UNISLU_TOKEN.
+        port: Port to listen at; default: the first free one from 7860.
+    """
+    from unislu_llm.demo import serve
+
+    serve([model, other] if other else [model], host, port)
 
 
 def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT")],

@@ -136,7 +136,7 @@ def find_run(path: str | Path, checkpoint: str | None = None) -> Run:
 
 
 def load(model: str | os.PathLike[str], dtype: torch.dtype | Precision = "fp32",
-         device: torch.device | str | None = None) -> SLUModel:
+         device: torch.device | str | None = None, base: SLUModel | None = None) -> SLUModel:
     """A trained model of either kind, in eval mode.
 
     Args:
@@ -144,6 +144,7 @@ def load(model: str | os.PathLike[str], dtype: torch.dtype | Precision = "fp32",
             Face hub: `user/model`, or `user/model@revision`.
         dtype: of frozen weights, fp32 or bf16; :func:`understand` computes in it.
         device: default: the GPU where there is one, else the CPU.
+        base: a model that is loaded; frozen weights that equal its own are held once, for both.
 
     Raises:
         UserError: no such model, a base checkpoint that cannot be had, or another dtype or device.
@@ -153,8 +154,15 @@ def load(model: str | os.PathLike[str], dtype: torch.dtype | Precision = "fp32",
     if dtype not in dtypes:
         raise UserError(f"dtype {dtype}: models compute in fp32 or bf16; activations of some LLMs "
                         "do not fit fp16")
-    return load_model(find_run(model if isinstance(model, str) else Path(model)), dtypes[dtype],
-                      device)
+    found = load_model(find_run(model if isinstance(model, str) else Path(model)), dtypes[dtype],
+                       device)
+    frozen = {name: p for name, p in found.named_parameters() if not p.requires_grad}
+    for name, twin in base.named_parameters() if base else ():
+        own = frozen.get(name, twin)
+        if (not twin.requires_grad and (own.dtype, own.device) == (twin.dtype, twin.device)
+                and torch.equal(own, twin)):
+            own.data = twin.data  # equal bit for bit, and never written to
+    return found
 
 
 def load_model(run: Run, precision: Precision = "fp32",

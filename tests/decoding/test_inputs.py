@@ -104,11 +104,11 @@ BAD: list[tuple[Any, str]] = [
 def test_what_is_refused_is_named(given: Any, message: str, clip: Path) -> None:
     start = "inputs[2]"
     with pytest.raises(UserError, match=message) as error:
-        utterances_of([clip, (ONE, RATE), given])
+        list(utterances_of([clip, (ONE, RATE), given])[0])
     assert str(error.value).startswith(start)
     if not isinstance(given, tuple) or len(given) != 2 or message != "is tuple":
         with pytest.raises(UserError, match=message) as error:
-            utterances_of(given)
+            list(utterances_of(given)[0])
         assert str(error.value).startswith("the input")
 
 
@@ -140,7 +140,7 @@ def test_bytes_are_checked_as_files_are(clip: Path, tmp_path: Path) -> None:
     assert len(samples_of(ogg.read_bytes())) == len(audio.load(ogg))
     for content in (ogg.read_bytes()[:-300], clip.read_bytes()[:9000]):
         with pytest.raises(UserError, match="the input: the file is truncated"):
-            utterances_of(content)
+            list(utterances_of(content)[0])
 
 
 @pytest.mark.parametrize("kind", ["llm", "whisper"])

@@ -17,7 +17,7 @@ from unislu_llm.errors import UserError
 from unislu_llm.utterance import Utterance
 
 One = (str | os.PathLike[str] | bytes | bytearray | BinaryIO | tuple[Any, float]
-       | Mapping[str, Any])
+       | Mapping[str, Any] | Utterance)
 """A path, an audio file's content or the open file, or samples with their rate in Hz: a pair, or a
 mapping with `array` and `sampling_rate` (of an audio column of the package `datasets`). Samples are
 `(samples,)`, or have up to 8 channels on their shorter axis; floats in -1..1, or integers of 8, 16
@@ -30,20 +30,20 @@ _MAX_CHANNELS = 8  # of an array; with more, it is rather a batch of clips
 
 
 def utterances_of(inputs: One | Iterable[One], language: str | None = None
-                  ) -> tuple[list[Utterance], bool]:
-    """Utterances without text of one input or several, and whether it was one.
+                  ) -> tuple[Iterator[Utterance], bool]:
+    """Utterances without text of the inputs, read as they are asked for, and whether it is one.
 
     Raises:
         UserError: no audio, unreadable, empty or unusable; it says which of the inputs.
     """
     # A file is an iterable as well, of its lines, and an array one of its samples.
-    one = (isinstance(inputs, (str, bytes, bytearray, memoryview, os.PathLike, Mapping, Tensor))
+    one = (isinstance(inputs, (str, bytes, bytearray, memoryview, os.PathLike, Mapping, Tensor,
+                               Utterance))
            or not isinstance(inputs, Iterable) or hasattr(inputs, "read") or _is_pair(inputs)
            or (isinstance(inputs, np.ndarray) and inputs.dtype.kind not in "OU"))
-    if one:
-        return [_utterance(inputs, "the input", 0, language)], True
-    several: Iterable[Any] = inputs  # type: ignore[assignment]
-    return [_utterance(each, f"inputs[{i}]", i, language) for i, each in enumerate(several)], False
+    several: Iterable[Any] = [inputs] if one else inputs  # type: ignore[assignment]
+    return (_utterance(each, "the input" if one else f"inputs[{i}]", i, language)
+            for i, each in enumerate(several)), one
 
 
 def _is_pair(given: Any) -> bool:
@@ -53,6 +53,8 @@ def _is_pair(given: Any) -> bool:
 
 
 def _utterance(given: Any, name: str, index: int, language: str | None) -> Utterance:
+    if isinstance(given, Utterance):  # read before
+        return given
     if isinstance(given, Mapping):  # decoded by the package `datasets`, or not
         found = next((given[key] for key in ("array", "bytes", "path") if given.get(key) is not None
                       ), None)

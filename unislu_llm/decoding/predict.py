@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Any, overload
 
 import torch
@@ -86,7 +87,7 @@ def understand(model: SLUModel, inputs: One | Iterable[One],
     Args:
         model: either decoder.
         inputs: a path, the content of an audio file or the open file, `(array, rate)`, or several
-            of them (:data:`~unislu_llm.decoding.inputs.One`).
+            of them (:data:`~unislu_llm.decoding.inputs.One`); :func:`stream` takes no end of them.
         tasks: default: all of the model's; none gives transcripts alone.
         options: how to decode; the grammar and forced tasks are on unless they are turned off.
         n_best: answers to each task; needs as many beams.
@@ -119,7 +120,8 @@ def understand(model: SLUModel, inputs: One | Iterable[One],
             not model.reads_hypothesis or model.config.recogniser == "ctc"):
         raise UserError(f"language '{language}': no recogniser makes hypotheses for this model, to "
                         "which it could be told; leave it out")
-    whole, one = utterances_of(inputs, language)
+    given, one = utterances_of(inputs, language)
+    whole = list(given)
     if not long_form and (long := next((u for u in whole if u.seconds > MAX_SECONDS), None)):
         raise UserError(f"{long.audio}: {long.seconds:.2f} s is longer than {MAX_SECONDS:g} s; "
                         "leave out long_form=False, or cut it")
@@ -128,6 +130,15 @@ def understand(model: SLUModel, inputs: One | Iterable[One],
     with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
         answers = _understand(engine, whole, names, n_best, long_form, overlap, recogniser)
     return answers[0] if one else answers
+
+
+def stream(model: SLUModel, inputs: One | Iterable[One], tasks: str | Sequence[str] | None = None,
+           options: DecodeConfig | None = None, **how: Any) -> Iterator[Answer]:
+    """Answers of :func:`understand`, in order, as they come: `options.batch_size` inputs are taken
+    when they are asked for. One that cannot be read ends it, behind the batches before it."""
+    each, _ = utterances_of(inputs, how.get("language"))
+    while some := list(islice(each, (options or DecodeConfig()).batch_size)):
+        yield from understand(model, some, tasks, options, **how)
 
 
 def _understand(engine: Engine, whole: Sequence[Utterance], tasks: Sequence[str], n_best: int,

@@ -23,13 +23,14 @@ from unislu_llm.config import ModelConfig
 from unislu_llm.data.batch import Batch
 from unislu_llm.data.dataset import Collator
 from unislu_llm.errors import UserError, hint
-from unislu_llm.io import WEIGHTS_FILE
+from unislu_llm.io import WEIGHTS_FILE, check_saved, find_model, is_hub_name
 from unislu_llm.models.encoder import SpeechEncoder
 from unislu_llm.models.head import logits_of, places, token_losses
 from unislu_llm.models.kv_cache import State
 from unislu_llm.models.saved import Base, Description, Kind
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import UnifiedTokenizer
+from unislu_llm.weights import fetch_model
 
 Objective = Literal["unified", "ctc"]
 
@@ -264,6 +265,23 @@ class SLUModel(nn.Module, ABC):
             bases=self.bases, ctc_tokens=list(self.ctc_tokens or ()) or None,
             markers=list(self.tokenizer.marker_ids)).write(folder)
         self.tokenizer.base.save_pretrained(folder)
+
+    @classmethod
+    def from_pretrained(cls, model: str | os.PathLike[str],
+                        dtype: torch.dtype = torch.float32) -> Self:
+        """The saved model of this kind (`SLUModel`: of either) in a folder, a run's best, or of a
+        name on the hub, on the CPU in eval mode; frozen weights are of `dtype`. Raises UserError:
+        it is lacking, damaged or of the other kind, or a base checkpoint cannot be had."""
+        hub = isinstance(model, str) and not Path(model).exists() and is_hub_name(model)
+        folder = fetch_model(str(model)) if hub else find_model(Path(model)) or Path(model)
+        check_saved(folder)
+        saved = Description.read(folder)
+        own = next(kind for kind in SLUModel.__subclasses__() if kind.kind == saved.model_type)
+        if not issubclass(own, cls):
+            raise UserError(f"{model}: is a {own.__name__}, and no {cls.__name__}; use the former")
+        found = own.build(saved.model, saved.registry(folder), dtype, saved.ctc_tokens, saved.bases)
+        found.load_trained(folder)
+        return found.eval()
 
     def load_trained(self, folder: str | os.PathLike[str], *, partial: bool = False) -> list[str]:
         """Load trained weights; returns the parameters that the file lacks, which `partial` allows.
