@@ -8,7 +8,7 @@ import json
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -20,6 +20,7 @@ from unislu_llm import Answer, cli, understand
 from unislu_llm.config import DecodeConfig
 from unislu_llm.data.audio import from_bytes
 from unislu_llm.decoding.files import as_json
+from unislu_llm.decoding.phrases import Phrases
 from unislu_llm.errors import UserError
 from unislu_llm.serve import Serving
 from unislu_llm.tasks import TaskRegistry
@@ -60,6 +61,7 @@ class Stub:
     def __call__(self, _: Any, inputs: Any, *, tasks: Any, **how: Any) -> list[Answer]:
         values = [round(float(samples[0]), 3) for samples, _ in inputs]
         self.batches.append((values, tasks))
+        self.how = how
         self.during()
         if 0.5 in values or 0.6 in values:
             raise UserError("not this one") if 0.5 in values else RuntimeError("secret")
@@ -115,6 +117,17 @@ def test_formats_are_openai_s(kind: str, expected: Any, stub: Stub) -> None:
     assert stub.batches == [([0.7], ())]
 
 
+@pytest.mark.parametrize("sent", ["# names\r\n Paris\n\nDawit Isaak", ["Paris", "Dawit Isaak"],
+                                  '["Paris", "Dawit Isaak"]'])
+def test_phrases_are_raised(sent: Any, stub: Stub) -> None:
+    reply = client(start()).post(TASKS, files=files(sound()), data={
+        "phrases": sent, "phrase_boost": "3"})
+    assert (reply.status_code, stub.how["options"].phrase_boost) == (200, 3.0)
+    listed = Phrases.of(stub.how["phrases"], 3.0)
+    assert listed is not None
+    assert listed.texts == ("Paris", "Dawit Isaak")
+
+
 def test_openai_s_client_transcribes(stub: Stub) -> None:
     openai = pytest.importorskip("openai")
     its = openai.OpenAI(api_key="secret", base_url="http://testserver/v1",
@@ -131,14 +144,21 @@ def test_openai_s_client_transcribes(stub: Stub) -> None:
     (TASKS, sound(), {"num_beams": "9", "beams": "2"}, 400, "beams: unknown key"),
     (SPEECH, sound(), {"model": "tiny", "stream": "true"}, 400, "stream"),
     (SPEECH, sound(), {"model": "whisper-1"}, 404, "the model here is 'tiny'"),
+    (SPEECH, [sound(), sound()], {"model": "tiny"}, 400, "file: is there more than once"),
+    (TASKS, "a.wav", {}, 400, "file[0]: must be a file with a name (curl: -F file=@NAME)"),
+    (TASKS, sound(), {"phrases": '["Paris", 1]'}, 400, "phrases: is no list of strings"),
+    (TASKS, sound(), {"phrases": "[" * 9999}, 400, "phrases: recursion limit exceeded"),
+    (TASKS, sound(), {"phrases": "Paris\n!"}, 400, "phrases: phrases[1]: a phrase has a letter"),
     (TASKS, bytes(1_000_001), {}, 413, "over 1 MB"),
-    (TASKS, [b"--x\r\n", bytes(1_000_001)], {}, 413, "Too Large"),
+    (TASKS, iter([b"--x\r\n", bytes(1_000_001)]), {}, 413, "Too Large"),
     (TASKS, sound(0.0, 21, "FLAC"), {}, 413, "has 21 s, over 20")])
 def test_what_is_wrong_is_one_sentence(path: str, content: Any, form: Any, status: int,
                                        message: str, stub: Stub) -> None:
-    # A list is a body whose length nobody says.
-    sent: Any = {"files": files(content), "data": form} if isinstance(content, bytes) else {
-        "content": iter(content), "headers": {"Content-Type": "multipart/form-data; boundary=x"}}
+    # An iterator is a body whose length nobody says.
+    sent: Any = {"data": {**form, "file": content}} if isinstance(content, str) else {
+        "files": files(*content if isinstance(content, list) else [content]), "data": form}
+    if isinstance(content, Iterator):
+        sent = {"content": content, "headers": {"Content-Type": "multipart/form-data; boundary=x"}}
     reply = client(start(max_mb=1, max_seconds=20)).post(path, **sent)
     error = reply.json()["error"]
     assert (reply.status_code, message in error["message"]) == (status, True), error
@@ -221,8 +241,10 @@ def test_it_takes_so_many_and_ends_with_those_in_decoding(stub: Stub) -> None:
 
 
 @pytest.mark.parametrize(("args", "message"), [
-    (["--host", "0.0.0.0"], "needs a token"), ([], "pip install 'unislu_llm[serve]'"),
-    (["--batch-size", "0"], "1 or more"), (["--token-file", "x"], "x cannot be read")])
+    (["--host", "0.0.0.0"], "needs a token"),
+    (["--port", "65536"], "--host 127.0.0.1 --port 65536: "),
+    ([], "pip install 'unislu_llm[serve]'"), (["--batch-size", "0"], "1 or more"),
+    (["--token-file", "x"], "x cannot be read")])
 def test_the_command_refuses_before_it_loads(args: list[str], message: str, capsys: Any,
                                              monkeypatch: pytest.MonkeyPatch) -> None:
     if not args:  # as if something were not installed

@@ -6,6 +6,7 @@ import asyncio
 import hmac
 import json
 import os
+import socket
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -19,7 +20,8 @@ import uvicorn
 from fastapi import FastAPI, Form, Request, Response, UploadFile
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, PlainTextResponse
-from pydantic import BaseModel, Field
+from pydantic import AfterValidator, BaseModel, Field
+from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from torch import Tensor
 from transformers.models.whisper.tokenization_whisper import LANGUAGES
@@ -28,6 +30,7 @@ from unislu_llm.config import DecodeConfig
 from unislu_llm.data import audio
 from unislu_llm.decoding.answer import Answer
 from unislu_llm.decoding.files import as_json
+from unislu_llm.decoding.phrases import Phrases
 from unislu_llm.decoding.predict import understand
 from unislu_llm.errors import UserError, dotted, explain
 from unislu_llm.models.base import SLUModel
@@ -38,20 +41,33 @@ from unislu_llm.text_files import read_text
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
 _VALUES = 2 * 96_000  # a second of a file that are read: two channels at 96 kHz
-_FORM: Any = {"max_files": 16, "max_fields": 64, "max_part_size": 1 << 16}
+_FORM: Any = {"max_files": 16, "max_fields": 64, "max_part_size": 1 << 20}  # a list of phrases
 _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
 
 
 class Transcription(BaseModel):
     """OpenAI's form. Others of its fields, as `prompt` and `temperature`, change nothing."""
 
-    file: UploadFile
+    file: list[UploadFile]
     model: str
     language: str = ""
     response_format: Literal["json", "text", "srt", "verbose_json", "vtt"] = "json"
     stream: bool = False
     include: Annotated[list[str], Field(alias="include[]")] = []
     granularities: Annotated[list[str], Field(alias="timestamp_granularities[]")] = []
+
+
+def _phrases(given: list[str]) -> list[str]:
+    """Phrases of a form: one a line as in a file, or JSON lists. Raises ValueError: they are none,
+    before they wait with others."""
+    found: list[Any] = []
+    for text in given:
+        found += from_json(text) if text.lstrip().startswith("[") else [
+            line for line in text.split("\n") if line.strip() and line.lstrip()[0] != "#"]
+    if not all(isinstance(text, str) for text in found):
+        raise ValueError("is no list of strings")
+    Phrases.of(found, 1.0)
+    return found
 
 
 class Understanding(BaseModel, extra="forbid"):
@@ -68,6 +84,8 @@ class Understanding(BaseModel, extra="forbid"):
     no_speech: Annotated[float, Field(ge=0, le=1)] = 0.6
     overlap: Annotated[float, Field(ge=0, le=10)] = 0.0
     confidences: bool = False
+    phrases: Annotated[list[str], AfterValidator(_phrases)] = []
+    phrase_boost: Annotated[float, Field(ge=0, le=1e6)] = 2.0
 
 
 class Service:
@@ -137,7 +155,9 @@ class Service:
         """The transcript of a file."""
         if ask.stream or ask.include or "word" in ask.granularities:
             raise UserError("stream, include[] and times of words are not there; leave them out")
-        answer, = await self._answers(request, ask, [ask.file], ())
+        if len(ask.file) > 1:
+            raise UserError("file: is there more than once; send a request for each")
+        answer, = await self._answers(request, ask, ask.file, {}, tasks=())
         return _transcription(answer, ask.response_format,
                               ask.language or self._model.config.language)
 
@@ -147,14 +167,15 @@ class Service:
         names = [name for field in ask.tasks for name in field.split(",") if name]
         names = list(registry.names) if names == ["all"] else [registry[n].name for n in names]
         answers = await self._answers(
-            request, ask, ask.file, names, ask.n_best, ask.overlap, **ask.model_dump(include={
-                "num_beams", "transcript", "grounded", "no_speech"}))
+            request, ask, ask.file, ask.model_dump(include={
+                "num_beams", "transcript", "grounded", "no_speech", "phrase_boost"}),
+            tasks=names, **ask.model_dump(include={"n_best", "overlap", "phrases"}))
         return {"answers": [json.loads(as_json(file.filename or "", answer, ask.confidences))
                             for file, answer in zip(ask.file, answers, strict=True)]}
 
     async def _answers(self, request: Request, ask: Transcription | Understanding,
-                       files: Sequence[UploadFile], tasks: Sequence[str], n_best: int = 1,
-                       overlap: float = 0.0, **options: Any) -> list[Answer]:
+                       files: Sequence[UploadFile], options: Mapping[str, Any],
+                       **how: Any) -> list[Answer]:
         """Answers to files of a request, which leave the queue if its sender goes away."""
         if ask.model not in ("", self._name):
             raise HTTPException(404, f"the model here is '{self._name}', not '{ask.model[:80]}'")
@@ -162,8 +183,7 @@ class Service:
         told = ask.language if ask.language != self._model.config.language else ""
         clips = await asyncio.gather(*(asyncio.get_running_loop().run_in_executor(
             self._readers, _samples, file, self._how.max_seconds) for file in files))
-        jobs = self.queue.submit(clips, {"tasks": tasks, "options": decode, "n_best": n_best,
-                                         "overlap": overlap, "language": told or None})
+        jobs = self.queue.submit(clips, {**how, "options": decode, "language": told or None})
         done: asyncio.Future[Any] = asyncio.gather(*map(asyncio.wrap_future, jobs))
         gone: asyncio.Future[Any] = asyncio.ensure_future(request.receive())  # nothing else comes
         try:
@@ -214,9 +234,12 @@ async def _error(_: Request, error: Exception) -> JSONResponse:
     """What was raised, in OpenAI's shape."""
     if isinstance(error, RequestValidationError):
         error = explain(error, Understanding, lambda at: dotted(at[1:]))  # type: ignore[arg-type]
+        error = UserError(str(error).replace("Expected UploadFile, received: <class 'str'>",
+                                             "must be a file with a name (curl: -F file=@NAME)"))
     if isinstance(error, UserError):
         error = HTTPException(400, str(error).replace("\n", "; "))
-    code, told = getattr(error, "status_code", 500), getattr(error, "detail", "see the log there")
+    told = getattr(error, "detail", "the server failed, not the request; see the log of it")
+    code = getattr(error, "status_code", 500)
     return JSONResponse({"error": {
         "message": told, "type": "server_error" if code >= 500 else "invalid_request_error",
         "param": None, "code": _CODES.get(code)}}, code,
@@ -238,6 +261,11 @@ def serve(model: str, how: Serving) -> None:
     if not token and (how.token_file or how.host not in _LOCAL):
         raise UserError(f"--host {how.host} needs a token: set UNISLU_TOKEN, or give a "
                         "--token-file that holds one")
+    try:  # now, and not when the model has been loaded
+        socket.create_server((how.host, how.port), family=(
+            socket.AF_INET6 if ":" in how.host else socket.AF_INET)).close()
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--host {how.host} --port {how.port}: {error}; give others") from error
     run = find_run(model)
     loaded = load_model(run, how.precision)
     understand(loaded, (torch.zeros(audio.SAMPLE_RATE), audio.SAMPLE_RATE))  # loads a recogniser

@@ -80,13 +80,16 @@ class Queue:
         try:
             answers = self._decode([job.clip for job in jobs], jobs[0].how) if jobs else ()
         except Exception as error:
-            if len(jobs) > 1:  # one of them may be at fault, or all too many
-                for job in jobs:
-                    self._answer([job])
+            if len(jobs) == 1:
+                if not isinstance(error, UserError):
+                    logging.getLogger(__name__).exception("a clip could not be decoded")
+                jobs[0].set_exception(error)
                 return
-            if not isinstance(error, UserError):
-                logging.getLogger(__name__).exception("a clip could not be decoded")
-            jobs[0].set_exception(error)
         else:
             for job, answer in zip(jobs, answers, strict=True):
                 job.set_result(answer)
+            return
+        # One may be at fault, or all too many: tried again out here, where the error is gone, and
+        # with it what the batch has in memory.
+        for job in jobs:
+            self._answer([job])
