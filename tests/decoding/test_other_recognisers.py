@@ -42,6 +42,8 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
                 head = f"{self.path} {self.headers['Authorization']}\n".encode()
                 sent.append(head + self.rfile.read(int(self.headers["Content-Length"])))
                 self.send_response(status)
+                if status == 307:  # to where no audio may go
+                    self.send_header("Location", "/v2")
                 self.end_headers()
                 text = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
                 self.wfile.write(text)
@@ -91,12 +93,16 @@ def _file(body: bytes) -> Any:
     (b"<html>", 200, "answers no JSON: <html>"),
     ({"txt": "hello"}, 200, "answers something else than a transcription"),
     ([1], 200, "answers something else than a transcription"),
+    ({"text": None}, 200, "answers something else than a transcription"),
+    (b"[" * 99_999, 200, "answers something else than a transcription"),
+    ({}, 307, "answers 307: /v2$"),
 ])
 def test_what_a_server_does_wrong_is_one_error(answer: Any, status: int, message: str,
                                                serve: Serve) -> None:
-    url, _ = serve(answer, status)
+    url, sent = serve(answer, status)
     with pytest.raises(UserError, match=f"{url} {message}"):
         load_recogniser(url)(noise(1), "en")
+    assert len(sent) == 1
 
 
 def test_a_server_that_is_not_there_is_one_error() -> None:

@@ -125,7 +125,7 @@ def recogniser_of(model: SLUModel, device: torch.device | None = None,
     """The recogniser of a `name`, default: that of the model's configuration, on `device` or the
     model's; raises as :func:`load_recogniser`, and for a server that nobody but the model names."""
     config = model.config if not name else model.config.model_copy(update={"recogniser": name})
-    if config.recogniser.startswith("http") and not name:  # a model may be anybody's
+    if config.recogniser.startswith(URLS) and not name:  # a model may be anybody's
         raise UserError(f"the model has its hypotheses made by {config.recogniser}, where your "
                         "audio would go: give that address by --recogniser if you trust it, "
                         "or write hypotheses by `unislu transcribe`")

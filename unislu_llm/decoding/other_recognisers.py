@@ -66,11 +66,15 @@ class CTranslate2Recogniser(WhisperRecogniser):
                 with new_folder(folder) as new:
                     TransformersConverter(str(path)).convert(
                         str(new), quantization="int8", force=True)
-        kind = torch.device(device).type
+        gpu = torch.device(device).type == "cuda"  # it runs on no other
         self._silence = 30.0
-        self._ct2 = ctranslate2.models.Whisper(
-            str(folder), device=kind, compute_type="int8" if kind == "cpu" else "int8_float16",
-            intra_threads=torch.get_num_threads())
+        try:
+            self._ct2 = ctranslate2.models.Whisper(
+                str(folder), device="cuda" if gpu else "cpu", intra_threads=torch.get_num_threads(),
+                compute_type="int8_float16" if gpu else "int8")
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{CTRANSLATE2}{checkpoint}: CTranslate2 cannot load {folder} ({error})"
+                            "; if its files are damaged, remove it") from error
         self._bins, self._room = int(config.num_mel_bins), int(config.max_target_positions)
         self._tokenizer = weights.from_pretrained(AutoTokenizer, path)
         # What Whisper's prompt is made by, without its weights.
@@ -133,21 +137,23 @@ class RemoteRecogniser:
         try:
             response = requests.post(
                 self._url.rstrip("/") + "/audio/transcriptions", data=form, timeout=_TIMEOUT,
-                headers=self._headers, files={"file": ("clip.flac", file.getvalue(), "audio/flac")})
-            response.raise_for_status()
+                headers=self._headers, files={"file": ("clip.flac", file.getvalue(), "audio/flac")},
+                allow_redirects=False)  # audio goes where the user says, and nowhere else
+            if response.status_code >= 300:
+                raise requests.HTTPError
             said = response.json()
-            text, parts = str(said["text"]).strip(), said.get("segments") or []
+            text, parts = said["text"].strip(), said.get("segments") or []
             found = [(float(p["no_speech_prob"]), float(p["avg_logprob"])) for p in parts
                      if "no_speech_prob" in p and "avg_logprob" in p]
         except requests.HTTPError as error:
-            raise UserError(f"{self._url} answers {response.status_code}: "
-                            f"{response.text[:200]}") from error
+            told = response.headers.get("Location", "") or response.text
+            raise UserError(f"{self._url} answers {response.status_code}: {told[:200]}") from error
         except requests.JSONDecodeError as error:
             raise UserError(f"{self._url} answers no JSON: {response.text[:200]}") from error
         except requests.RequestException as error:
             raise UserError(f"{self._url} cannot be asked ({error}); is it the address up to /v1 "
                             "of a server that runs?") from error
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise UserError(f"{self._url} answers something else than a transcription: "
                             f"{response.text[:200]}") from error
         if not found:
