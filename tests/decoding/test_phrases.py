@@ -92,8 +92,9 @@ def test_errors_name_file_and_line(tmp_path: Path, tiny_run: Callable[..., Path]
         file.write_text(text)
         with pytest.raises(UserError, match=wrong):
             Phrases.of(str(file), 2.0)
-    with pytest.raises(UserError, match=r"phrases\[1\]"):
-        Phrases.of(["Anna", ""], 2.0)
+    for text in ("", "Ann\ud800a"):
+        with pytest.raises(UserError, match=r"phrases\[1\]"):
+            Phrases.of(["Anna", text], 2.0)
     args = ["predict", str(tiny_run()), "corpus", "--phrases", str(file), "--phrase-boost"]
     assert main([*args, "2"]) == main([*args, "-1"]) == 2
     assert "more than 10,000 phrases" in (said := capsys.readouterr().err)

@@ -63,9 +63,10 @@ class Phrases(NamedTuple):
         for n, (place, text) in enumerate(found.items()):
             if n == MOST:
                 raise UserError(f"{place}: more than {MOST:,} phrases; keep what may be said")
-            if len(text) > LONGEST or not re.search(r"[^\W_]", text):
-                raise UserError(f"{place}: a phrase has a letter or digit and at most {LONGEST} "
-                                f"characters, found {shorten(repr(text))}")
+            # Of half characters (surrogates) a tokenizer takes none.
+            if len(text) > LONGEST or not re.match(r"(?s)(?!.*[\ud800-\udfff]).*[^\W_]", text):
+                raise UserError(f"{place}: a phrase has a letter or digit, at most {LONGEST} "
+                                f"characters and no half ones, found {shorten(repr(text))}")
         texts = tuple(dict.fromkeys(" ".join(text.split()) for text in found.values()))
         return cls(texts, boost) if texts and boost else None
 
