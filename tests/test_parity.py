@@ -83,8 +83,17 @@ def test_each_server_has_a_field_for_grammars(folder: str) -> None:
     ("{0} --url {1} --timeout 0.2", lambda x: time.sleep(1), "--timeout enough"),
     ("{0} --url http://127.0.0.1:9/v1", right, "is a server there"),
     ("{0} --model m", right, "add its --url"),
+    ("{0} --close nan", right, "--close must be 0 or more"),
     ("missing", right, "unislu export MODEL --out FOLDER --merged")])
 def test_faults_are_named(command: str, answer: Any, said: str, folder: str, capsys: Any) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["parity", *command.format(folder, serve(answer)).split()])
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("row", ["[]", '{"id": "x"}', json.dumps(ROWS[0] | {"answer": None})])
+def test_a_row_that_is_none_is_named(row: str, folder: str, capsys: Any) -> None:
+    Path(folder, "parity.jsonl").write_text(f"{json.dumps(ROWS[0])}\n\n{row}\n")
+    with pytest.raises(SystemExit, match="2"):
+        main(["parity", folder, "--url", serve(right)])
+    assert "parity.jsonl, row 2: " in capsys.readouterr().err

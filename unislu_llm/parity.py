@@ -26,20 +26,23 @@ def parity(argv: Sequence[str] | None = None, prog: str | None = "unislu parity"
     args = parser.parse_args(argv)
     if (args.grammar or args.model) and not args.url:
         parser.error("--grammar and --model are of a server; add its --url")
-    differ, file = [], args.folder / "parity.jsonl"
+    if args.allowed < 0 or not (args.close >= 0 and args.timeout > 0):  # NaN neither
+        parser.error("--allowed and --close must be 0 or more, --timeout above 0")
+    differ, file, far, n = [], args.folder / "parity.jsonl", 0, 0
     try:
-        rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
+        rows = [json.loads(line) for line in file.read_text("utf-8").split("\n") if line.strip()]
         ask = (_server if args.url else _transformers)(args, rows[0], parser.error)
-    except (OSError, ValueError, LookupError) as error:
-        parser.error(f"{file}: {error!r}; `unislu export MODEL --out FOLDER --merged` writes it")
-    for row in rows:
-        if (found := ask(row)) != row["answer"]:
-            place = len(os.path.commonprefix([found, row["answer"]]))  # noqa: RUF071
-            differ.append(row)
-            # As JSON: no text of a server steers a terminal.
-            print(json.dumps({key: row[key] for key in ("id", "task", "margin", "answer")}
-                             | {"found": found, "from": place}), flush=True)
-    far = sum(row["margin"] > args.close for row in differ)
+        for n, row in enumerate(rows, 1):  # noqa: B007  the message needs it
+            if (found := ask(row)) != row["answer"]:
+                place = len(os.path.commonprefix([found, row["answer"]]))  # noqa: RUF071
+                differ.append(row)
+                far += row["margin"] > args.close
+                # As JSON: no text of a server steers a terminal.
+                print(json.dumps({key: row[key] for key in ("id", "task", "margin", "answer")}
+                                 | {"found": found, "from": place}), flush=True)
+    except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
+        parser.error(f"{file}{f', row {n}' * bool(n)}: {error!r}; `unislu export MODEL --out FOLDER"
+                     " --merged` writes it")
     tasks = dict(Counter(row["task"] or "transcript" for row in differ))
     print(f"{len(rows)} prompts: {len(differ)} answers differ{f' {tasks}' * bool(tasks)}, "
           f"{len(differ) - far} of them at a call of at most {args.close:g} nats")
@@ -70,15 +73,16 @@ def _server(args: Any, first: Any, fail: Callable[[str], Any]) -> Callable[[Any]
         url = f"{args.url.rstrip('/')}/{what}"
         try:
             request = Request(url, body and json.dumps(body).encode(), {
-                "Content-Type": "application/json",
-                "Authorization": f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}"})
+                "Content-Type": "application/json"})
+            request.add_unredirected_header(  # no other server is to have the key
+                "Authorization", f"Bearer {os.environ.get('OPENAI_API_KEY', 'none')}")
             with urlopen(request, timeout=args.timeout) as reply:
                 return read(json.loads(reply.read(1 << 20)))
         except HTTPError as error:
             fail(f"{url} answers {error.code}: {error.read(300)!r}; --url ends in /v1")
         except (OSError, HTTPException) as error:
             fail(f"{url}: {error}; is a server there, and --timeout enough?")
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             fail(f"{url}: {error!r}: not the API of OpenAI; its address ends in /v1")
 
     def ask(row: Any, grammar: str = "") -> str:
