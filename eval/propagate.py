@@ -277,6 +277,8 @@ def main(options: Options) -> None:
     """Measure a model, print and write what was found."""
     if options.draws < 1 or not all(0 < rate < 1 for rate in options.rates):
         raise UserError("--draws must be 1 or more, and --rates shares between 0 and 1, as 0.05")
+    if min(options.limit, options.batch_size, options.threads) < 0:
+        raise UserError("--limit, --batch-size and --threads must be 0 or more")
     if options.threads:
         torch.set_num_threads(options.threads)
     run = find_run(options.model)
