@@ -25,11 +25,7 @@ from tabulate import tabulate
 from unislu_llm.config import DecodeConfig
 from unislu_llm.data.manifest import read_manifest
 from unislu_llm.decoding import no_speech
-from unislu_llm.decoding.hypotheses import (
-    fast_type,
-    load_recogniser,
-    recognise,
-)
+from unislu_llm.decoding.hypotheses import fast_type, load_recogniser, recognise
 from unislu_llm.errors import reported
 from unislu_llm.io import portable, write_text
 from unislu_llm.run_folder import versions

@@ -29,10 +29,7 @@ from tabulate import tabulate
 from unislu_llm.config import DecodeConfig
 from unislu_llm.data.frame_cache import load_clip
 from unislu_llm.data.manifest import read_manifest
-from unislu_llm.decoding.hypotheses import (
-    fast_type,
-    load_recogniser,
-)
+from unislu_llm.decoding.hypotheses import fast_type, load_recogniser
 from unislu_llm.decoding.phrases import Phrases
 from unislu_llm.errors import reported
 from unislu_llm.io import portable, write_text

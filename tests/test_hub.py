@@ -17,10 +17,7 @@ from unislu_llm import load, understand
 from unislu_llm.cli import main
 from unislu_llm.config import Config
 from unislu_llm.config_file import config_from_file
-from unislu_llm.decoding.hypotheses import (
-    ModelRecogniser,
-    load_recogniser,
-)
+from unislu_llm.decoding.hypotheses import ModelRecogniser, load_recogniser
 from unislu_llm.errors import UserError
 from unislu_llm.evaluate import Options, make_job
 from unislu_llm.run_folder import find_run

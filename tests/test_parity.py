@@ -91,9 +91,8 @@ def test_faults_are_named(command: str, answer: Any, said: str, folder: str, cap
     assert said in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("row", ["[]", '{"id": "x"}', json.dumps(ROWS[0] | {"answer": None})])
-def test_a_row_that_is_none_is_named(row: str, folder: str, capsys: Any) -> None:
-    Path(folder, "parity.jsonl").write_text(f"{json.dumps(ROWS[0])}\n\n{row}\n")
+def test_a_row_that_is_none_is_named(folder: str, capsys: Any) -> None:
+    Path(folder, "parity.jsonl").write_text(f"{json.dumps(ROWS[0])}\n\n[]\n")
     with pytest.raises(SystemExit, match="2"):
         main(["parity", folder, "--url", serve(right)])
     assert "parity.jsonl, row 2: " in capsys.readouterr().err

@@ -15,14 +15,7 @@ from unislu_llm.errors import UserError
 from unislu_llm.loss import ASR_PART, TASK_PART
 from unislu_llm.tasks import ASR, NER, SA, LabelTask, Span, SpanTask, Task, TaskRegistry
 from unislu_llm.tokenizer import Example, UnifiedTokenizer
-from unislu_llm.unified import (
-    PROBLEMS,
-    Parsed,
-    encode,
-    find_marker,
-    parse,
-    reference_output,
-)
+from unislu_llm.unified import PROBLEMS, Parsed, encode, find_marker, parse, reference_output
 from unislu_llm.utterance import Utterance
 
 REGISTRY = TaskRegistry()

@@ -6,7 +6,6 @@ It asks nothing of other machines. What models and files say is shown as text, n
 from __future__ import annotations
 
 import html
-import inspect
 import os
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -69,7 +68,7 @@ def page(models: Mapping[str, SLUModel]) -> Any:
         try:
             if not clip:
                 raise UserError("record a clip, or choose a file or an example")
-            return shown(model, understand(model, clip, **({"phrases": words} if words else {})))
+            return shown(model, understand(model, clip, phrases=words))
         except UserError as error:
             # The file is known by its name; it lies in a temporary folder. Errors are read as HTML.
             why = html.escape(str(error).replace(f"{Path(clip or '').parent}{os.sep}", ""))
@@ -79,9 +78,7 @@ def page(models: Mapping[str, SLUModel]) -> Any:
         gr.HTML("<h1>Understand speech</h1>")
         inputs: list[Any] = [gr.Audio(label="Clip", sources=["microphone", "upload"],
                                       type="filepath", buttons=[])]
-        if "phrases" in inspect.signature(understand).parameters:
-            label = "Names and terms that may be said, one a line"
-            inputs.append(gr.Textbox("", label=label, lines=2))
+        inputs.append(gr.Textbox("", label="Names and terms that may be said, one a line", lines=2))
         folder = shipped() / "recipes" / "data" / "mini"
         if clips := {str(folder / row["audio"]): shorten(row["text"])
                      for manifest in sorted(folder.glob("*_dev.jsonl"))

@@ -28,8 +28,7 @@ READS_ALONE = ModelConfig(hypothesis="manifest", projector="none")
 
 
 @pytest.fixture
-def manifest(make_utterances: Callable[..., list[Utterance]],
-             tmp_path: Path) -> Callable[..., str]:
+def manifest(make_utterances: Callable[..., list[Utterance]], tmp_path: Path) -> Callable[..., str]:
     """Factory: a manifest of as many rows as there are changes, each changed so."""
     def make(name: str, *changes: dict[str, Any]) -> str:
         utterances = make_utterances(seconds=[0.5 + 0.1 * i for i in range(len(changes))])

@@ -101,8 +101,7 @@ def test_a_seed_keeps_its_plan() -> None:
 
 @settings(deadline=None)
 @given(st.integers(12, 120), st.integers(12, 40), st.integers(1, 12))
-def test_global_batches_do_not_depend_on_how_many_share_them(n: int, size: int,
-                                                             parts: int) -> None:
+def test_global_batches_do_not_depend_on_how_many_share_them(n: int, size: int, parts: int) -> None:
     one = BatchPlan(lengths_of(n), size, 1, seed=5).epoch(0)
     many = BatchPlan(lengths_of(n), size, parts, seed=5).epoch(0)
     if n < size or n % size == 0 or n % size >= parts:

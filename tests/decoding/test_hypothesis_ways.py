@@ -21,8 +21,7 @@ from unislu_llm.tasks import SEPARATOR
 from unislu_llm.tokenizer import UnifiedTokenizer
 
 SAID = "the council met in paris on monday"
-TEXTS = [SAID, "", "the council met in paris. " * 9, "a",
-         "we thank anna, and [the] union. " * 9]
+TEXTS = [SAID, "", "the council met in paris. " * 9, "a", "we thank anna, and [the] union. " * 9]
 
 
 class Script:

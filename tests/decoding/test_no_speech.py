@@ -172,8 +172,7 @@ def test_reading_models_know_silence_by_the_samples(build: Build,
     assert [a.no_speech for a in understand(model, clips, "sa", SHORT)] == [False, True]
 
 
-def test_copies_have_no_words_of_noise(make_utterances: Callable[..., Any],
-                                       tmp_path: Path) -> None:
+def test_copies_have_no_words_of_noise(make_utterances: Callable[..., Any], tmp_path: Path) -> None:
     manifest = tmp_path / "a.jsonl"
     write_manifest(manifest, make_utterances(seconds=(0.9, 1.6)))
     copies = [write_copies(lambda e=evidence: Hears(e), [manifest], tmp_path / str(i), REGISTRY,

@@ -16,9 +16,7 @@ import soundfile
 from tests.decoding.common import Build, noise
 from tests.tiny import make_llm, make_tokenizer
 from unislu_llm.data.audio import load
-from unislu_llm.decoding.hypotheses import (
-    load_recogniser,
-)
+from unislu_llm.decoding.hypotheses import load_recogniser
 from unislu_llm.decoding.other_recognisers import CTranslate2Recogniser
 from unislu_llm.decoding.predict import understand
 from unislu_llm.decoding.recogniser import WhisperRecogniser

@@ -17,9 +17,7 @@ from unislu_llm.cli import main
 from unislu_llm.config import DecodeConfig
 from unislu_llm.decoding import hypotheses as module
 from unislu_llm.decoding.engine import Engine
-from unislu_llm.decoding.hypotheses import (
-    ModelRecogniser,
-)
+from unislu_llm.decoding.hypotheses import ModelRecogniser
 from unislu_llm.decoding.phrases import MOST, PhraseBias, Phrases
 from unislu_llm.decoding.predict import understand
 from unislu_llm.decoding.recogniser import Transcript, WhisperRecogniser

@@ -72,8 +72,7 @@ def test_beam_search_equals_transformers(prompt: Any, beams: int) -> None:
             length_penalty=1.0, early_stopping=False,
             logits_processor=LogitsProcessorList([louder]))[:, 6:].unflatten(0, (-1, beams))
         ends = [[model.tokenizer.eos_id]] * len(rows)
-        found = beam_search(model, read(model, rows), [ROOM] * len(rows), ends, [louder],
-                            beams)
+        found = beam_search(model, read(model, rows), [ROOM] * len(rows), ends, [louder], beams)
         for ranked, theirs in zip(found, expected.tolist(), strict=True):
             for decoded, row in zip(ranked, theirs, strict=True):
                 ids, n = decoded.ids, len(decoded.ids)

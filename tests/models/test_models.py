@@ -25,17 +25,13 @@ from unislu_llm.tokenizer import Example
 from unislu_llm.utterance import Utterance
 
 VARIANTS: dict[str, dict[str, Any]] = {
-    "llama": {},
-    "llama untied": {"tied": False},
+    "llama": {}, "llama untied": {"tied": False},
     "llama with a prompt": {"prompt_prefix": "listen: ", "prompt_suffix": "</s> what?"},
-    "gemma3": {"arch": "gemma3_text"},
-    "qwen2": {"arch": "qwen2"},
-    "qwen3": {"arch": "qwen3"},
-    "mistral": {"arch": "mistral"},
+    "gemma3": {"arch": "gemma3_text"}, "qwen2": {"arch": "qwen2"},
+    "qwen3": {"arch": "qwen3"}, "mistral": {"arch": "mistral"},
     "conv projector": {"projector": "conv", "projector_options": {"strides": [2, 2]}},
     "qformer projector": {"projector": "qformer", "projector_options": {"heads": 4, "layers": 1}},
-    "whisper": {},
-    "whisper lora": {"decoder_mode": "lora", "lora": LORA},
+    "whisper": {}, "whisper lora": {"decoder_mode": "lora", "lora": LORA},
 }
 EVERY = pytest.mark.parametrize("variant", VARIANTS)
 BOTH = pytest.mark.parametrize("variant", ["llama with a prompt", "whisper"])

@@ -39,8 +39,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 
 
 @pytest.fixture
-def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
-         tiny_checkpoints: dict[str, str]) -> Make:
+def make(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoints: dict[str, str]) -> Make:
     """Build from base checkpoints in folders, as a run does; trainable weights move at random."""
     monkeypatch.setenv("UNISLU_CACHE", str(tmp_path / "cache"))
 

@@ -41,8 +41,7 @@ def test_small_but_constant_difference_is_seen_by_the_paired_test() -> None:
     assert got["low"] > 0
     assert got["p_value"] == pytest.approx(2 / 1001)
     assert got["high"] - got["low"] < (alone["high"] - alone["low"]) / 2
-    assert bootstrap(COUNTS, [COUNTS]) == {
-        "value": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
+    assert bootstrap(COUNTS, [COUNTS]) == {"value": 0.0, "low": 0.0, "high": 0.0, "p_value": 1.0}
 
 
 def test_p_value_is_about_uniform_without_a_difference() -> None:

@@ -117,15 +117,11 @@ def test_formats_are_openai_s(kind: str, expected: Any, stub: Stub) -> None:
     assert stub.batches == [([0.7], ())]
 
 
-@pytest.mark.parametrize("sent", ["# names\r\n Paris\n\nDawit Isaak", ["Paris", "Dawit Isaak"],
-                                  '["Paris", "Dawit Isaak"]'])
-def test_phrases_are_raised(sent: Any, stub: Stub) -> None:
-    reply = client(start()).post(TASKS, files=files(sound()), data={
-        "phrases": sent, "phrase_boost": "3"})
-    assert (reply.status_code, stub.how["options"].phrase_boost) == (200, 3.0)
-    listed = Phrases.of(stub.how["phrases"], 3.0)
-    assert listed is not None
-    assert listed.texts == ("Paris", "Dawit Isaak")
+def test_phrases_are_raised(stub: Stub) -> None:
+    client(start()).post(TASKS, files=files(sound()), data={
+        "phrases": ["# names\r\n\n Paris", '["Dawit Isaak"]'], "phrase_boost": "3"})
+    assert Phrases.of(stub.how["phrases"], stub.how["options"].phrase_boost) == (
+        ("Paris", "Dawit Isaak"), 3.0)
 
 
 def test_openai_s_client_transcribes(stub: Stub) -> None:

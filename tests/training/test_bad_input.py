@@ -31,8 +31,7 @@ def message_of(config: Config, capfd: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize(("change", "words"), [
-    ({"audio": "gone.wav"}, ["audio", "gone.wav"]),
-    ({"audio": "text.wav"}, ["audio", "text.wav"]),
+    ({"audio": "gone.wav"}, ["audio", "gone.wav"]), ({"audio": "text.wav"}, ["audio", "text.wav"]),
     ({"audio": "empty.wav"}, ["audio", "empty.wav"]),
     ({"ner": None, "nerr": []}, ["nerr", "ner"]),
     ({"ner": [{"label": "ORG", "start": 4, "end": 99}]}, ["ner", "99"]),

@@ -246,8 +246,7 @@ def hold(run: Path, ready: Any) -> None:
 def test_one_process_trains_in_a_folder(tmp_path: Path) -> None:
     run = tmp_path / "run"
     here, there = multiprocessing.Pipe()
-    other = multiprocessing.get_context("fork").Process(target=hold, args=(run, there),
-                                                       daemon=True)
+    other = multiprocessing.get_context("fork").Process(target=hold, args=(run, there), daemon=True)
     other.start()
     number = here.recv()
     holder = run / ".lock.json"

@@ -26,8 +26,7 @@ PARIS, MONDAY = ["PLACE", "paris"], ["WHEN", "monday"]
 SPANS = [["PLACE", "paris", 19, 24], ["WHEN", "monday", 28, 34]]
 
 
-def row(name: str, task: str, ref: Any, hyp: Any, text: str = SAID,
-        **more: Any) -> dict[str, Any]:
+def row(name: str, task: str, ref: Any, hyp: Any, text: str = SAID, **more: Any) -> dict[str, Any]:
     return {"id": name, "corpus": "c", "task": task, "ref_text": SAID, "hyp_text": text,
             "ref": ref, "hyp": hyp, "problems": [], **more}
 

@@ -109,8 +109,7 @@ def test_stages_ctc_then_adapt(tiny_config: Make) -> None:
     assert {n.split(".")[0] for n in changed(best, before)} == {"projector"}
     # The next stage has the vocabulary and starts from those weights: after a step it is near.
     places = ("ctc/best", "ctc/last", "adapt/last")
-    tokens = [json.loads((run / name / "config.json").read_text())["ctc_tokens"]
-              for name in places]
+    tokens = [json.loads((run / name / "config.json").read_text())["ctc_tokens"] for name in places]
     assert tokens[0]
     assert tokens[0] == tokens[1] == tokens[2]
     after = weights(run / "adapt" / "last")

@@ -30,12 +30,7 @@ from unislu_llm.decoding.other_recognisers import (
     RemoteRecogniser,
 )
 from unislu_llm.decoding.phrases import Phrases
-from unislu_llm.decoding.recogniser import (
-    Recogniser,
-    Transcript,
-    WhisperRecogniser,
-    cut,
-)
+from unislu_llm.decoding.recogniser import Recogniser, Transcript, WhisperRecogniser, cut
 from unislu_llm.errors import UserError
 from unislu_llm.io import is_saved_model
 from unislu_llm.models.base import SLUModel

@@ -16,9 +16,7 @@ from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.data.sampler import sorted_batches
 from unislu_llm.decoding.answer import Answer, prediction
 from unislu_llm.decoding.engine import Engine
-from unislu_llm.decoding.hypotheses import (
-    with_hypotheses,
-)
+from unislu_llm.decoding.hypotheses import with_hypotheses
 from unislu_llm.decoding.inputs import One, utterances_of
 from unislu_llm.decoding.long_form import join, windows
 from unislu_llm.decoding.no_speech import Evidence, judge, silent

@@ -19,11 +19,7 @@ from unislu_llm.data.annotations import listed_phrases
 from unislu_llm.data.audio import MAX_SECONDS
 from unislu_llm.data.manifest import Row, moved, read_rows
 from unislu_llm.data.phrases import place_phrases
-from unislu_llm.decoding.hypotheses import (
-    clean,
-    load_recogniser,
-    recognise,
-)
+from unislu_llm.decoding.hypotheses import clean, load_recogniser, recognise
 from unislu_llm.decoding.no_speech import judge
 from unislu_llm.decoding.phrases import Phrases
 from unislu_llm.decoding.recogniser import Recogniser, Transcript

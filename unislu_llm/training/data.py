@@ -20,10 +20,7 @@ from unislu_llm.data.frame_cache import FrameCache, encoder_settings
 from unislu_llm.data.mixture import build_mixture
 from unislu_llm.data.sampler import BatchPlan, TokenPlan
 from unislu_llm.data.text_injection import SimulationRates, TextInjector
-from unislu_llm.decoding.hypotheses import (
-    load_recogniser,
-    with_hypotheses,
-)
+from unislu_llm.decoding.hypotheses import load_recogniser, with_hypotheses
 from unislu_llm.errors import UserError
 from unislu_llm.io import read_json, write_json
 from unislu_llm.models.base import SLUModel

@@ -21,10 +21,7 @@ from unislu_llm.data.loading import check_hypotheses
 from unislu_llm.data.manifest import manifest_name
 from unislu_llm.data.sampler import sorted_batches
 from unislu_llm.data.text_injection import SimulationRates
-from unislu_llm.decoding.hypotheses import (
-    load_recogniser,
-    with_hypotheses,
-)
+from unislu_llm.decoding.hypotheses import load_recogniser, with_hypotheses
 from unislu_llm.decoding.phrases import Phrases
 from unislu_llm.decoding.predict import predict
 from unislu_llm.errors import UserError

@@ -33,12 +33,7 @@ from unislu_llm.tokenizer import Example
 from unislu_llm.training import checkpoint
 from unislu_llm.training.build import build_model, build_registry, fitted_rates
 from unislu_llm.training.checkpoint import Progress, newest
-from unislu_llm.training.data import (
-    attach_hypotheses,
-    build_dataset,
-    build_plan,
-    save_hypotheses,
-)
+from unislu_llm.training.data import attach_hypotheses, build_dataset, build_plan, save_hypotheses
 from unislu_llm.training.diagnostics import forgetting
 from unislu_llm.training.examples import choose, show
 from unislu_llm.training.interrupt import Clock, Interrupts
