@@ -95,4 +95,4 @@ def test_a_row_that_is_none_is_named(folder: str, capsys: Any) -> None:
     Path(folder, "parity.jsonl").write_text(f"{json.dumps(ROWS[0])}\n\n[]\n")
     with pytest.raises(SystemExit, match="2"):
         main(["parity", folder, "--url", serve(right)])
-    assert "parity.jsonl, row 2: " in capsys.readouterr().err
+    assert "parity.jsonl, row 2: TypeError: " in capsys.readouterr().err

@@ -41,8 +41,8 @@ def parity(argv: Sequence[str] | None = None, prog: str | None = "unislu parity"
                 print(json.dumps({key: row[key] for key in ("id", "task", "margin", "answer")}
                                  | {"found": found, "from": place}), flush=True)
     except (OSError, ValueError, LookupError, TypeError, RecursionError) as error:
-        parser.error(f"{file}{f', row {n}' * bool(n)}: {error!r}; `unislu export MODEL --out FOLDER"
-                     " --merged` writes it")
+        parser.error(f"{file}{f', row {n}' * bool(n)}: {type(error).__name__}: {error}; `unislu "
+                     "export MODEL --out FOLDER --merged` writes it")
     tasks = dict(Counter(row["task"] or "transcript" for row in differ))
     print(f"{len(rows)} prompts: {len(differ)} answers differ{f' {tasks}' * bool(tasks)}, "
           f"{len(differ) - far} of them at a call of at most {args.close:g} nats")

@@ -238,7 +238,7 @@ def test_it_takes_so_many_and_ends_with_those_in_decoding(stub: Stub) -> None:
 
 @pytest.mark.parametrize(("args", "message"), [
     (["--host", "0.0.0.0"], "needs a token"),
-    (["--port", "65536"], "--host 127.0.0.1 --port 65536: "),
+    (["--port", "65536"], "--host 127.0.0.1 --port 65536: give"),
     ([], "pip install 'unislu_llm[serve]'"), (["--batch-size", "0"], "1 or more"),
     (["--token-file", "x"], "x cannot be read")])
 def test_the_command_refuses_before_it_loads(args: list[str], message: str, capsys: Any,

@@ -265,7 +265,7 @@ def serve(model: str, how: Serving) -> None:
         socket.create_server((how.host, how.port), family=(
             socket.AF_INET6 if ":" in how.host else socket.AF_INET)).close()
     except (OSError, OverflowError) as error:
-        raise UserError(f"--host {how.host} --port {how.port}: {error}; give others") from error
+        raise UserError(f"--host {how.host} --port {how.port}: give others ({error})") from error
     run = find_run(model)
     loaded = load_model(run, how.precision)
     understand(loaded, (torch.zeros(audio.SAMPLE_RATE), audio.SAMPLE_RATE))  # loads a recogniser
