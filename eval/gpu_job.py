@@ -165,6 +165,7 @@ def in_4_bits(llm: Any) -> Any:
                                            compute_dtype=torch.bfloat16, quant_type="nf4")
                 packed.weight = bnb.nn.Params4bit(layer.weight.data.cpu(), requires_grad=False,
                                                   quant_type="nf4")
+                packed.support_avx512bf16_for_cpu = False  # as SpeechLLM does for training
                 setattr(module, name, packed.to(llm.device))
     llm.is_loaded_in_4bit = True  # as PEFT asks
     return llm

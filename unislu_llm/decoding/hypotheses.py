@@ -93,11 +93,11 @@ def load_recogniser(name: str, source: str = "decoder", revision: str | None = N
     Raises:
         UserError: there is none.
     """
+    disable_progress_bar()  # of the base checkpoints' tensors
     if name.startswith(URLS):
         return RemoteRecogniser(name)
     if name.startswith(CTRANSLATE2):
         return CTranslate2Recogniser(name.removeprefix(CTRANSLATE2), revision, device)
-    disable_progress_bar()  # of the base checkpoints' tensors
     if is_saved_model(found := weights.resolve(name, revision).path):
         return ModelRecogniser(models.load(found, dtype=dtype).to(device), source)
     if source == "ctc":

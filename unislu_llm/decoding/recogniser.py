@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
 from transformers.generation import GenerationMixin, LogitsProcessorList
 from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils.logging import disable_progress_bar
 
 from unislu_llm import weights
 from unislu_llm.config import DecodeConfig, ModelConfig
@@ -65,6 +66,7 @@ class WhisperRecogniser:
     def __init__(self, checkpoint: str, revision: str | None = None,
                  device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32,
                  silence: float = 30.0) -> None:
+        disable_progress_bar()  # of its tensors
         path = weights.resolve(checkpoint, revision=revision).path
         try:
             whisper: Any = weights.from_pretrained(WhisperForConditionalGeneration, path,
