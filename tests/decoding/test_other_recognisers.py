@@ -87,7 +87,7 @@ def _file(body: bytes) -> Any:
 
 
 @pytest.mark.parametrize(("answer", "status", "message"), [
-    ({"error": "no such model"}, 404, r"answers 404: \{\"error\": \"no such model\"\}"),
+    ({"error": "no such model"}, 404, r"answers 404: \{\"error\": \"no such model\"\}; .*#MODEL"),
     (b"<html>", 200, "answers no JSON: <html>"),
     ({"txt": "hello"}, 200, "answers something else than a transcription"),
     ([1], 200, "answers something else than a transcription"),

@@ -147,7 +147,10 @@ class RemoteRecogniser:
                      if "no_speech_prob" in p and "avg_logprob" in p]
         except requests.HTTPError as error:
             told = response.headers.get("Location", "") or response.text
-            raise UserError(f"{self._url} answers {response.status_code}: {told[:200]}") from error
+            other = f"; {self._url}#MODEL asks for another model than whisper-1" * (
+                response.status_code == 404 and not self._model)
+            raise UserError(
+                f"{self._url} answers {response.status_code}: {told[:200]}{other}") from error
         except requests.JSONDecodeError as error:
             raise UserError(f"{self._url} answers no JSON: {response.text[:200]}") from error
         except requests.RequestException as error:
