@@ -40,7 +40,7 @@ from unislu_llm.serve.queue import BUSY, STOPPING, Queue
 from unislu_llm.text_files import read_text
 
 _LOCAL = ("127.0.0.1", "localhost", "::1")
-_VALUES = 2 * 96_000  # a second of a file that are read: two channels at 96 kHz
+_VALUES = 2 * 96_000  # frames times channels that count as a second: stereo at 96 kHz
 _FORM: Any = {"max_files": 16, "max_fields": 64, "max_part_size": 1 << 20}  # a list of phrases
 _CODES = {401: "invalid_api_key", 404: "model_not_found", 429: "rate_limit_exceeded"}
 
@@ -157,7 +157,7 @@ class Service:
             raise UserError("stream, include[] and times of words are not there; leave them out")
         if len(ask.file) > 1:
             raise UserError("file: is there more than once; send a request for each")
-        answer, = await self._answers(request, ask, ask.file, {}, tasks=())
+        answer, = await self._answers(request, ask, {}, tasks=())
         return _transcription(answer, ask.response_format,
                               ask.language or self._model.config.language)
 
@@ -167,23 +167,22 @@ class Service:
         names = [name for field in ask.tasks for name in field.split(",") if name]
         names = list(registry.names) if names == ["all"] else [registry[n].name for n in names]
         answers = await self._answers(
-            request, ask, ask.file, ask.model_dump(include={
+            request, ask, ask.model_dump(include={
                 "num_beams", "transcript", "grounded", "no_speech", "phrase_boost"}),
             tasks=names, **ask.model_dump(include={"n_best", "overlap", "phrases"}))
         return {"answers": [json.loads(as_json(file.filename or "", answer, ask.confidences))
                             for file, answer in zip(ask.file, answers, strict=True)]}
 
     async def _answers(self, request: Request, ask: Transcription | Understanding,
-                       files: Sequence[UploadFile], options: Mapping[str, Any],
-                       **how: Any) -> list[Answer]:
+                       options: Mapping[str, Any], **how: Any) -> list[Answer]:
         """Answers to files of a request, which leave the queue if its sender goes away."""
         if ask.model not in ("", self._name):
             raise HTTPException(404, f"the model here is '{self._name}', not '{ask.model[:80]}'")
         decode = DecodeConfig(batch_size=self._how.batch_size, **options)
-        told = ask.language if ask.language != self._model.config.language else ""
+        told = None if ask.language in ("", self._model.config.language) else ask.language
         clips = await asyncio.gather(*(asyncio.get_running_loop().run_in_executor(
-            self._readers, _samples, file, self._how.max_seconds) for file in files))
-        jobs = self.queue.submit(clips, {**how, "options": decode, "language": told or None})
+            self._readers, _samples, file, self._how.max_seconds) for file in ask.file))
+        jobs = self.queue.submit(clips, {**how, "options": decode, "language": told})
         done: asyncio.Future[Any] = asyncio.gather(*map(asyncio.wrap_future, jobs))
         gone: asyncio.Future[Any] = asyncio.ensure_future(request.receive())  # nothing else comes
         try:
@@ -199,7 +198,8 @@ class Service:
 
 
 def _samples(file: UploadFile, most: float) -> Tensor:
-    """Samples `(samples,)` of a file; raises UserError: not readable, HTTPException: too long."""
+    """Samples `(samples,)` of a file at 16 kHz, which has at `most` so many seconds. Raises
+    UserError: not readable, HTTPException: too long."""
     name = file.filename or "file"
     with audio.open_audio(name, file.file.read()) as sound:
         # By the header, before it takes memory; no more is read than that says.

@@ -37,8 +37,7 @@ class Queue:
         self._decode, self._batch_size = decode, batch_size
         self._waiting: list[Job] = []
         self._change, self.stopping = threading.Condition(), False
-        self._thread = threading.Thread(target=self._run, daemon=True)
-        self._thread.start()
+        threading.Thread(target=self._run, daemon=True).start()
 
     def __len__(self) -> int:
         return sum(not job.cancelled() for job in self._waiting)
