@@ -151,7 +151,7 @@ def _rows(model: Any, clips: Sequence[tuple[str, str]]) -> Iterator[dict[str, An
                    "prompt_ids": ids,
                    "answer": t.base.decode(answer.ids, skip_special_tokens=True,
                                            clean_up_tokenization_spaces=False),
-                   "answer_ids": answer.ids,  # a server that does not stop has room to go on
+                   "answer_ids": answer.ids,  # below: room to go on where a server does not stop
                    "max_tokens": len(answer.ids) + 8 * (answer.ids[-1:] == [t.eos_id])}
         if task is None and model.config.transcript != "verbatim":
             texts = [t.decode(answer.ids).partition(SEPARATOR)[0] for answer in answers]

@@ -21,7 +21,7 @@ def parity(argv: Sequence[str] | None = None, prog: str | None = "unislu parity"
     add("--model", help="its name there (default: the only one that there is)")
     add("--grammar", action="store_true", help="have the server keep to the tasks' grammar")
     add("--allowed", type=int, default=0, help="answers that may differ; exit status 1 above (0)")
-    add("--close", type=float, default=0.001, help="but those of a margin to this (0.001 nats)")
+    add("--close", type=float, default=0.001, help="count none of a margin up to this (0.001 nats)")
     add("--timeout", type=float, default=120, help="seconds for an answer (120)")
     args = parser.parse_args(argv)
     if (args.grammar or args.model) and not args.url:

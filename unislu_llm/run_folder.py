@@ -177,7 +177,7 @@ def load_model(run: Run, precision: Precision = "fp32",
         raise UserError(f"device '{device}' cannot be used here ({why}); leave it out, or give "
                         "cpu or cuda") from error
     model = models.load(run.model, dtype=torch.bfloat16 if precision == "bf16" else torch.float32)
-    return model.to(device).eval()
+    return model.to(device)
 
 
 def create_run(config: Config, name: str, kind: str = "") -> Path:
