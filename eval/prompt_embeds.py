@@ -17,7 +17,7 @@ from typing import Any
 from urllib.request import Request, urlopen
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM
 
 from unislu_llm import load
 from unislu_llm.data.dataset import SpeechDataset
@@ -37,14 +37,15 @@ def main() -> None:
     model: Any = load(args.model)
     utterances = with_hypotheses(model, list(utterances_of(args.audio)[0]))
     clips = SpeechDataset([Example(u, None) for u in utterances], listens=model.listens)
+    if not args.url:
+        llm: Any = AutoModelForCausalLM.from_pretrained(args.merged, dtype=torch.float32)
     for i, path in enumerate(args.audio):
         batch = model.collator()([clips[i, 0]]).to(model.device)
         parts = model._prompt(batch, model.speech(batch, transcribe=True))
         embeds = lay_out(parts, "left")[0]  # (1, positions, dim)
         if not args.url:
-            llm: Any = AutoModelForCausalLM.from_pretrained(args.merged, dtype=torch.float32)
             ids = llm.generate(inputs_embeds=embeds, max_new_tokens=256)
-            print(path, AutoTokenizer.from_pretrained(args.merged).batch_decode(ids)[0])
+            print(path, model.tokenizer.base.batch_decode(ids)[0])  # saved there as well
             continue
         torch.save(embeds[0].to("cpu", torch.bfloat16), file := io.BytesIO())
         body = {"model": args.merged, "max_tokens": 256, "temperature": 0,
