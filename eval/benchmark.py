@@ -321,7 +321,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--ways", nargs="+", choices=["token", *get_args(Transcript)], default=[],
                         help="decode: of a hypothesis; default: the model's")
     parser.add_argument("--recogniser", nargs="+", default=["openai/whisper-base"],
-                        help="Whisper, ctranslate2:WHISPER, or the URL of a server")
+                        help="recognise: Whisper, ctranslate2:WHISPER, or a server's URL")
     parser.add_argument("--silence", type=float, nargs="+", default=[3.0, 30.0],
                         help="recognise: seconds behind each clip")
     parser.add_argument("--new-tokens", type=int, default=64, help="decode: bound of any answer")

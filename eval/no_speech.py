@@ -11,7 +11,6 @@ a repetition, or another language.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections import Counter
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from unislu_llm.data.manifest import read_manifest
 from unislu_llm.decoding import no_speech
 from unislu_llm.decoding.hypotheses import fast_type, load_recogniser, recognise
 from unislu_llm.errors import reported
-from unislu_llm.io import portable, write_text
+from unislu_llm.io import portable, write_json
 from unislu_llm.run_folder import versions
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.utterance import Utterance
@@ -157,7 +156,7 @@ def report(rows: list[tuple[str, no_speech.Evidence | None]], args: argparse.Nam
             "sets": found, "command": "python eval/no_speech.py " + " ".join(
                 portable(a) if Path(a).exists() else a for a in sys.argv[1:]),
             "versions": {k: v for k, v in versions().items() if k != "command"}}
-        write_text(args.out, json.dumps(about, indent=1) + "\n")
+        write_json(args.out, about)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ the words is wrong without a list: where noise hides the words, no list can help
 
 from __future__ import annotations
 
-import json
 import random
 import re
 import sys
@@ -32,7 +31,7 @@ from unislu_llm.data.manifest import read_manifest
 from unislu_llm.decoding.hypotheses import fast_type, load_recogniser
 from unislu_llm.decoding.phrases import Phrases
 from unislu_llm.errors import reported
-from unislu_llm.io import portable, write_text
+from unislu_llm.io import portable, write_json
 from unislu_llm.run_folder import versions
 from unislu_llm.scoring.text import normalise_phrase, places_of
 from unislu_llm.scoring.wer import corpus_wer
@@ -149,7 +148,7 @@ def measure(options: Options) -> dict[str, Any]:
         for size, boost in ways:
             phrases = listed(own, said, pools, size, start) if size else []
             clock = time.process_time()
-            made = recogniser(waves, "en", *filter(None, [Phrases.of(phrases, boost)]))
+            made = recogniser(waves, "en", Phrases.of(phrases, boost))
             texts = [plain(t.text) for t in made]
             first = first or texts
             spent, name = time.process_time() - clock, f"{size} at {boost:g}" if size else "none"
@@ -187,11 +186,11 @@ def main(options: Options) -> None:
     rows = [{"list": name, **row} for name, row in table.items()]
     print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f"))
     if options.out:
-        write_text(options.out, json.dumps({
+        write_json(options.out, {
             "model": options.model, "manifest": portable(options.manifest),
             "lists": table, "command": "python eval/phrases.py " + " ".join(
                 portable(a) if Path(a).exists() else a for a in sys.argv[1:]),
-            "versions": {k: v for k, v in versions().items() if k != "command"}}, indent=1) + "\n")
+            "versions": {k: v for k, v in versions().items() if k != "command"}})
 
 
 if __name__ == "__main__":

@@ -193,9 +193,9 @@ class Bench:
         cases: list[tuple[str, list[list[str]]]] = [("reference", [references])]
         cases += [(label_of(rate), [draw[n].texts for draw in made])
                   for n, rate in enumerate(sorted(self.options.rates))]
-        rows, found = [{"transcript": "own", "changed": "nothing",
-                        **scores([self.own], self.model, self.options.protocol)}], []
-        found += self.repaired("own", "nothing", self.clips, None, [self.own])
+        rows = [{"transcript": "own", "changed": "nothing",
+                 **scores([self.own], self.model, self.options.protocol)}]
+        found = self.repaired("own", "nothing", self.clips, None, [self.own])
         both = self.options.hypothesis and self.model.reads_hypothesis
         for changed in ("transcript", "transcript and hypothesis")[:1 + both]:
             for name, draws in cases:

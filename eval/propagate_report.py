@@ -16,6 +16,7 @@ from propagate_attention import PARTS
 from tabulate import tabulate
 
 from unislu_llm.report.plots import COLOURS
+from unislu_llm.report.text import shown
 
 DEAF = 5.0  # percent of transcripts and answers: where fewer change, nobody listened
 Result = Mapping[str, Any]
@@ -26,19 +27,14 @@ def share(n: float, of: float) -> float:
     return 100.0 * n / of if of else 0.0
 
 
-def spoken(cell: Mapping[str, float]) -> str:
-    """A value with its interval."""
-    return f"{cell['value']:.1f} [{cell['low']:.1f}, {cell['high']:.1f}]"
-
-
 def metrics(result: Result) -> dict[str, str]:
     """Names of scores, the error rate first, as they are shown."""
     keys = [key for key, cell in result["curve"][0].items() if isinstance(cell, Mapping)]
     rates = [key for key in keys if key in ("wer", "cer")]
-    shown = [key for key in (*rates[:1], *keys) if key not in rates[1:]]
+    order = [key for key in (*rates[:1], *keys) if key not in rates[1:]]
     upper = ("wer", "cer", "ner", "sa", "f1")
     return {key: " ".join(word.upper() if word in upper else word for word in key.split("_"))
-            for key in dict.fromkeys(shown)}
+            for key in dict.fromkeys(order)}
 
 
 def sentences(result: Result) -> dict[str, str]:
@@ -116,10 +112,10 @@ def markdown(result: Result, name: str) -> str:
     """The summary: a sentence and a table a part, and the picture."""
     words, named = result["in_words"], metrics(result)
     curve = [{"transcript": r["transcript"], "changed": r["changed"],
-              **{title: spoken(r[key]) for key, title in named.items()}} for r in result["curve"]]
+              **{title: shown(r[key]) for key, title in named.items()}} for r in result["curve"]]
     repaired = [{key: r[key] for key in ("transcript", "changed", "phrases", "task", "wrong",
                                          "repaired")}
-                | {"repaired, %": spoken(r["rate"]), "right where the words are, %": r["kept"]}
+                | {"repaired, %": shown(r["rate"]), "right where the words are, %": r["kept"]}
                 for r in result["repairs"]]
     looked = [{"task": task, "layers": where} | {
         part: f"{100 * sum(layer[part] for layer in some) / len(some):.1f}" for part in PARTS} | (
@@ -132,7 +128,7 @@ def markdown(result: Result, name: str) -> str:
               "transcripts changed": f"{r['transcripts_changed']} of {r['clips']}",
               **{f"{t} answers changed": f"{n} of {r['answers'][t]}"
                  for t, n in r["answers_changed"].items()},
-              **{title: spoken(r[key]) for key, title in named.items()}} for r in result["swaps"]]
+              **{title: shown(r[key]) for key, title in named.items()}} for r in result["swaps"]]
     sources = [{"rate": f"{r['rate']:.0%}", "errors": r["errors"], **r["sources"]}
                for r in result["confusions"]["injected"]]
     clips = ", ".join(f"{n} of {task}" for task, n in result["clips"].items())

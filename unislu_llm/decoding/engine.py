@@ -30,7 +30,6 @@ _MOST_LABELS = 64  # tasks with more are decoded token by token: each label cost
 
 # Row of an utterance in the batch, and a task asked of it (`asr`: its transcript alone).
 Pair = tuple[int, str]
-Raised = Sequence[Sequence[str]]  # phrases of each row, or nothing
 Found = dict[Pair, list[Decoded]]  # answers, best first
 Shares = dict[Pair, Tensor]  # probabilities `(labels,)` of answers that are labels
 # What a batch says: these, and of each row of the prompt's state `ctc_hypothesis` and `start`.
@@ -108,8 +107,7 @@ class Engine:
                 shares: Shares = {}
             else:
                 way = self._by_task if self.options.force_task else self._free
-                here = batch.to(self.model.device)
-                found, shares, by_ctc, start = way(here, names, self._raised(batch))
+                found, shares, by_ctc, start = way(batch.to(self.model.device), names)
         finally:
             self.model.train(training)
             evidence = ([e.utterance.evidence for e in batch.examples] if start is None else
@@ -127,7 +125,7 @@ class Engine:
                 several=n_best > 1))
         return answers
 
-    def _raised(self, batch: Batch) -> Raised:
+    def _raised(self, batch: Batch) -> Sequence[Sequence[str]]:
         """Phrases like what each row's hypothesis says, or else what the model does without any."""
         said = [e.utterance.hypothesis for e in batch.examples]
         if self.phrases and not self.model.reads_hypothesis:
@@ -135,7 +133,7 @@ class Engine:
             said = [a.transcript for a in first.answer(batch, [()] * len(batch))]
         return [self.phrases.like(text or "") for text in said] if self.phrases else ()
 
-    def _free(self, batch: Batch, names: Sequence[list[str]], raised: Raised) -> Read:
+    def _free(self, batch: Batch, names: Sequence[list[str]]) -> Read:
         """One answer for all tasks: whatever the model chooses to say."""
         state, seconds = self.model.prefill(batch), batch.durations
         by_ctc, start = state.ctc_hypothesis, state.start
@@ -144,20 +142,21 @@ class Engine:
         need = [self._grammar.need(r) if self._grammar else 0 for r in requests]
         fits = self.model.fits(state, need)
         room = [*map(self._budget, seconds, need, fits)]
-        make, heads = self._maker(requests, room, state, raised), [Decoded()] * len(names)
-        eos = self.model.tokenizer.eos_id
+        eos, heads = self.model.tokenizer.eos_id, [Decoded()] * len(names)
         if verbatim := self._way(state) == "verbatim":
             heads = self._verbatim(state, need)
             lengths = [len(head.ids) for head in heads]
             limits = [*map(self._budget, seconds, need, fits, lengths)]
             room = [limit - n for limit, n in zip(limits, lengths, strict=True)]
             make = self._behind(requests, limits, heads, Ends([self._ids[SEPARATOR], eos]))
+        else:
+            make = self._maker(requests, room, state, batch)
         ends = [[eos]] * len(names)
         ranked, _ = self._search(state, room, ends, make, None if verbatim else state)
         return {(i, name): [heads[i] + tail for tail in ranked[i]]
                 for i, some in enumerate(names) for name in some}, {}, by_ctc, start
 
-    def _by_task(self, batch: Batch, names: Sequence[list[str]], raised: Raised) -> Read:
+    def _by_task(self, batch: Batch, names: Sequence[list[str]]) -> Read:
         """Transcripts once, then each task from a copy of the cache."""
         state, seconds = self.model.prefill(batch), batch.durations
         by_ctc, start = state.ctc_hypothesis, state.start
@@ -182,7 +181,7 @@ class Engine:
             ranked = [[head + Decoded([stop], [math.nan])] for head, (stop, *_) in
                       zip(self._verbatim(state, most), stops, strict=True)]
         else:
-            make = self._maker(requests, room, state, raised)
+            make = self._maker(requests, room, state, batch)
             ranked, state = self._search(state, room, stops, make, state)
             if self.options.num_beams > 1:
                 # The beams' own states are gone; the best transcripts are read again, in one step.
@@ -309,9 +308,10 @@ class Engine:
         return "rewrite" if beams or self._hypotheses(state) is None else self._transcript
 
     def _maker(self, requests: Sequence[Request], budgets: Sequence[int], state: State,
-               raised: Raised) -> Make:
+               batch: Batch) -> Make:
         """What makes the processors of transcripts: what they are drawn to, then the grammar."""
         read, margin = self._hypotheses(state), self._way(state) == "margin"
+        raised = self._raised(batch)
         if read is not None:
             read = [self._kept(ids, loops=not margin).ids for ids in read]
 

@@ -67,8 +67,7 @@ class ModelRecogniser:
         if engine is not None and model.reads_hypothesis:
             blanks = [Example(replace(blanks[0].utterance, hypothesis=made.text,
                                       evidence=made.evidence), None)
-                      for made in recogniser_of(model)(
-                          waves, language, *filter(None, [phrases]))]
+                      for made in recogniser_of(model)(waves, language, phrases)]
         batch = model.collator().from_waves(blanks, waves)
         if engine is None:  # no decoder runs
             said = [(ids, None if ids else Evidence(1.0))

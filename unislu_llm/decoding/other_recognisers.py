@@ -1,5 +1,4 @@
-"""Recognisers beside transformers' Whisper: CTranslate2's, which is several times as fast on a CPU,
-and any server that speaks OpenAI's API."""
+"""Recognisers beside transformers' Whisper: CTranslate2's, and servers that speak OpenAI's API."""
 
 from __future__ import annotations
 

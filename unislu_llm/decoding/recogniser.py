@@ -1,12 +1,7 @@
-"""Recognisers make hypotheses: first-pass transcripts that a model reads beside the speech.
-
-Hypotheses are attached to utterances before anything is decoded; decoding itself runs no second
-model. A recogniser is plain Whisper, one of our models, or the greedy text of a `ctc` projector.
-"""
+"""Plain Whisper makes hypotheses: first-pass transcripts that a model reads beside the speech."""
 
 from __future__ import annotations
 
-import logging
 import math
 from collections import defaultdict
 from collections.abc import Callable, Sequence
@@ -31,8 +26,6 @@ from unislu_llm.errors import UserError
 from unislu_llm.models.encoder import SpeechEncoder
 from unislu_llm.models.whisper_slu import whisper_prompt
 
-log = logging.getLogger(__name__)
-
 _STEP = 5  # seconds to a multiple of which clips are padded
 
 
@@ -45,7 +38,8 @@ class Transcript(NamedTuple):
 
 
 Recogniser = Callable[..., list[Transcript]]
-"""Transcripts of clips `(S,)` at 16 kHz, up to 30 s, in a language (Whisper's code), by phrases."""
+"""Of clips `(S,)` at 16 kHz, up to 30 s, a language (Whisper's code) and, where some are raised,
+phrases: their transcripts."""
 
 
 class WhisperRecogniser:
@@ -89,9 +83,9 @@ class WhisperRecogniser:
             groups[min(seconds * audio.SAMPLE_RATE, audio.MAX_SAMPLES)].append(i)
         found: dict[int, Transcript] = {}
         for size, some in groups.items():
-            padded = [F.pad(waves[i], (0, size - len(waves[i]))) for i in some]
+            clips = [F.pad(waves[i], (0, size - len(waves[i]))) for i in some]
             bounds = [DecodeConfig().bound(len(waves[i]) / audio.SAMPLE_RATE) for i in some]
-            found |= zip(some, self._transcribe(padded, bounds, language, phrases), strict=True)
+            found |= zip(some, self._transcribe(clips, bounds, language, phrases), strict=True)
         return [found[i] for i in range(len(waves))]
 
     @torch.inference_mode()
