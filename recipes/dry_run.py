@@ -6,6 +6,7 @@ once, and `accelerate launch` is left out. The systems' first seeds run.
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import runpy
 import shutil
@@ -58,14 +59,10 @@ def begin(folder: Path) -> None:
     torch.set_num_threads(1)
     disable_progress_bar()
     # In a process of its own: threads that torch had started here would be missed by the others.
-    if not (pid := os.fork()):
-        try:
-            _make(folder)
-            os._exit(0)
-        except BaseException:
-            traceback.print_exc()
-            os._exit(1)
-    if os.waitpid(pid, 0)[1]:
+    making = multiprocessing.get_context("fork").Process(target=_make, args=(folder,))
+    making.start()
+    making.join()
+    if making.exitcode:
         raise UserError(f"--dry-run {folder}: its corpus and models could not be made")
     begun = True
 

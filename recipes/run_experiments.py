@@ -1,4 +1,4 @@
-"""Run what is missing of an experiment file and rewrite its table.
+"""Run what is missing of an experiment file and rewrite its table and report.
 
     python recipes/run_experiments.py recipes/experiments/slue_voiced.yaml --data DATA
     python recipes/run_experiments.py recipes/experiments/slue_voiced.yaml --data DATA --status
@@ -116,7 +116,8 @@ def _run(command: Sequence[str], log: Path, what: str) -> None:
 
 
 def run_experiment(experiment: Experiment, only: Sequence[str] = ()) -> int:
-    """Run what is missing, the table rewritten after every run; returns the number of failures."""
+    """Run what is missing, the table rewritten after every run, the report after the last one;
+    returns the number of failures."""
     failed, lacking = 0, set[str]()
     experiment.output.mkdir(parents=True, exist_ok=True)
     for job in jobs(experiment, only):

@@ -109,14 +109,14 @@ def _shared(train: Sequence[Example], dev: Sequence[Example],
     if again := [where for where in places.values() if len(where) > 1]:
         yield (f"data.train: {_count(len(again), 'example')} more than once there, the first as "
                f"{' and '.join(again[0][:2])}")
-    learnt, scored, guards = ({(u.audio, u.start, u.end): u.where for u in (
-        e.utterance for e in some) if u.audio is not None} for some in (train, dev, guard))
-    for flag, clips, other, known in (("dev", scored, "train", learnt), (
-            "guard", guards, "train", learnt), ("guard", guards, "dev", scored)):
-        if both := [where for clip, where in clips.items() if clip in known]:
-            yield (f"data.{flag}: {len(both)} of {len(clips)} clips are in data.{other} too, the "
-                   f"first {both[0]}" + "; their scores say what was learnt by heart" * (
-                       known is learnt))
+    clips = {flag: {(u.audio, u.start, u.end): u.where for u in (e.utterance for e in some)
+                    if u.audio is not None}
+             for flag, some in (("train", train), ("dev", dev), ("guard", guard))}
+    for flag, other in (("dev", "train"), ("guard", "train"), ("guard", "dev")):
+        if both := [where for clip, where in clips[flag].items() if clip in clips[other]]:
+            yield (f"data.{flag}: {len(both)} of {len(clips[flag])} clips are in data.{other} too, "
+                   f"the first {both[0]}" + "; their scores say what was learnt by heart" * (
+                       other == "train"))
 
 
 def _tasks(train: Sequence[Example], dev: Sequence[Example]) -> Iterator[str]:

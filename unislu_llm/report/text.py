@@ -111,6 +111,7 @@ def shown(cell: Any, digits: int = 1, sign: str = "") -> str:
 
 
 def drawn(rows: Rows, form: str = "github") -> str:
+    """Rows, the head first, as a table in a format of tabulate."""
     head, *body = ([shown(cell).replace("|", "\\|") if form == "github" else shown(cell)
                     for cell in row] for row in rows)
     return tabulate(body, headers=head, tablefmt=form, disable_numparse=True,

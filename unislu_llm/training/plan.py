@@ -125,11 +125,10 @@ def _weights(part: nn.Module, bits: float) -> float:
 def table(flops: float, largest: Cost, model: SLUModel, bits: float) -> str:
     """Memory of the `largest` micro-batch and time of all FLOPs of a run, on 1, 8 and 64 GPUs."""
     # Weights of 8 and 4 bits are not shared out (training/sharding.py refuses it).
-    shared = {gpus: memory(model, largest, gpus, bits) if bits == 16 or gpus == 1 else None
-              for gpus in (1, 8, 64)}
-    rows = [[gpus, memory(model, largest, 1, bits), shared[gpus],
+    rows = [[gpus, memory(model, largest, 1, bits),
+             memory(model, largest, gpus, bits) if bits == 16 or gpus == 1 else None,
              *(flops / (peak * EFFICIENCY * gpus * 3600) for peak in PEAKS.values())]
-            for gpus in shared]
+            for gpus in (1, 8, 64)]
     return tabulate(rows, ["GPUs", "GiB each, DDP", "GiB each, FSDP2",
                            *(f"hours, {name}" for name in PEAKS)],
                     tablefmt="github", floatfmt=".3g", missingval="-")

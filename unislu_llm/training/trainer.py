@@ -193,7 +193,7 @@ class Trainer(Steps):
     def fit(self) -> Path:
         """Train to the end; returns the run folder.
 
-        Raises as :meth:`step`, for bad audio, and Stopped: a signal, or the time limit.
+        Raises as :meth:`step`, for bad audio, and Stopped: a signal, the time or the guard limit.
         """
         try:
             with self.interruptible():
@@ -288,7 +288,7 @@ class Trainer(Steps):
         self.accelerator.wait_for_everyone()
 
     def validate(self) -> None:
-        """Decode the dev examples on all processes, score, log, print; keep the best weights.
+        """Decode dev and guard examples on all processes, score, log, print; keep the best weights.
 
         Raises Stopped: a signal came, or the time that is left does not suffice.
         """

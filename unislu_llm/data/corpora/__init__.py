@@ -100,13 +100,10 @@ def _rows(source: Source, registry: TaskRegistry, dropped: Dropped, page: Summar
 
 
 def _counts(dropped: Dropped) -> str:
-    return "".join(f"{len(places):>8} {_plural(reason, len(places))}\n" + "".join(
-        f"{'':>10} {place}\n" for place in places[:10] if reason.startswith("row"))
+    return "".join(
+        f"{len(places):>8} {re.sub('^row ', 'rows ' if places[1:] else 'row ', reason)}\n"
+        + "".join(f"{'':>10} {place}\n" for place in places[:10] if reason.startswith("row"))
         for reason, places in sorted(dropped.items(), key=lambda item: -len(item[1])))
-
-
-def _plural(reason: str, n: int) -> str:
-    return re.sub("^row ", "rows ", reason) if n > 1 else reason
 
 
 def _measured(u: Utterance) -> tuple[float | None, str]:
