@@ -78,12 +78,9 @@ def test_a_server_makes_hypotheses_where_the_user_says_so(serve: Serve,
     assert sent[0].startswith(b"/v1/audio/transcriptions Bearer key\n")
     for field, value in (("model", "large"), ("language", "en")):
         assert f'name="{field}"\r\n\r\n{value}\r\n'.encode() in sent[0]
-    assert sorted(soundfile.info(_file(body)).frames for body in sent) == sorted(
+    assert sorted(soundfile.info(
+        io.BytesIO(body[body.index(b"fLaC"):])).frames for body in sent) == sorted(
         len(wave) for wave, _ in clips)
-
-
-def _file(body: bytes) -> Any:
-    return io.BytesIO(body[body.index(b"fLaC"):])
 
 
 @pytest.mark.parametrize(("answer", "status", "message"), [
@@ -104,6 +101,8 @@ def test_what_a_server_does_wrong_is_one_error(answer: Any, status: int, message
 
 
 def test_a_server_that_is_not_there_is_one_error() -> None:
+    with pytest.raises(UserError, match="`ctc` need a saved model"):
+        load_recogniser("http://127.0.0.1:9/v1", "ctc")
     with pytest.raises(UserError, match=r"cannot be asked .*; is it the address up to /v1"):
         load_recogniser("http://127.0.0.1:9/v1")(noise(1), "en")
 

@@ -93,14 +93,15 @@ def load_recogniser(name: str, source: str = "decoder", revision: str | None = N
         UserError: there is none.
     """
     disable_progress_bar()  # of the base checkpoints' tensors
-    if name.startswith(URLS):
-        return RemoteRecogniser(name)
-    if name.startswith(CTRANSLATE2):
-        return CTranslate2Recogniser(name.removeprefix(CTRANSLATE2), revision, device)
-    if is_saved_model(found := weights.resolve(name, revision).path):
+    other = name.startswith((*URLS, CTRANSLATE2))
+    if not other and is_saved_model(found := weights.resolve(name, revision).path):
         return ModelRecogniser(models.load(found, dtype=dtype).to(device), source)
     if source == "ctc":
         raise UserError(f"{name}: hypotheses by `ctc` need a saved model with the projector 'ctc'")
+    if name.startswith(URLS):
+        return RemoteRecogniser(name)
+    if other:
+        return CTranslate2Recogniser(name.removeprefix(CTRANSLATE2), revision, device)
     return WhisperRecogniser(name, revision, device, dtype)
 
 
