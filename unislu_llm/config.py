@@ -64,12 +64,12 @@ class ModelConfig(Section):
     """What trains in the encoder: nothing, adapters, the last layers, or everything."""
     encoder_top_layers: Few = 2
     """With encoder_mode top: how many of the last layers train."""
-    pad_to_30s: Switch = False
-    """Pad every clip to 30 s, as Whisper was trained; about 3 times the encoder frames."""
+    silence: Annotated[Rate, Field(le=30.0)] = 0.0
+    """Seconds of silence that Whisper hears behind a clip; 30 pads to 30 s, as it was trained."""
     llm: Annotated[Name, arg(aliases=["--llm"]), Common] = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """Causal LM, any of transformers: a folder or a name."""
     projector: Annotated[Name, arg(aliases=["--projector"]), Common] = "mlp"
-    """linear, mlp, conv, qformer, ctc; or none: the LLM reads the hypothesis and no speech."""
+    """linear, mlp, conv, qformer, ctc, decoder; or none: the LLM reads and does not listen."""
     projector_options: Options = {}
     """Keyword arguments of the projector, e.g. {"stack": 4}."""
     lora: LoraConfig = LoraConfig()
@@ -306,8 +306,9 @@ def check_together(config: Sections, processes: int = 1) -> None:
          "frozen encoder alone; set model.encoder_mode frozen, or leave data.frame_cache empty"),
         (drops and model.hypothesis == "none", "train.hypothesis_dropout, train.hypothesis_word_"
          "dropout: the model reads no hypothesis; set model.hypothesis, or these to 0"),
-        (train.hypothesis_dropout and model.projector == "none", "train.hypothesis_dropout: "
-         "without hypothesis and speech (model.projector none) there is nothing to go by; set 0")))
+        (train.hypothesis_dropout and model.projector in ("none", "decoder"), "train.hypothesis_"
+         f"dropout: without a hypothesis and by model.projector {model.projector} there is nothing "
+         "to go by; set 0")))
     check_decoding(config.decode)
 
 

@@ -16,6 +16,7 @@ from unislu_llm.data.audio import (
     batch_log_mel,
     count_samples,
     encoder_length,
+    heard,
     load,
     log_mel,
     mel_length,
@@ -232,7 +233,7 @@ def test_log_mel_equals_transformers(extractor: WhisperFeatureExtractor, n: int)
     expected = reference(extractor, samples)
     natural = log_mel(samples, extractor.feature_size)
     torch.testing.assert_close(natural, expected[:, : mel_length(n)], atol=1e-5, rtol=0)
-    padded = log_mel(samples, extractor.feature_size, pad_to_30s=True)
+    padded = log_mel(samples, extractor.feature_size, silence=30)
     torch.testing.assert_close(padded, expected, atol=1e-5, rtol=0)
 
 
@@ -245,27 +246,26 @@ def test_silence_and_a_click_at_the_very_end_are_those_of_transformers(n: int,
     samples[-1] = click
     expected = reference(WhisperFeatureExtractor(), samples)
     torch.testing.assert_close(log_mel(samples), expected[:, : mel_length(n)], atol=1e-5, rtol=0)
-    torch.testing.assert_close(log_mel(samples, pad_to_30s=True), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(log_mel(samples, silence=30), expected, atol=1e-5, rtol=0)
 
 
 LENGTHS = [3000, 8000, 8001, 16041, 47999, 160000]
 
 
-@pytest.mark.parametrize("pad_to_30s", [False, True])
-def test_batch_equals_one_by_one(pad_to_30s: bool) -> None:
+@pytest.mark.parametrize("silence", [0.0, 2.0, 30.0])
+def test_batch_equals_one_by_one(silence: float) -> None:
     waves = [10.0 ** -i * speech_like(n, seed=i) for i, n in enumerate(LENGTHS)]
-    mel, lengths = batch_log_mel(waves, pad_to_30s=pad_to_30s)
+    mel, lengths = batch_log_mel(waves, silence=silence)
     assert lengths == tuple(mel_length(n) for n in LENGTHS)
     for row, length, wave in zip(mel, lengths, waves, strict=True):
-        single = log_mel(wave, pad_to_30s=pad_to_30s)
+        single = log_mel(wave, silence=silence)
         torch.testing.assert_close(row[:, : single.shape[-1]], single, atol=1e-5, rtol=0)
-        if not pad_to_30s:
-            assert single.shape[-1] == length
-            assert (row[:, length:] == 0).all()
+        assert single.shape[-1] == heard(length, silence, 100)
+        assert (row[:, single.shape[-1]:] == 0).all()
 
 
-@pytest.mark.parametrize("pad_to_30s", [False, True])
-def test_what_stands_in_the_padding_changes_nothing(pad_to_30s: bool) -> None:
+@pytest.mark.parametrize("silence", [0.0, 2.0, 30.0])
+def test_what_stands_in_the_padding_changes_nothing(silence: float) -> None:
     lengths = (9000, 20000)
     clean = torch.zeros(2, 30000)
     for row, n in zip(clean, lengths, strict=True):
@@ -273,9 +273,9 @@ def test_what_stands_in_the_padding_changes_nothing(pad_to_30s: bool) -> None:
     dirty = clean.clone()
     dirty[0, 9000:] = 1e3 * torch.randn(21000)
     dirty[1, 20000:] = float("nan")
-    expected = log_mel(clean, lengths=lengths, pad_to_30s=pad_to_30s)
-    assert torch.equal(log_mel(dirty, lengths=lengths, pad_to_30s=pad_to_30s), expected)
-    assert expected.shape[-1] == (3000 if pad_to_30s else mel_length(20000))
+    expected = log_mel(clean, lengths=lengths, silence=silence)
+    assert torch.equal(log_mel(dirty, lengths=lengths, silence=silence), expected)
+    assert expected.shape[-1] == heard(mel_length(20000), silence, 100)
 
 
 def test_autocast_does_not_lower_the_precision() -> None:

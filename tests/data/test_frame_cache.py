@@ -24,7 +24,7 @@ from unislu_llm.errors import UserError
 from unislu_llm.models.encoder import SpeechEncoder
 from unislu_llm.utterance import Utterance
 
-SETTINGS = {"weights": "w", "n_mels": 80, "pad_to_30s": False, "precision": "fp32"}
+SETTINGS = {"weights": "w", "n_mels": 80, "silence": 0.0, "precision": "fp32"}
 MakeUtterances = Callable[..., list[Utterance]]
 
 
@@ -60,7 +60,7 @@ def test_other_contents_crops_and_encoders_have_no_stale_entries(
     fill(cache, [first])
     for crop in ({"start": 0.1}, {"end": 0.5}, {"start": 0.1, "end": 0.5}):
         assert cache.get(replace(first, **crop)) is None, crop
-    for change in ({"weights": "v"}, {"n_mels": 128}, {"pad_to_30s": True}, {"precision": "bf16"}):
+    for change in ({"weights": "v"}, {"n_mels": 128}, {"silence": 30.0}, {"precision": "bf16"}):
         assert FrameCache(tmp_path / "c", SETTINGS | change).get(first) is None, change
     copy = tmp_path / "elsewhere.wav"
     shutil.copy(first.audio, copy)
@@ -129,7 +129,7 @@ def test_built_frames_are_the_encoders_own(pad: bool, tmp_path: Path,
     """Batched by length they equal those of every clip alone; two processes share the work."""
     utterances = make_utterances()
     text = Utterance("t", None, "a row without audio")
-    encoder: Any = SpeechEncoder(tiny_whisper_encoder(), ModelConfig(pad_to_30s=pad)).eval()
+    encoder: Any = SpeechEncoder(tiny_whisper_encoder(), ModelConfig(silence=30.0 * pad)).eval()
 
     def build(rank: int = 0, world: int = 1) -> int:
         # Several tasks of an utterance are one clip.
@@ -140,7 +140,7 @@ def test_built_frames_are_the_encoders_own(pad: bool, tmp_path: Path,
     assert [build(rank, 2) for rank in range(2)] == [2, 2]
     assert build() == 0
     for u in utterances:
-        mel, lengths = audio.batch_log_mel([audio.load(u.audio)], pad_to_30s=pad)
+        mel, lengths = audio.batch_log_mel([audio.load(u.audio)], silence=30.0 * pad)
         own, valid = encoder(mel, lengths)
         found = cache.get(u)
         assert found.length == int(valid[0])

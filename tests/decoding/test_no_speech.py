@@ -95,7 +95,7 @@ def test_a_recogniser_reads_it_from_its_own_pass(tmp_path: Path,
     monkeypatch.setattr(whisper_module.GenerationMixin, "generate", lambda self, **how: (
         made.append(generate(self, **how)), made[-1])[1])
     transcript, = recogniser([wave], "en")
-    mel, _ = whisper_module.audio.batch_log_mel([wave], pad_to_30s=True)
+    mel, _ = whisper_module.audio.batch_log_mel([wave], silence=30)
     with torch.no_grad():
         logits = model(input_features=mel, decoder_input_ids=made[0]).logits
     torch.testing.assert_close(seen[0], logits[:, 0], atol=1e-3, rtol=1e-3)

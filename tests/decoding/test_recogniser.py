@@ -97,7 +97,7 @@ def test_clips_are_padded_by_their_own_length(whisper: str,
     heard.clear()
     recogniser = WhisperRecogniser(whisper)
     recogniser(waves[:1], "en")
-    mel, _ = audio.batch_log_mel(waves[:1], pad_to_30s=True)
+    mel, _ = audio.batch_log_mel(waves[:1], silence=30)
     theirs = recogniser._whisper.model.encoder(mel).last_hidden_state
     torch.testing.assert_close(heard[0], theirs, atol=1e-4, rtol=1e-4)
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tests.tiny import make_whisper_encoder
 from unislu_llm.config import LoraConfig, ModelConfig
+from unislu_llm.data.audio import MEL_RATE, heard
 from unislu_llm.errors import UserError
 from unislu_llm.models.encoder import SpeechEncoder, valid_mask
 
@@ -38,7 +39,7 @@ def make(mode: Any = "frozen", sizes: dict[str, Any] | None = None,
 
 
 def test_at_30_seconds_it_is_whispers_encoder() -> None:
-    encoder, mel = make(pad_to_30s=True), torch.randn(2, 80, 3000)
+    encoder, mel = make(silence=30), torch.randn(2, 80, 3000)
     frames, lengths = encoder(mel, (1234, 3000))
     with torch.no_grad():
         expected = encoder.whisper(mel).last_hidden_state
@@ -46,22 +47,24 @@ def test_at_30_seconds_it_is_whispers_encoder() -> None:
     assert lengths == (617, 1500)
 
 
-@pytest.mark.parametrize("pad_to_30s", [True, False])
+@pytest.mark.parametrize("silence", [30.0, 2.0, 0.0])
 @pytest.mark.parametrize("gradients", [True, False])
-def test_batched_equals_serial_at_very_unequal_lengths(gradients: bool, pad_to_30s: bool) -> None:
+def test_batched_equals_serial_at_very_unequal_lengths(gradients: bool, silence: float) -> None:
     """Also where a CPU encodes a few clips of like length at a time, without gradients."""
-    encoder = make("full", pad_to_30s=pad_to_30s)
+    encoder = make("full", silence=silence)
     mel, lengths = random_mels()
-    if pad_to_30s:
-        mel = torch.nn.functional.pad(mel, (0, 3000 - mel.shape[-1]))
+    longest = heard(mel.shape[-1], silence, MEL_RATE)
+    mel = torch.nn.functional.pad(mel, (0, longest - mel.shape[-1]))
     with torch.set_grad_enabled(gradients):
         frames, n = encoder(mel, lengths)
         assert n == (25, 1000, 169, 26, 50, 35, 100)
         for i, length in enumerate(lengths):
-            alone, m = encoder(mel[i:i + 1, :, : 3000 if pad_to_30s else length], [length])
+            used = heard(length, silence, MEL_RATE)
+            alone, m = encoder(mel[i:i + 1, :, :used], [length])
             assert m == (n[i],)
             torch.testing.assert_close(frames[i, : alone.shape[1]], alone[0], rtol=0, atol=1e-4)
-            assert pad_to_30s or not frames[i, n[i]:].any(), "zero beyond the length"
+            assert alone.shape[1] == heard(n[i], silence)
+            assert not frames[i, alone.shape[1]:].any(), "zero beyond the length"
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -74,8 +77,8 @@ def test_half_precision_is_finite_with_padding(dtype: torch.dtype) -> None:
 def test_lengths_that_do_not_fit_are_refused() -> None:
     with pytest.raises(UserError, match=r"30\.02 s .* takes 30 s"):
         make()(torch.zeros(1, 80, 3002), [3002])
-    with pytest.raises(UserError, match="takes 30 s, no less"):
-        make(pad_to_30s=True)(torch.zeros(1, 80, 500), [500])
+    with pytest.raises(UserError, match=r"not less than 7 s \(model.silence\)"):
+        make(silence=2)(torch.zeros(1, 80, 500), [500])
     with pytest.raises(UserError, match="encoder_top_layers 3: the encoder has 2 layers"):
         make("top", encoder_top_layers=3)
 

@@ -99,18 +99,18 @@ def test_llm_losses_equal_its_own_logits(variant: str) -> None:
         torch.testing.assert_close(model.losses(batch)[0], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("pad_to_30s", [True, False])
+@pytest.mark.parametrize("silence", [30.0, 0.0])
 @torch.no_grad()
-def test_whisper_losses_equal_transformers_own(pad_to_30s: bool) -> None:
+def test_whisper_losses_equal_transformers_own(silence: float) -> None:
     """At 30 s of the mel as it is; at natural length one clip needs no mask either."""
-    model = build("whisper", pad_to_30s=pad_to_30s)
+    model = build("whisper", silence=silence)
     names = ["<|startoftranscript|>", "<|en|>", "<|transcribe|>", "<|notimestamps|>"]
     prompt = model.tokenizer.base.convert_tokens_to_ids(names)
     assert model.prompt == prompt
     for batch in singles(model):
         target = batch.target_ids[0]
         inputs = torch.tensor([prompt + target.tolist()[:-1]])
-        if pad_to_30s:
+        if silence:
             assert batch.mel.shape[-1] == 3000
             out = model.whisper(input_features=batch.mel, decoder_input_ids=inputs)
         else:
@@ -123,8 +123,8 @@ def test_whisper_losses_equal_transformers_own(pad_to_30s: bool) -> None:
 @BOTH
 @torch.no_grad()
 def test_cached_frames_are_as_good_as_audio(variant: str) -> None:
-    for padded in (False, True):
-        model = build(variant, pad_to_30s=padded, encoder_mode="frozen")
+    for silence in (0.0, 1.0, 30.0):
+        model = build(variant, silence=silence, encoder_mode="frozen")
         batch = make_batch(model, SHORT)
         frames, lengths = model.encoder(batch.mel, batch.speech_lengths)
         cached = replace(batch, kind="frames", mel=None, frames=frames, speech_lengths=lengths)
@@ -329,7 +329,7 @@ def test_copies_of_a_state_go_on_by_themselves(variant: str) -> None:
 @pytest.mark.weights
 def test_whisper_base_still_transcribes_with_the_markers_installed() -> None:
     clip = Path(__file__).parents[1] / "data_files" / "librivox.flac"
-    config = ModelConfig(encoder="openai/whisper-base", pad_to_30s=True)
+    config = ModelConfig(encoder="openai/whisper-base", silence=30)
     model = WhisperSLU.build(config, TaskRegistry()).eval()
     batch = model.collator().from_waves([Example(Utterance("u", clip, ""), None)],
                                         [audio.load(clip)])

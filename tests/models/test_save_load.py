@@ -34,7 +34,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "llm, encoder top, tasks of one's own": ("speech_llm", {
         "encoder_mode": "top", "encoder_top_layers": 1, "registry": OWN_TASKS}),
     "whisper": ("whisper_slu", {"encoder_mode": "full"}),
-    "whisper lora, 30 s": ("whisper_slu", {"decoder_mode": "lora", "pad_to_30s": True}),
+    "whisper lora, 30 s": ("whisper_slu", {"decoder_mode": "lora", "silence": 30.0}),
 }
 
 

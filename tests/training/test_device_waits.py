@@ -56,7 +56,7 @@ CASES: dict[str, dict[str, Any]] = {
     "mlp": {"projector": "mlp"}, "conv": {"projector": "conv", "projector_options": {}},
     "qformer": {"projector": "qformer", "projector_options": {"heads": 2, "hidden": 16}},
     "ctc": CTC | {"hypothesis": "manifest", "hypothesis_prompt": "read"},
-    "encoder": {"encoder_mode": "lora"}, "padded": {"pad_to_30s": True},
+    "encoder": {"encoder_mode": "lora"}, "padded": {"silence": 30.0},
     "whisper": {"decoder_mode": "full"}}
 
 

@@ -55,7 +55,7 @@ def losses(kind: str, config: Config) -> list[float]:
 def test_cached_frames_change_no_loss_and_spare_the_encoder(
         kind: str, pad: bool, tiny_config: Make, tmp_path: Path,
         monkeypatch: pytest.MonkeyPatch) -> None:
-    sections = {"model": {"pad_to_30s": pad}, "train": SMALL | RATES}
+    sections = {"model": {"silence": 30.0 * pad}, "train": SMALL | RATES}
     plain = losses(kind, tiny_config("plain", **sections, data={"dev": []}))
     data = {"dev": [], "frame_cache": str(tmp_path / "cache")}
     assert losses(kind, tiny_config("cache", **sections, data=data)) == pytest.approx(plain,

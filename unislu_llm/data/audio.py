@@ -67,6 +67,13 @@ def encoder_length(n_mel: int) -> int:
     return (n_mel + 1) // 2
 
 
+def heard(frames: int, silence: float, rate: int = ENCODER_RATE) -> int:
+    """Frames, at a `rate` a second, of a clip and the seconds of silence that are heard behind it,
+    30 s at most."""
+    return min(frames + round(silence * ENCODER_RATE) * (rate // ENCODER_RATE),
+               int(MAX_SECONDS * rate))
+
+
 def load(path: str | Path, start: float = 0.0, end: float | None = None, *,
          max_seconds: float = math.inf, samples: Tensor | None = None) -> Tensor:
     """Read a file of any rate, or a stretch of it in seconds: mono `(samples,)` float32 at 16 kHz.
@@ -239,7 +246,7 @@ def check_samples(name: object, block: np.ndarray) -> np.ndarray:
 
 @torch.no_grad()
 def log_mel(samples: Tensor, n_mels: int = 80, *, lengths: Sequence[int] | None = None,
-            pad_to_30s: bool = False) -> Tensor:
+            silence: float = 0.0) -> Tensor:
     """Whisper's log-mel `(n_mels, frames)` or `(batch, n_mels, frames)`, float32; frames past a
     clip's own length are zero, whatever is in the batch. Raises UserError: a clip is over 30 s.
 
@@ -247,7 +254,8 @@ def log_mel(samples: Tensor, n_mels: int = 80, *, lengths: Sequence[int] | None 
         samples: `(samples,)` or `(batch, samples)`, float, 16 kHz.
         n_mels: mel bins, 80, or 128 for large-v3 and turbo.
         lengths: valid samples of each clip; None: all.
-        pad_to_30s: give 3,000 frames, what 30 s of zero-padded samples give.
+        silence: seconds of zeros that follow each clip, up to 30 s with it; 30 gives 3,000
+            frames, what transformers' feature extractor gives.
     """
     batch = samples.float().reshape(-1, samples.shape[-1])
     n_samples = [batch.shape[1]] * len(batch) if lengths is None else list(lengths)
@@ -263,31 +271,30 @@ def log_mel(samples: Tensor, n_mels: int = 80, *, lengths: Sequence[int] | None 
     # there is, so that the maximum is each clip's own whatever the batch.
     floor = logs.amax(dim=(1, 2), keepdim=True) - 8.0
     mel = (torch.maximum(logs, floor) + 4.0) / 4.0
-    if pad_to_30s:
+    size = heard(frames, silence, MEL_RATE)
+    if size > mel.shape[-1]:
         # The spectrum of the zeros that follow is known without computing it.
-        silence = (floor.clamp(min=math.log10(_LOG_FLOOR)) + 4.0) / 4.0
-        out = silence.repeat(1, n_mels, MAX_MEL_FRAMES)
-        out[..., : mel.shape[-1]] = mel
-    else:
-        valid = torch.tensor([mel_length(n) for n in n_samples], device=batch.device)[:, None]
-        past = torch.arange(frames, device=batch.device) >= valid
-        out = mel[..., :frames].masked_fill(past[:, None], 0.0)
+        zeros = (floor.clamp(min=math.log10(_LOG_FLOOR)) + 4.0) / 4.0
+        mel = torch.cat([mel, zeros.expand(-1, n_mels, size - mel.shape[-1])], -1)
+    valid = torch.tensor([heard(mel_length(n), silence, MEL_RATE) for n in n_samples])
+    past = torch.arange(size, device=batch.device) >= valid.to(batch.device)[:, None]
+    out = mel[..., :size].masked_fill(past[:, None], 0.0)
     return out if samples.dim() == 2 else out[0]
 
 
 def batch_log_mel(waves: Sequence[Tensor], n_mels: int = 80, *,
-                  pad_to_30s: bool = False) -> tuple[Tensor, tuple[int, ...]]:
+                  silence: float = 0.0) -> tuple[Tensor, tuple[int, ...]]:
     """:func:`log_mel` of clips `(samples,)` of different lengths, on one device: `(batch, n_mels,
-    frames)`, and each clip's own frames, also with `pad_to_30s`."""
+    frames)`, and each clip's own frames, without those of `silence`."""
     lengths = [len(wave) for wave in waves]
     waves = [wave if len(wave) else wave.new_zeros(1) for wave in waves]  # an empty clip is silence
     # On a CPU they are faster one by one: a clip fits the caches, and no padding is transformed.
     if waves[0].device.type == "cpu":
-        mels = [log_mel(wave, n_mels, pad_to_30s=pad_to_30s).T for wave in waves]
+        mels = [log_mel(wave, n_mels, silence=silence).T for wave in waves]
         mel = pad_sequence(mels, batch_first=True).transpose(1, 2).contiguous()
     else:
         mel = log_mel(pad_sequence(list(waves), batch_first=True), n_mels, lengths=lengths,
-                      pad_to_30s=pad_to_30s)
+                      silence=silence)
     return mel, tuple(mel_length(n) for n in lengths)
 
 

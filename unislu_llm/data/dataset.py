@@ -55,6 +55,8 @@ class SpeechDataset(Dataset[Item]):
             return "text"
         if example.utterance.audio is None and self.injector is not None:
             return "posteriors"
+        if example.utterance.audio is None:
+            return "text"
         return "audio" if self.frame_cache is None else "frames"
 
     def seconds(self, example: Example) -> float:
@@ -96,10 +98,11 @@ class Collator:
 
     tokenizer: UnifiedTokenizer
     n_mels: int = 80  # mel bins that the encoder takes
-    pad_to_30s: bool = False  # pad every clip with silence before the mel, as Whisper was trained
+    silence: float = 0.0  # seconds of it that Whisper hears behind each clip, up to 30 s with it
     hypothesis_prompt: Sequence[int] | None = None  # ids before each hypothesis; None reads none
     listens: bool = True  # whether the model takes speech
     ctc_vocabulary: Any = None  # a CtcVocabulary, for the targets of objective `ctc`
+    alignment: Any = None  # an Alignment, where Whisper's decoder reads the hypotheses as well
 
     def hypothesis_ids(self, example: Example) -> list[int]:
         """Ids of an example's hypothesis after those of the prompt; none where there is none."""
@@ -135,14 +138,28 @@ class Collator:
             hypothesis_lengths=tuple(map(len, read)),
             ctc_targets=tuple(tuple(vocabulary.classes(e.utterance.text)) for e in examples
                               if vocabulary is not None),
-            counted=items[0].counted, **self._speech(kind, items))
+            counted=items[0].counted, **self._speech(kind, items), **self._heard(kind, examples))
+
+    def _heard(self, kind: InputKind, examples: Sequence[Example]) -> dict[str, Any]:
+        """The hypotheses as Whisper's decoder reads them, where it hears something."""
+        if self.alignment is None or kind == "text":
+            return {}
+        read, spans = list[list[int]](), list[list[tuple[int, int]]]()
+        for example in examples:
+            text, own = example.utterance.hypothesis or "", self.hypothesis_ids(example)
+            before = len(own) - len(ids := self.tokenizer.text_ids(text))
+            read.append(self.alignment.read(text))
+            spans.append([(0, 0)] * before + self.alignment.spans(read[-1], ids, self.tokenizer))
+        return {"heard_ids": pad_sequence([torch.tensor(ids or [0]) for ids in read], True),
+                "heard_spans": pad_sequence([torch.tensor(row, dtype=torch.long).view(-1, 2)
+                                             for row in spans], True)}
 
     def _speech(self, kind: InputKind, items: Sequence[Item]) -> dict[str, Any]:
         """The fields of a batch that depend on its kind."""
         inputs: list[Any] = [item.input for item in items]
         found: dict[str, Any] = {"speech_lengths": (0,) * len(items)}
         if kind == "audio":
-            mel, lengths = audio.batch_log_mel(inputs, self.n_mels, pad_to_30s=self.pad_to_30s)
+            mel, lengths = audio.batch_log_mel(inputs, self.n_mels, silence=self.silence)
             for i, item in enumerate(items):
                 if item.masks is not None:
                     mel[i] = item.masks.mel(mel[i], lengths[i])

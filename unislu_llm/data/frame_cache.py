@@ -35,8 +35,8 @@ _TAIL = struct.Struct("<II")  # after the array: valid frames, and CRC-32 of the
 class Frames(NamedTuple):
     """Encoder frames of a clip."""
 
-    values: Tensor  # (T_enc, D) at 50 Hz, fp16 in a cache; with `pad_to_30s` 1,500 of them
-    length: int  # the valid ones
+    values: Tensor  # (T_enc, D) at 50 Hz, fp16 in a cache; its silence comes last
+    length: int  # those of the clip itself
 
 
 class FrameCache:
@@ -107,7 +107,7 @@ def encoder_settings(encoder: Any, precision: Precision) -> dict[str, Any]:
     config = encoder.whisper.config
     sizes = [config.encoder_layers, config.encoder_attention_heads, config.activation_function]
     return {"weights": digest.hexdigest(), "sizes": sizes, "n_mels": int(config.num_mel_bins),
-            "pad_to_30s": encoder.pad_to_30s, "precision": precision}
+            "silence": encoder.silence, "precision": precision}
 
 
 @torch.no_grad()
@@ -125,18 +125,18 @@ def build_frames(cache: FrameCache, encoder: Any, utterances: Iterable[Utterance
     share = sorted(unique.values(), key=lambda u: -u.seconds)[rank::world]
     lacking = [u for u in tqdm(share, f"{progress}: look up", unit="clip", leave=False,
                                disable=not progress) if cache.get(u) is None]
-    padded, bf16 = cache.settings["pad_to_30s"], cache.settings["precision"] == "bf16"
+    silence, bf16 = cache.settings["silence"], cache.settings["precision"] == "bf16"
     with tqdm(total=len(lacking), desc=progress, unit="clip", disable=not progress) as bar:
         for first in range(0, len(lacking), batch_size):
             clips = lacking[first:first + batch_size]
             names = [cache.name(u) for u in clips]  # before they are read: a file may change then
             mel, lengths = audio.batch_log_mel([load_clip(u).to(device) for u in clips],
-                                               cache.settings["n_mels"], pad_to_30s=padded)
+                                               cache.settings["n_mels"], silence=silence)
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=bf16):
                 frames, valid = encoder(mel, lengths)
             for name, values, n in zip(names, frames, valid, strict=True):
-                # At natural length what lies beyond is the batch's padding.
-                cache.put(name, Frames(values if padded else values[:n], n))
+                # What lies beyond is the batch's padding.
+                cache.put(name, Frames(values[:audio.heard(n, silence)], n))
             bar.update(len(clips))
     return len(lacking)
 

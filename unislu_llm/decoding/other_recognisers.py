@@ -23,7 +23,7 @@ from unislu_llm.decoding.phrases import Phrases
 from unislu_llm.decoding.recogniser import Transcript, WhisperRecogniser, cut
 from unislu_llm.errors import UserError
 from unislu_llm.io import new_folder
-from unislu_llm.models.whisper_slu import whisper_prompt
+from unislu_llm.models.whisper_decoder import whisper_prompt
 from unislu_llm.weights.resolve import cache_dir, weights_hash
 
 CTRANSLATE2, URLS = "ctranslate2:", ("http://", "https://")

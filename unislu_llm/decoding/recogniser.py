@@ -24,7 +24,7 @@ from unislu_llm.decoding.phrases import PhraseBias, Phrases
 from unislu_llm.decoding.search import padded
 from unislu_llm.errors import UserError
 from unislu_llm.models.encoder import SpeechEncoder
-from unislu_llm.models.whisper_slu import whisper_prompt
+from unislu_llm.models.whisper_decoder import whisper_prompt
 
 _STEP = 5  # seconds to a multiple of which clips are padded
 

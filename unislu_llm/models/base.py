@@ -155,7 +155,7 @@ class SLUModel(nn.Module, ABC):
 
     def collator(self) -> Collator:
         """Collator that makes this model's batches."""
-        return Collator(self.tokenizer, self.n_mels, self.config.pad_to_30s)
+        return Collator(self.tokenizer, self.n_mels, self.config.silence)
 
     def _frames(self, batch: Batch) -> tuple[Tensor, tuple[int, ...]]:
         """Encoder frames of a batch of audio, or those that it brings, and their lengths."""

@@ -2,7 +2,7 @@
 
 Sinusoidal positions are sliced, invalid frames are zeroed before both convolutions (they look one
 frame ahead) and masked in attention, so that a clip's frames do not depend on what it is batched
-with. `pad_to_30s` gives transformers' encoder back.
+with. A `silence` of 30 s gives transformers' encoder back.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from unislu_llm.config import LoraConfig, ModelConfig
-from unislu_llm.data.audio import ENCODER_RATE, MEL_RATE, encoder_length
+from unislu_llm.data.audio import ENCODER_RATE, MEL_RATE, encoder_length, heard
 from unislu_llm.errors import UserError
 from unislu_llm.models.lora import inject_lora
 
@@ -52,7 +52,7 @@ class SpeechEncoder(nn.Module):
         super().__init__()
         self.whisper = whisper
         self.in_parts = True  # on a CPU; not where all processes must call sharded layers alike
-        self.mode, self.pad_to_30s = config.encoder_mode, config.pad_to_30s
+        self.mode, self.silence = config.encoder_mode, config.silence
         self.dim = int(whisper.config.d_model)
         whisper.requires_grad_(self.mode == "full")
         if self.mode == "lora":
@@ -77,20 +77,19 @@ class SpeechEncoder(nn.Module):
     def forward(self, mel: Tensor, mel_lengths: Sequence[int]) -> tuple[Tensor, tuple[int, ...]]:
         """Log-mel `(batch, n_mels, T_mel)` at 100 Hz to frames `(batch, T_enc, dim)` at 50 Hz.
 
-        What stands beyond `mel_lengths` does not matter. Frames are zero beyond their own lengths,
-        which come with them, unless `pad_to_30s`.
+        What stands beyond `mel_lengths` and the silence that follows does not matter, and frames
+        are zero there. The lengths that come with them are the clips' own, without silence.
 
         Raises:
-            UserError: more than 30 s of audio; with `pad_to_30s`, also less.
+            UserError: more than 30 s of audio, or less than the clips and their silence.
         """
         size, most = encoder_length(mel.shape[-1]), self.whisper.config.max_source_positions
-        if size > most or (self.pad_to_30s and size < most):
+        used = [heard(n, self.silence, MEL_RATE) for n in mel_lengths]
+        if size > most or max(used) > mel.shape[-1]:
             raise UserError(f"{mel.shape[-1] / MEL_RATE:.2f} s of mel; the encoder takes "
-                            f"{most / ENCODER_RATE:g} s"
-                            f"{', no less with pad_to_30s' * self.pad_to_30s}")
+                            f"{most / ENCODER_RATE:g} s, and of these clips not less than "
+                            f"{max(used) / MEL_RATE:g} s (model.silence)")
         lengths = tuple(encoder_length(n) for n in mel_lengths)
-        # Whisper was trained to listen to the silence at the end as well.
-        used = [mel.shape[-1]] * len(mel) if self.pad_to_30s else list(mel_lengths)
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.mode != "frozen"):
             if (mel.device.type == "cpu" and self.in_parts and not torch.is_grad_enabled()
                     and len(mel) > _TOGETHER):

@@ -18,6 +18,7 @@ from torch.nn import functional as F
 
 from unislu_llm.errors import UserError, dotted, explain, hint
 from unislu_llm.models.ctc import CTCProjector
+from unislu_llm.models.decoder_projector import DecoderProjector
 from unislu_llm.models.encoder import valid_mask
 from unislu_llm.models.projector_base import Projector, ceil_div, stack_frames
 from unislu_llm.setting_types import Few, Width
@@ -130,7 +131,7 @@ NONE = "none"
 
 PROJECTORS: dict[str, type[Projector]] = {
     "linear": LinearProjector, "mlp": MLPProjector, "conv": ConvProjector,
-    "qformer": QFormerProjector, "ctc": CTCProjector}
+    "qformer": QFormerProjector, "ctc": CTCProjector, "decoder": DecoderProjector}
 
 
 def check_projector(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

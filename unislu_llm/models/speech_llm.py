@@ -14,12 +14,13 @@ from typing import Any, Literal, Self
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache, WhisperModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, DynamicCache
 from transformers import PreTrainedTokenizerBase as Tokenizer
+from transformers import WhisperForConditionalGeneration as Whisper
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from unislu_llm.config import ModelConfig
-from unislu_llm.data.audio import encoder_length, mel_length
+from unislu_llm.data.audio import encoder_length, heard, mel_length
 from unislu_llm.data.batch import Batch
 from unislu_llm.data.dataset import Collator
 from unislu_llm.data.text_injection import densify
@@ -27,6 +28,7 @@ from unislu_llm.errors import UserError
 from unislu_llm.models.base import Objective, SLUModel
 from unislu_llm.models.ctc import CTCProjector, CtcVocabulary
 from unislu_llm.models.ctc_loss import SAMPLES, ctc_loss
+from unislu_llm.models.decoder_projector import Alignment, DecoderProjector
 from unislu_llm.models.encoder import SpeechEncoder, valid_mask
 from unislu_llm.models.kv_cache import NoCache, State
 from unislu_llm.models.lora import inject_lora, quantization
@@ -35,6 +37,7 @@ from unislu_llm.models.probe import probe
 from unislu_llm.models.projector_base import Projected, Projector
 from unislu_llm.models.projectors import NONE, build_projector
 from unislu_llm.models.saved import Base
+from unislu_llm.models.whisper_decoder import whisper_prompt
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import UnifiedTokenizer
 from unislu_llm.weights import from_pretrained
@@ -51,16 +54,17 @@ same, and how many positions of each row count."""
 class SpeechLLM(SLUModel):
     """Speech in, unified text out, by a causal LLM.
 
-    `whisper` is the encoder of a Whisper model; None with the projector `none`. The LLM, as
-    transformers loads it, gets markers and LoRA here, its tokenizer the markers. Settings that do
-    not fit each other are a `UserError`.
+    `whisper` is the encoder of a Whisper model; None with the projector `none`. The `reader` is its
+    decoder, for the projector `decoder`. The LLM, as transformers loads it, gets markers and LoRA
+    here, its tokenizer the markers. Settings that do not fit each other are a `UserError`.
     """
 
     kind = "speech_llm"
     rewinds = True  # whether the LLM's cache can be cut and shared; else all is read again
 
     def __init__(self, config: ModelConfig, registry: TaskRegistry, whisper: WhisperEncoder | None,
-                 llm: Any, tokenizer: Tokenizer, ctc_tokens: Sequence[int] | None = None) -> None:
+                 llm: Any, tokenizer: Tokenizer, ctc_tokens: Sequence[int] | None = None,
+                 reader: tuple[Any, Alignment] | None = None) -> None:
         super().__init__(config, UnifiedTokenizer(tokenizer, registry))
         self.listens = whisper is not None
         self.reads_hypothesis = config.hypothesis != "none"
@@ -86,12 +90,17 @@ class SpeechLLM(SLUModel):
         install_markers(llm, self.tokenizer)
         if ctc_tokens:
             self._attach(ctc_tokens)
+        self.reader: Any = reader[0] if reader else None
+        self.alignment = reader[1] if reader else None
+        if reader is not None and isinstance(self.projector, DecoderProjector):
+            self.projector.attach(*reader, embeddings, self.tokenizer)
+            self._frozen += reader[:1]
         self.prefix = self.tokenizer.prompt_ids(config.prompt_prefix, first=True)
         self.suffix = self.tokenizer.prompt_ids(config.prompt_suffix)
         self.hypothesis_prompt = self.tokenizer.prompt_ids(config.hypothesis_prompt)
-        if not self.listens and not self.reads_hypothesis:
-            raise UserError("model.projector none leaves nothing to go by without a hypothesis; "
-                            "set model.hypothesis too")
+        if config.projector in (NONE, "decoder") and not self.reads_hypothesis:
+            raise UserError(f"model.projector {config.projector} leaves nothing to go by without a "
+                            "hypothesis; set model.hypothesis too")
         if not (self.listens or self.prefix or self.suffix or self.hypothesis_prompt):
             raise UserError("model.projector none needs some prompt before an answer; set "
                             "model.hypothesis_prompt")
@@ -107,11 +116,17 @@ class SpeechLLM(SLUModel):
               bases: Mapping[str, Base] | None = None) -> Self:
         stored, found = bases or {}, dict(bases or {})
         whisper: Any = None
+        reader: tuple[Any, Alignment] | None = None
         if config.projector != NONE:
             path, found["encoder"] = Base.resolve("encoder", config.encoder, stored.get("encoder"))
-            whisper = from_pretrained(WhisperModel, path, dtype=torch.float32,
-                                      attn_implementation="sdpa").encoder
+            full = from_pretrained(Whisper, path, dtype=torch.float32, attn_implementation="sdpa")
+            whisper = full.model.encoder
             whisper = whisper.to(dtype if config.encoder_mode == "frozen" else torch.float32)
+            if config.projector == "decoder":
+                words = from_pretrained(AutoTokenizer, path)
+                reader = full.model.decoder.to(dtype), Alignment(
+                    words, tuple(whisper_prompt(full, words, config.language)),
+                    int(full.config.max_target_positions))
         path, found["llm"] = Base.resolve("LLM", config.llm, stored.get("llm"))
         tokenizer = from_pretrained(AutoTokenizer, path)  # of the two the one that is soon read
         options = quantization(config.quantization)
@@ -121,7 +136,7 @@ class SpeechLLM(SLUModel):
         # For CPUs bitsandbytes packs 4 bits anew when it first infers; then no gradient passes.
         for layer in [m for m in llm.modules() if hasattr(m, "support_avx512bf16_for_cpu")]:
             layer.support_avx512bf16_for_cpu = False
-        model = cls(config, registry, whisper, llm, tokenizer, ctc_tokens)
+        model = cls(config, registry, whisper, llm, tokenizer, ctc_tokens, reader)
         model.bases = found
         return model
 
@@ -168,9 +183,9 @@ class SpeechLLM(SLUModel):
 
     def collator(self) -> Collator:
         prompt = self.hypothesis_prompt if self.reads_hypothesis else None
-        return Collator(self.tokenizer, self.n_mels, self.config.pad_to_30s,
+        return Collator(self.tokenizer, self.n_mels, self.config.silence,
                         hypothesis_prompt=prompt, listens=self.listens,
-                        ctc_vocabulary=self.ctc_vocabulary)
+                        ctc_vocabulary=self.ctc_vocabulary, alignment=self.alignment)
 
     def token_counts(self, n_samples: int, n_target: int, n_hypothesis: int = 0) -> tuple[int, int]:
         frames = encoder_length(mel_length(n_samples))
@@ -179,14 +194,14 @@ class SpeechLLM(SLUModel):
 
     def _frames(self, batch: Batch) -> tuple[Tensor, tuple[int, ...]]:
         frames, lengths = super()._frames(batch)
-        return frames[:, : max(lengths)], lengths  # with pad_to_30s there are more
+        return frames[:, : max(lengths)], lengths  # behind them is silence
 
     def speech(self, batch: Batch, *, transcribe: bool = False) -> Projected | None:
         """Speech embeddings of a batch; None where the LLM is given none.
 
         With `transcribe` a `ctc` projector also gives its greedy transcript.
         """
-        if self.projector is None or batch.kind == "text":
+        if self.projector is None or batch.kind == "text" or self.reader is not None:
             return None
         if batch.posterior_classes is None or batch.posterior_shares is None:
             return self.projector(*self._frames(batch), transcribe=transcribe)
@@ -226,7 +241,14 @@ class SpeechLLM(SLUModel):
         if speech is not None:
             parts.append((speech.embeddings.to(prefix.dtype), speech.lengths))
         if batch.hypothesis_ids is not None:
-            parts.append((embed(batch.hypothesis_ids), batch.hypothesis_lengths))
+            read = embed(batch.hypothesis_ids)
+            heard_by = self.projector if isinstance(self.projector, DecoderProjector) else None
+            if heard_by and batch.heard_ids is not None and batch.heard_spans is not None:
+                frames, lengths = super()._frames(batch)
+                lengths = tuple(heard(n, self.config.silence) for n in lengths)
+                read = read + heard_by.evidence(frames, lengths, batch.heard_ids,
+                                                 batch.heard_spans).to(read.dtype)
+            parts.append((read, batch.hypothesis_lengths))
         return [*parts, (suffix, [len(self.suffix)] * len(batch))]
 
     def hypotheses(self, batch: Batch) -> list[list[int]] | None:

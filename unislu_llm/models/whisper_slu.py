@@ -7,13 +7,11 @@ from typing import Any, Self
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 from transformers import AutoTokenizer, DynamicCache, EncoderDecoderCache, PreTrainedTokenizerBase
 from transformers import WhisperForConditionalGeneration as Whisper
-from transformers.masking_utils import create_causal_mask
 
 from unislu_llm.config import ModelConfig
-from unislu_llm.data.audio import encoder_length, mel_length
+from unislu_llm.data.audio import encoder_length, heard, mel_length
 from unislu_llm.data.batch import Batch
 from unislu_llm.errors import UserError
 from unislu_llm.models.base import Objective, SLUModel
@@ -23,6 +21,7 @@ from unislu_llm.models.lora import inject_lora
 from unislu_llm.models.markers import install_markers
 from unislu_llm.models.projectors import NONE
 from unislu_llm.models.saved import Base
+from unislu_llm.models.whisper_decoder import run_decoder, whisper_prompt
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import UnifiedTokenizer
 from unislu_llm.weights import from_pretrained
@@ -91,9 +90,9 @@ class WhisperSLU(SLUModel):
         own = self.encoder.whisper.layer_norm.weight.dtype
         frames = frames.to(torch.float32 if autocast else own)
         prompt = torch.tensor(self.prompt).to(frames.device, non_blocking=True)
-        # With pad_to_30s, silence is listened to as well, as Whisper was trained.
-        bias = None if self.config.pad_to_30s else attention_bias(
-            lengths, frames.shape[1], torch.float32, frames.device)
+        # Silence is listened to as well, as Whisper was trained.
+        bias = attention_bias([heard(n, self.config.silence) for n in lengths], frames.shape[1],
+                              torch.float32, frames.device)
         return frames, bias, prompt.expand(len(batch), -1)
 
     def forward(self, batch: Batch, objective: Objective = "unified") -> Tensor:
@@ -105,7 +104,8 @@ class WhisperSLU(SLUModel):
             raise UserError(f"a target of {size} tokens does not fit Whisper's {self._positions} "
                             "positions; shorten the utterance")
         frames, bias, prompt = self._listen(batch)
-        hidden = self._decode(torch.cat([prompt, batch.target_ids[:, :-1]], dim=1), frames, bias)
+        read = torch.cat([prompt, batch.target_ids[:, :-1]], dim=1)
+        hidden = run_decoder(self.whisper.model.decoder, read, frames, bias)
         return self._target_losses(hidden, [len(self.prompt) - 1] * len(batch), batch)
 
     def prefill(self, batch: Batch) -> State:
@@ -119,43 +119,6 @@ class WhisperSLU(SLUModel):
 
     def _read(self, state: State, valid: Tensor, **inputs: Tensor) -> Tensor:
         positions = state.append(valid)
-        return self._decode(inputs["input_ids"], state.frames, state.frame_bias,
-                            attention_mask=state.mask.long(), position_ids=positions,
-                            past_key_values=state.cache)
-
-    def _decode(self, ids: Tensor, frames: Tensor | None, frame_bias: Tensor | None,
-                attention_mask: Tensor | None = None, position_ids: Tensor | None = None,
-                past_key_values: Any = None) -> Tensor:
-        """Hidden states `(rows, n, dim)` after ids `(rows, n)`."""
-        # transformers' own forward lets every token attend to all frames, padding included, and
-        # passes None where its layers take a mask. Here the mask is an argument of each layer's
-        # call: a layer that is computed again in the backward pass (gradient checkpointing) sees
-        # the mask of its own forward pass, whatever ran in between.
-        decoder: Any = self.whisper.model.decoder
-        embeddings = decoder.embed_tokens(ids)
-        causal = create_causal_mask(
-            config=decoder.config, inputs_embeds=embeddings, attention_mask=attention_mask,
-            past_key_values=past_key_values, position_ids=position_ids)
-        hidden = embeddings + decoder.embed_positions(ids, position_ids=position_ids)
-        hidden = F.dropout(hidden, p=decoder.dropout, training=decoder.training)
-        bias = None if frame_bias is None else frame_bias.to(hidden.dtype)
-        for layer in decoder.layers:
-            hidden = layer(hidden, causal, frames, encoder_attention_mask=bias,
-                           past_key_values=past_key_values, use_cache=past_key_values is not None)
-        return decoder.layer_norm(hidden)
-
-
-def whisper_prompt(whisper: Any, tokenizer: PreTrainedTokenizerBase, language: str) -> list[int]:
-    """Ids of `<|startoftranscript|><|en|><|transcribe|><|notimestamps|>`.
-
-    Raises:
-        UserError: the language is not one of the checkpoint's.
-    """
-    names, vocabulary = ["<|notimestamps|>"], tokenizer.get_vocab()
-    # English-only checkpoints have no language and no task.
-    if getattr(whisper.generation_config, "is_multilingual", True):
-        names = [f"<|{language}|>", "<|transcribe|>", *names]
-    if names[0] not in vocabulary:
-        raise UserError(f"language '{language}' is not one of Whisper's; use a code such as "
-                        "en, de, fr")
-    return [int(whisper.config.decoder_start_token_id), *(vocabulary[name] for name in names)]
+        return run_decoder(self.whisper.model.decoder, inputs["input_ids"], state.frames,
+                           state.frame_bias, attention_mask=state.mask.long(),
+                           position_ids=positions, past_key_values=state.cache)

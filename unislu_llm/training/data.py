@@ -88,15 +88,15 @@ def _build_injector(config: Config, model: SLUModel, examples: Sequence[Example]
                     fitted: SimulationRates | None) -> TextInjector | None:
     """What stands for the audio of examples without; None where nothing has to."""
     silent = [e.utterance for e in examples if e.utterance.audio is None]
-    if not silent or not model.listens:
-        return None
+    if not silent or not model.listens or model.config.projector == "decoder":
+        return None  # the decoder projector reads text as it is
     vocabulary = model.ctc_vocabulary if isinstance(model, SpeechLLM) else None
     if vocabulary is None:
         raise UserError(
             f"{silent[0].where}: field 'audio': the row has no audio ({len(silent)} examples have "
             "none); only an LLM with the projector ctc, or one that reads hypotheses without "
             "speech, trains on text: set model.projector ctc, or model.hypothesis manifest and "
-            "model.projector none")
+            "model.projector decoder or none")
     projector: Any = model.projector
     return TextInjector(
         (fitted or SimulationRates()).override(config.data.text_injection),
