@@ -82,11 +82,7 @@ class Description(BaseModel):
         check_saved(folder, MODEL_FILE)
         if not path.is_file():
             raise UserError(f"{path} does not exist; give the folder of a saved model")
-        found = read_json(path)
-        model = found.get("model") if isinstance(found, dict) else None
-        if isinstance(model, dict) and isinstance(model.get("pad_to_30s"), bool):  # older files'
-            model["silence"] = 30.0 * model.pop("pad_to_30s")
         try:
-            return cls.model_validate(found)
+            return cls.model_validate(read_json(path))
         except ValidationError as error:
             raise explain(error, cls, lambda place: f"{path}: {dotted(place)}") from None
