@@ -12,6 +12,7 @@ import pytest
 import regex
 import torch
 from torch import Tensor, nn
+from transformers import AutoTokenizer, WhisperForConditionalGeneration
 
 from tests.tiny import (
     TEXTS,
@@ -22,12 +23,15 @@ from tests.tiny import (
     unified_string,
 )
 from unislu_llm.cli import main
+from unislu_llm.decoding.recogniser import WhisperRecogniser
 from unislu_llm.io import read_json_lines
 from unislu_llm.merge import grammars
 from unislu_llm.models.lora import merge_lora
 from unislu_llm.models.markers import write_markers
 from unislu_llm.models.speech_llm import SpeechLLM
+from unislu_llm.models.whisper_slu import WhisperSLU
 from unislu_llm.tasks import NER, SA, LabelTask, Span, TaskRegistry
+from unislu_llm.tokenizer import Example
 from unislu_llm.utterance import Utterance
 
 ROOT = Path(__file__).parents[1]
@@ -158,3 +162,37 @@ def test_grammars_take_answers_and_nothing_else() -> None:
         assert not takes("all", text), text
     lark, gbnf = (files[f"all.{kind}"].splitlines()[0] for kind in ("lark", "gbnf"))
     assert lark.replace("start:", "root ::=") == gbnf
+
+
+def test_a_whisper_tuned_on_transcripts_becomes_a_plain_checkpoint(
+        tiny_checkpoints: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+        ) -> None:
+    settings = {"encoder": tiny_checkpoints["whisper"], "encoder_mode": "lora",
+                "decoder_mode": "lora", "lora": {"rank": 2, "alpha": 4}}
+    for name, tasks, says in (("tasks", TaskRegistry(), "writes ner, sa beside transcripts"),
+                              ("new", TaskRegistry([]), "never trained"),
+                              ("tuned", TaskRegistry([]), "")):
+        model: Any = WhisperSLU.build(model_config(**settings), tasks)
+        (trained(model) if name == "tuned" else model).save_pretrained(tmp_path / name)
+        code = main(["export", str(tmp_path / name), "--merged", "--out", str(tmp_path / "out"),
+                     "--dtype", "fp32"])
+        said = capsys.readouterr()
+        assert (code != 0) == bool(says) == (not (tmp_path / "out").exists()), said.err
+        assert says in said.err
+    assert "a plain Whisper checkpoint in fp32" in said.out
+    merged = WhisperForConditionalGeneration.from_pretrained(tmp_path / "out").eval()
+    clip = 0.1 * torch.randn(16_000)
+    batch = model.eval().collator().from_waves(
+        [Example(Utterance("a", None, "the council met"), None)], [clip])
+    frames, _ = model.encoder(batch.mel, batch.speech_lengths)
+    own = AutoTokenizer.from_pretrained(tmp_path / "out")
+    ids = torch.tensor([[*model.prompt, *own(" the council met").input_ids]])
+    with torch.no_grad():
+        logits = merged(encoder_outputs=(frames,), decoder_input_ids=ids).logits.log_softmax(-1)
+        losses = model.losses(batch)[0]
+    start = len(model.prompt) - 1
+    targets = [*ids[0, start + 1:].tolist(), own.eos_token_id]
+    expected = -logits[0, range(start, ids.shape[1]), targets]
+    torch.testing.assert_close(losses, expected, rtol=1e-3, atol=1e-3)
+    recogniser = WhisperRecogniser(str(tmp_path / "out"))
+    assert len(recogniser([clip], "en")) == 1, "it makes hypotheses"

@@ -281,7 +281,7 @@ def export(run: Annotated[str, tyro.conf.arg(metavar="RUN")], /, out: Path,
         push: Publish the folder on the Hugging Face hub under this name, which then loads it.
         private: With --push: make the repository private.
         revision: With --push: branch to publish on, made where it is lacking.
-        merged: Write the LLM, LoRA merged, as a plain causal LM for vLLM, SGLang or llama.cpp.
+        merged: Write LLM or Whisper, LoRA merged, as a plain checkpoint for servers and recipes.
         manifest: With --merged: rows whose hypotheses are parity prompts; default: the mini corpus.
     """
     if (private or revision) and not push:

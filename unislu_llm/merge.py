@@ -22,6 +22,7 @@ from unislu_llm.decoding.reading import feed
 from unislu_llm.errors import UserError
 from unislu_llm.export import DTYPES
 from unislu_llm.io import new_folder, portable, read_json_lines, write_text
+from unislu_llm.merge_whisper import merge_whisper
 from unislu_llm.models.lora import merge_lora
 from unislu_llm.models.markers import write_markers
 from unislu_llm.models.saved import Description
@@ -39,19 +40,23 @@ _TEMPLATES.filters["quoted"] = lambda text: json.dumps(text, ensure_ascii=False)
 
 def merge(folder: str | Path, out: Path, *, dtype: str = "bf16", licence: str = "",
           manifests: Sequence[Path] = (), published: str = "") -> str:
-    """Write a folder for `AutoModelForCausalLM` that answers as the trained model does.
+    """Write a folder for `AutoModelForCausalLM` that answers as the trained model does; of a
+    Whisper, see :func:`merge_whisper`.
 
     Parity prompts are 30 hypotheses of `manifests` (default: the mini corpus). Returns what there
     is to say of it. Raises UserError, and writes nothing: no such model, or one that reads no
     hypothesis; `out` holds something; no hypotheses; LoRA changes nothing; other answers.
     """
-    run, clips = find_run(folder), _clips(manifests)
+    run = find_run(folder)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out} is not empty; give a new folder")
     saved = Description.read(run.model)
+    if saved.model_type == "whisper_slu":
+        return merge_whisper(run, out, dtype)
     if saved.model_type != "speech_llm" or saved.model.hypothesis == "none":
         raise UserError(f"--merged: {folder} answers speech alone, and a plain causal LM reads "
                         "text; it takes a model of an LLM with a hypothesis in its prompt")
+    clips = _clips(manifests)
     base, close = saved.bases["llm"].name, _CLOSE[dtype]
     close += 0.5 * (saved.model.quantization != "none")  # it computes in bf16 or 8 bits
     with new_folder(out) as new:

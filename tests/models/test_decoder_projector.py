@@ -19,8 +19,9 @@ from tests.models.common import (
     singles,
 )
 from tests.tiny import make_speech_llm, make_tokenizer, make_whisper
-from unislu_llm.config import Config, check_together
+from unislu_llm.config import Config, ModelConfig, check_together
 from unislu_llm.data.audio import batch_log_mel, heard
+from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.errors import UserError
 from unislu_llm.models.decoder_projector import Alignment
 from unislu_llm.models.speech_llm import SpeechLLM
@@ -47,7 +48,7 @@ def build(hears: bool = True, **options: Any) -> SpeechLLM:
 @pytest.mark.parametrize("metaspace", [None, "always", "never"])
 def test_each_token_gets_the_whisper_tokens_that_share_a_letter_with_it(
         metaspace: str | None) -> None:
-    whisper, words = make_whisper()
+    words = make_whisper()[1]
     tokenizer = UnifiedTokenizer(make_tokenizer(metaspace=metaspace), TaskRegistry())
     alignment = Alignment(words, (1, 2), 448)
     for text in ("the council met in paris", "O'Neil's 1,250 re-opened — naïve Zürich", "a", "東 b",
@@ -160,7 +161,6 @@ def test_text_without_speech_trains_as_where_nothing_is_heard() -> None:
     model = build()
     batch = make_batch(model, ROWS, hypotheses=HYPOTHESES)
     examples, _ = inputs(ROWS, hypotheses=HYPOTHESES)
-    from unislu_llm.data.dataset import SpeechDataset
     text = model.collator()([SpeechDataset(examples, listens=True)[i, 0] for i in range(4)])
     assert (text.kind, text.heard_ids) == ("text", None)
     spoken, gradients = losses_and_gradients(model, text)
@@ -179,9 +179,8 @@ def test_it_needs_a_hypothesis() -> None:
 
 
 def test_a_saved_one_says_the_same(tiny_checkpoints: dict[str, str], tmp_path: Path) -> None:
-    from unislu_llm.config import ModelConfig
-    config = ModelConfig(encoder=tiny_checkpoints["whisper"], llm=tiny_checkpoints["llm"], silence=0.5,
-                         projector="decoder", hypothesis="manifest")
+    config = ModelConfig(encoder=tiny_checkpoints["whisper"], llm=tiny_checkpoints["llm"],
+                         silence=0.5, projector="decoder", hypothesis="manifest")
     model = SpeechLLM.build(config, TaskRegistry()).eval()
     torch.nn.init.normal_(model.projector.proj.weight, std=0.3)
     model.save_pretrained(tmp_path / "saved")
