@@ -59,7 +59,7 @@ def merge_whisper(run: Run, out: Path, dtype: str) -> str:
             raise UserError(f"--merged: {out} foretells other words, by {off:.3g} nats (rounding: "
                             f"{_CLOSE[dtype]}); try --dtype fp32, and please report it")
     return (f"{out}: a plain Whisper checkpoint in {dtype}; log-probabilities differ by {off:.2g} "
-            f"nats at most\nuse it: unislu transcribe {out} MANIFEST --out DIR, or --encoder {out}\n")
+            f"nats at most\nuse it: unislu transcribe {out} FILE --out DIR, or --encoder {out}\n")
 
 
 @torch.no_grad()
