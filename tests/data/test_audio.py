@@ -16,10 +16,10 @@ from unislu_llm.data.audio import (
     batch_log_mel,
     count_samples,
     encoder_length,
-    heard,
     load,
     log_mel,
     mel_length,
+    with_silence,
 )
 from unislu_llm.errors import UserError
 
@@ -260,7 +260,7 @@ def test_batch_equals_one_by_one(silence: float) -> None:
     for row, length, wave in zip(mel, lengths, waves, strict=True):
         single = log_mel(wave, silence=silence)
         torch.testing.assert_close(row[:, : single.shape[-1]], single, atol=1e-5, rtol=0)
-        assert single.shape[-1] == heard(length, silence, 100)
+        assert single.shape[-1] == with_silence(length, silence, 100)
         assert (row[:, single.shape[-1]:] == 0).all()
 
 
@@ -275,7 +275,7 @@ def test_what_stands_in_the_padding_changes_nothing(silence: float) -> None:
     dirty[1, 20000:] = float("nan")
     expected = log_mel(clean, lengths=lengths, silence=silence)
     assert torch.equal(log_mel(dirty, lengths=lengths, silence=silence), expected)
-    assert expected.shape[-1] == heard(mel_length(20000), silence, 100)
+    assert expected.shape[-1] == with_silence(mel_length(20000), silence, 100)
 
 
 def test_autocast_does_not_lower_the_precision() -> None:

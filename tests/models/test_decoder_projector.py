@@ -20,7 +20,7 @@ from tests.models.common import (
 )
 from tests.tiny import make_speech_llm, make_tokenizer, make_whisper
 from unislu_llm.config import Config, ModelConfig, check_together
-from unislu_llm.data.audio import batch_log_mel, heard
+from unislu_llm.data.audio import batch_log_mel, with_silence
 from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.errors import UserError
 from unislu_llm.models.decoder_projector import Alignment
@@ -80,7 +80,7 @@ def test_it_gives_what_transformers_own_pass_gives() -> None:
     mel, _ = batch_log_mel(waves[:1], silence=1.0)
     ids = alignment.read(HYPOTHESES[0])
     frames = model.encoder(*batch_log_mel(waves[:1], silence=1.0))[0]
-    assert frames.shape[1] == heard(45, 1.0) == (mel.shape[-1] + 1) // 2
+    assert frames.shape[1] == with_silence(45, 1.0) == (mel.shape[-1] + 1) // 2
     out = whisper(encoder_outputs=(frames,), output_hidden_states=True,
                   decoder_input_ids=torch.tensor([[*alignment.prompt, *ids[:-1]]]))
     start = len(alignment.prompt) - 1
@@ -89,7 +89,7 @@ def test_it_gives_what_transformers_own_pass_gives() -> None:
     own = log_probs.gather(1, torch.tensor(ids)[:, None])
     entropy = -(log_probs.exp() * log_probs).sum(-1, keepdim=True)
     expected = torch.cat([states, own / 4, entropy / 4], 1)
-    first, last = batch.heard_spans[0, -1].tolist()
+    first, last = batch.reader_spans[0, -1].tolist()
     found = parts["mean"][0, -1, : expected.shape[1]]
     torch.testing.assert_close(found, expected[first:last].mean(0), rtol=1e-4, atol=1e-4)
     # Alternatives: embeddings of the same text, as loud as they are likely, never the token itself.
@@ -162,7 +162,7 @@ def test_text_without_speech_trains_as_where_nothing_is_heard() -> None:
     batch = make_batch(model, ROWS, hypotheses=HYPOTHESES)
     examples, _ = inputs(ROWS, hypotheses=HYPOTHESES)
     text = model.collator()([SpeechDataset(examples, listens=True)[i, 0] for i in range(4)])
-    assert (text.kind, text.heard_ids) == ("text", None)
+    assert (text.kind, text.reader_ids) == ("text", None)
     spoken, gradients = losses_and_gradients(model, text)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == gradients.keys()
     assert not any(g.abs().sum() for n, g in gradients.items() if n.startswith("projector."))

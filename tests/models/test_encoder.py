@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tests.tiny import make_whisper_encoder
 from unislu_llm.config import LoraConfig, ModelConfig
-from unislu_llm.data.audio import MEL_RATE, heard
+from unislu_llm.data.audio import MEL_RATE, with_silence
 from unislu_llm.errors import UserError
 from unislu_llm.models.encoder import SpeechEncoder, valid_mask
 
@@ -53,17 +53,17 @@ def test_batched_equals_serial_at_very_unequal_lengths(gradients: bool, silence:
     """Also where a CPU encodes a few clips of like length at a time, without gradients."""
     encoder = make("full", silence=silence)
     mel, lengths = random_mels()
-    longest = heard(mel.shape[-1], silence, MEL_RATE)
+    longest = with_silence(mel.shape[-1], silence, MEL_RATE)
     mel = torch.nn.functional.pad(mel, (0, longest - mel.shape[-1]))
     with torch.set_grad_enabled(gradients):
         frames, n = encoder(mel, lengths)
         assert n == (25, 1000, 169, 26, 50, 35, 100)
         for i, length in enumerate(lengths):
-            used = heard(length, silence, MEL_RATE)
+            used = with_silence(length, silence, MEL_RATE)
             alone, m = encoder(mel[i:i + 1, :, :used], [length])
             assert m == (n[i],)
             torch.testing.assert_close(frames[i, : alone.shape[1]], alone[0], rtol=0, atol=1e-4)
-            assert alone.shape[1] == heard(n[i], silence)
+            assert alone.shape[1] == with_silence(n[i], silence)
             assert not frames[i, alone.shape[1]:].any(), "zero beyond the length"
 
 

@@ -67,7 +67,7 @@ def encoder_length(n_mel: int) -> int:
     return (n_mel + 1) // 2
 
 
-def heard(frames: int, silence: float, rate: int = ENCODER_RATE) -> int:
+def with_silence(frames: int, silence: float, rate: int = ENCODER_RATE) -> int:
     """Frames, at a `rate` a second, of a clip and the seconds of silence that are heard behind it,
     30 s at most."""
     return min(frames + round(silence * ENCODER_RATE) * (rate // ENCODER_RATE),
@@ -271,12 +271,12 @@ def log_mel(samples: Tensor, n_mels: int = 80, *, lengths: Sequence[int] | None 
     # there is, so that the maximum is each clip's own whatever the batch.
     floor = logs.amax(dim=(1, 2), keepdim=True) - 8.0
     mel = (torch.maximum(logs, floor) + 4.0) / 4.0
-    size = heard(frames, silence, MEL_RATE)
+    size = with_silence(frames, silence, MEL_RATE)
     if size > mel.shape[-1]:
         # The spectrum of the zeros that follow is known without computing it.
         zeros = (floor.clamp(min=math.log10(_LOG_FLOOR)) + 4.0) / 4.0
         mel = torch.cat([mel, zeros.expand(-1, n_mels, size - mel.shape[-1])], -1)
-    valid = torch.tensor([heard(mel_length(n), silence, MEL_RATE) for n in n_samples])
+    valid = torch.tensor([with_silence(mel_length(n), silence, MEL_RATE) for n in n_samples])
     past = torch.arange(size, device=batch.device) >= valid.to(batch.device)[:, None]
     out = mel[..., :size].masked_fill(past[:, None], 0.0)
     return out if samples.dim() == 2 else out[0]

@@ -138,9 +138,9 @@ class Collator:
             hypothesis_lengths=tuple(map(len, read)),
             ctc_targets=tuple(tuple(vocabulary.classes(e.utterance.text)) for e in examples
                               if vocabulary is not None),
-            counted=items[0].counted, **self._speech(kind, items), **self._heard(kind, examples))
+            counted=items[0].counted, **self._speech(kind, items), **self._reader(kind, examples))
 
-    def _heard(self, kind: InputKind, examples: Sequence[Example]) -> dict[str, Any]:
+    def _reader(self, kind: InputKind, examples: Sequence[Example]) -> dict[str, Any]:
         """The hypotheses as Whisper's decoder reads them, where it hears something."""
         if self.alignment is None or kind == "text":
             return {}
@@ -150,8 +150,8 @@ class Collator:
             before = len(own) - len(ids := self.tokenizer.text_ids(text))
             read.append(self.alignment.read(text))
             spans.append([(0, 0)] * before + self.alignment.spans(read[-1], ids, self.tokenizer))
-        return {"heard_ids": pad_sequence([torch.tensor(ids or [0]) for ids in read], True),
-                "heard_spans": pad_sequence([torch.tensor(row, dtype=torch.long).view(-1, 2)
+        return {"reader_ids": pad_sequence([torch.tensor(ids or [0]) for ids in read], True),
+                "reader_spans": pad_sequence([torch.tensor(row, dtype=torch.long).view(-1, 2)
                                              for row in spans], True)}
 
     def _speech(self, kind: InputKind, items: Sequence[Item]) -> dict[str, Any]:

@@ -136,7 +136,7 @@ def build_frames(cache: FrameCache, encoder: Any, utterances: Iterable[Utterance
                 frames, valid = encoder(mel, lengths)
             for name, values, n in zip(names, frames, valid, strict=True):
                 # What lies beyond is the batch's padding.
-                cache.put(name, Frames(values[:audio.heard(n, silence)], n))
+                cache.put(name, Frames(values[:audio.with_silence(n, silence)], n))
             bar.update(len(clips))
     return len(lacking)
 

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from unislu_llm.config import LoraConfig, ModelConfig
-from unislu_llm.data.audio import ENCODER_RATE, MEL_RATE, encoder_length, heard
+from unislu_llm.data.audio import ENCODER_RATE, MEL_RATE, encoder_length, with_silence
 from unislu_llm.errors import UserError
 from unislu_llm.models.lora import inject_lora
 
@@ -84,7 +84,7 @@ class SpeechEncoder(nn.Module):
             UserError: more than 30 s of audio, or less than the clips and their silence.
         """
         size, most = encoder_length(mel.shape[-1]), self.whisper.config.max_source_positions
-        used = [heard(n, self.silence, MEL_RATE) for n in mel_lengths]
+        used = [with_silence(n, self.silence, MEL_RATE) for n in mel_lengths]
         if size > most or max(used) > mel.shape[-1]:
             raise UserError(f"{mel.shape[-1] / MEL_RATE:.2f} s of mel; the encoder takes "
                             f"{most / ENCODER_RATE:g} s, and of these clips not less than "

@@ -20,7 +20,7 @@ from transformers import WhisperForConditionalGeneration as Whisper
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from unislu_llm.config import ModelConfig
-from unislu_llm.data.audio import encoder_length, heard, mel_length
+from unislu_llm.data.audio import encoder_length, mel_length, with_silence
 from unislu_llm.data.batch import Batch
 from unislu_llm.data.dataset import Collator
 from unislu_llm.data.text_injection import densify
@@ -242,12 +242,12 @@ class SpeechLLM(SLUModel):
             parts.append((speech.embeddings.to(prefix.dtype), speech.lengths))
         if batch.hypothesis_ids is not None:
             read = embed(batch.hypothesis_ids)
-            heard_by = self.projector if isinstance(self.projector, DecoderProjector) else None
-            if heard_by and batch.heard_ids is not None and batch.heard_spans is not None:
+            listener = self.projector if isinstance(self.projector, DecoderProjector) else None
+            if listener and batch.reader_ids is not None and batch.reader_spans is not None:
                 frames, lengths = super()._frames(batch)
-                lengths = tuple(heard(n, self.config.silence) for n in lengths)
-                read = read + heard_by.evidence(frames, lengths, batch.heard_ids,
-                                                 batch.heard_spans).to(read.dtype)
+                lengths = tuple(with_silence(n, self.config.silence) for n in lengths)
+                read = read + listener.evidence(frames, lengths, batch.reader_ids,
+                                                 batch.reader_spans).to(read.dtype)
             parts.append((read, batch.hypothesis_lengths))
         return [*parts, (suffix, [len(self.suffix)] * len(batch))]
 

@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, DynamicCache, EncoderDecoderCache, PreTr
 from transformers import WhisperForConditionalGeneration as Whisper
 
 from unislu_llm.config import ModelConfig
-from unislu_llm.data.audio import encoder_length, heard, mel_length
+from unislu_llm.data.audio import encoder_length, mel_length, with_silence
 from unislu_llm.data.batch import Batch
 from unislu_llm.errors import UserError
 from unislu_llm.models.base import Objective, SLUModel
@@ -91,8 +91,8 @@ class WhisperSLU(SLUModel):
         frames = frames.to(torch.float32 if autocast else own)
         prompt = torch.tensor(self.prompt).to(frames.device, non_blocking=True)
         # Silence is listened to as well, as Whisper was trained.
-        bias = attention_bias([heard(n, self.config.silence) for n in lengths], frames.shape[1],
-                              torch.float32, frames.device)
+        lengths = tuple(with_silence(n, self.config.silence) for n in lengths)
+        bias = attention_bias(lengths, frames.shape[1], torch.float32, frames.device)
         return frames, bias, prompt.expand(len(batch), -1)
 
     def forward(self, batch: Batch, objective: Objective = "unified") -> Tensor:
