@@ -113,7 +113,7 @@ def test_a_flag_is_answered_in_plain_words(flag: str, value: str, message: str,
     (tmp_path / "c.yaml").write_text("{}\n")
     if not message:
         flag, value = "--model.projector-options", json.dumps({"a": float("nan")})
-        message = "must be a number, true, false or a list of these, found nan"
+        message = "must be a number, a list of numbers, true or false, found nan"
         with pytest.raises(UserError, match=f"{flag}.a: {message}"):
             load_config([flag, value], tmp_path / "c.yaml", tmp_path, "")
         return

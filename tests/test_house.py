@@ -23,7 +23,8 @@ CODE = tuple(sorted(p for top in ("unislu_llm", "recipes", "eval")
                     for p in (ROOT / top).rglob("*.py")))
 TESTS = tuple(sorted((ROOT / "tests").rglob("*.py")))
 
-LAYERS = ("cli", "run_commands", "serve", "report", "evaluate merge parity", "export",
+LAYERS = ("cli", "run_commands", "serve", "report", "evaluate merge parity", "merge_whisper",
+          "export",
           "evaluate_options", "demo pipeline", "model_card prediction_file", "training",
           "run_folder", "decoding", "models", "data", "scoring", "config_file", "flags", "config",
           "setting_types", "weights", "io", "tokenizer", "unified", "utterance", "tasks", "loss",

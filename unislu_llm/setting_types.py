@@ -41,8 +41,10 @@ def _file_name(text: str) -> str:
 def _no_text(value: Any) -> Any:
     # What else an option may be only its owner knows, who has no file and line to name.
     items = value if isinstance(value, list) else [value]
-    if len(items) > 100 or not all(type(i) in (bool, int, float) and abs(i) <= 1e9 for i in items):
-        raise ValueError(f"must be a number, true, false or a list of these, found {value!r:.80}")
+    if type(value) is not bool and (len(items) > 100 or not all(
+            type(i) in (int, float) and abs(i) <= 1e9 for i in items)):
+        raise ValueError("must be a number, a list of numbers, true or false, found "
+                         f"{value!r:.80}")
     return value
 
 
