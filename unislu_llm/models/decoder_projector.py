@@ -155,14 +155,11 @@ class DecoderProjector(Projector):
 
 def _same_tokens(whisper: Any, tokenizer: UnifiedTokenizer, size: int) -> Tensor:
     """Of each of Whisper's ids the LLM's first id of the same text, or the end of text."""
-    texts = [whisper.decode([i]) if i not in whisper.all_special_ids else "" for i in range(size)]
-    same = torch.full((size,), tokenizer.eos_id, dtype=torch.long)
     base: Any = tokenizer.base
+    texts = whisper.batch_decode([[i] for i in range(size)], skip_special_tokens=True)
     found = base([text or "." for text in texts], add_special_tokens=False,
                  split_special_tokens=True)["input_ids"]
-    for i, (text, ids) in enumerate(zip(texts, found, strict=True)):
-        if text.strip() and ids:
-            same[i] = ids[0]
-    return same
+    return torch.tensor([ids[0] if text.strip() and ids else tokenizer.eos_id
+                         for text, ids in zip(texts, found, strict=True)])
 
 
