@@ -19,6 +19,7 @@ from unislu_llm.data import audio
 from unislu_llm.errors import UserError
 from unislu_llm.loss import NO_PART, weighted_loss
 from unislu_llm.models.encoder import valid_mask
+from unislu_llm.models.lora import leave_casts_to_autocast
 from unislu_llm.models.whisper_slu import WhisperSLU
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import Example
@@ -249,6 +250,11 @@ def test_bf16_is_close_to_fp32(variant: str) -> None:
     assert float(losses[counts].mean()) == pytest.approx(float(expected[counts].mean()), rel=0.05)
     assert all(g.isfinite().all() and g.dtype == torch.float32 for g in gradients.values())
     assert all(greedy(model, batch, 3))
+    leave_casts_to_autocast(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again, others = common.losses_and_gradients(model, batch)
+    assert torch.equal(again, losses)
+    assert all(torch.equal(others[name], gradient) for name, gradient in gradients.items())
 
 
 def test_eager_attention_changes_no_loss() -> None:

@@ -18,6 +18,7 @@ from unislu_llm.errors import UserError
 from unislu_llm.io import LAST, RATES_FILE, check_saved, find_model
 from unislu_llm.models import KINDS
 from unislu_llm.models.base import SLUModel
+from unislu_llm.models.lora import leave_casts_to_autocast
 from unislu_llm.models.projectors import NONE
 from unislu_llm.models.saved import Description
 from unislu_llm.models.speech_llm import SpeechLLM
@@ -79,6 +80,8 @@ def build_model(kind: str, config: Config, registry: TaskRegistry,
     if train.init:
         start_from(model, saved_model(train.init))
     model.select_groups(["projector"] if train.objective == "ctc" else train.groups)
+    if half:
+        leave_casts_to_autocast(model)
     if train.gradient_checkpointing:
         model.enable_gradient_checkpointing()
     if (device and device.type == "cpu" and half and isinstance(model, SpeechLLM)
