@@ -76,7 +76,7 @@ def test_it_gives_what_transformers_own_pass_gives() -> None:
     projector, alignment = model.projector, model.alignment
     parts = {}
     projector.proj.register_forward_pre_hook(lambda _, args: parts.update(mean=args[0]))
-    model.losses(batch)
+    state = model.prefill(batch)
     mel, _ = batch_log_mel(waves[:1], silence=1.0)
     ids = alignment.read(HYPOTHESES[0])
     frames = model.encoder(*batch_log_mel(waves[:1], silence=1.0))[0]
@@ -92,6 +92,9 @@ def test_it_gives_what_transformers_own_pass_gives() -> None:
     first, last = batch.reader_spans[0, -1].tolist()
     found = parts["mean"][0, -1, : expected.shape[1]]
     torch.testing.assert_close(found, expected[first:last].mean(0), rtol=1e-4, atol=1e-4)
+    known = state.hypothesis_log_probs
+    assert known[0][-1] == pytest.approx(float(own[first:last].mean()), rel=1e-3)
+    assert [len(row) for row in known] == [len(h) for h in state.hypothesis]
     # Alternatives: embeddings of the same text, as loud as they are likely, never the token itself.
     shares = log_probs.exp()
     shares[range(len(ids)), ids] = 0

@@ -312,8 +312,13 @@ class Engine:
         """What makes the processors of transcripts: what they are drawn to, then the grammar."""
         read, margin = self._hypotheses(state), self._way(state) == "margin"
         raised = self._raised(batch)
+        sure = None
         if read is not None:
-            read = [self._kept(ids, loops=not margin).ids for ids in read]
+            whole, read = read, [self._kept(ids, loops=not margin).ids for ids in read]
+            if state.hypothesis_log_probs is not None:  # nothing is known of what is respelt
+                sure = [known[:len(ids)] if all_ids[:len(ids)] == ids else [0.0] * len(ids)
+                        for ids, all_ids, known in zip(read, whole, state.hypothesis_log_probs,
+                                                       strict=True)]
 
         def make() -> list[Processor]:
             made, own = self._processors(requests, budgets), self.model.tokenizer
@@ -323,7 +328,7 @@ class Engine:
             if read is not None:
                 # By a margin, nothing is added to the scores: it is what they are compared by.
                 made.insert(0, HypothesisBias(own, read, 0.0 if margin else self._bias,
-                                              self.model.device))
+                                              self.model.device, sure))
             return made
 
         return make

@@ -40,6 +40,8 @@ class State:
     frames: Tensor | None = None
     frame_bias: Tensor | None = None  # (rows, 1, 1, frames) added there; None: none is padding
     hypothesis: list[list[int]] | None = None  # ids without their prompt; None: it reads none
+    # Of these ids, by a projector `decoder`: what Whisper's decoder gives each, nats.
+    hypothesis_log_probs: list[list[float]] | None = None
     ctc_hypothesis: list[list[int]] | None = None  # greedy ids of a `ctc` projector
     # (rows, dim) after Whisper's first token, of the rows that the prompt had.
     start: Tensor | None = None
@@ -62,13 +64,14 @@ class State:
         def taken(t: Tensor) -> Tensor:
             return t if same else t.index_select(0, index)
 
-        def chosen(ids: list[list[int]] | None) -> list[list[int]] | None:
-            return None if ids is None else [ids[i] for i in numbers]
+        def chosen(some: list[Any] | None) -> list[Any] | None:
+            return None if some is None else [some[i] for i in numbers]
 
         return replace(self, cache=_mapped(self.cache, taken, taken), mask=taken(self.mask),
                        hidden=taken(self.hidden),
                        frame_bias=None if self.frame_bias is None else taken(self.frame_bias),
                        hypothesis=chosen(self.hypothesis),
+                       hypothesis_log_probs=chosen(self.hypothesis_log_probs),
                        ctc_hypothesis=chosen(self.ctc_hypothesis))
 
     def drop(self, counts: Tensor) -> None:
