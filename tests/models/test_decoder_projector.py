@@ -146,9 +146,9 @@ def test_each_part_alone_hears_the_speech_where_there_is_a_hypothesis(part: str)
         build(projector_options=dict.fromkeys(options, False))
 
 
-@pytest.mark.parametrize("mode", ["frozen", "lora"])
-def test_what_trains_gets_a_gradient_and_whispers_decoder_stays(mode: str) -> None:
-    model = build(encoder_mode=mode).train()
+@pytest.mark.parametrize(("mode", "states"), [("frozen", True), ("frozen", False), ("lora", True)])
+def test_what_trains_gets_a_gradient_and_whispers_decoder_stays(mode: str, states: bool) -> None:
+    model = build(encoder_mode=mode, projector_options={"states": states}).train()
     assert not model.reader.training
     groups = set(model.trainable_groups())
     assert groups == {"projector", "lora", "markers"} | ({"encoder"} if mode == "lora" else set())

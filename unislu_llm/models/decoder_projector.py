@@ -28,7 +28,6 @@ from unislu_llm.tokenizer import UnifiedTokenizer
 
 _ALTERNATIVES = 8  # tokens besides the one that is there
 _POSITIONS = 256  # whose logits exist at one time
-_LEAST = 1e-4  # probability that others together are given: surer than that, they do not matter
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class DecoderProjector(Projector):
             raise UserError("projector 'decoder': states, doubt and alternatives are all off; "
                             "leave one on, or set model.projector none")
         self.states, self.doubt, self.alternatives, self.scale = states, doubt, alternatives, scale
-        self.norm_in = nn.LayerNorm(in_dim)
+        self.norm_in = nn.LayerNorm(in_dim) if states else nn.Identity()
         self.proj = nn.Linear(in_dim * states + 2 * doubt + out_dim * alternatives, out_dim)
         nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
