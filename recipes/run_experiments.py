@@ -84,7 +84,9 @@ def _prepare(name: str, job: Job, log: Path) -> None:
         for i, line in enumerate((" ".join(command.split()) for command in commands), 1):
             if done.is_file() and line in done.read_text(encoding="utf-8").splitlines():
                 continue
-            _run([sys.executable, "-m", "unislu_llm.cli", *shlex.split(line)], log,
+            words = shlex.split(line)
+            script = words[0].endswith(".py")
+            _run([sys.executable, *([] if script else ["-m", "unislu_llm.cli"]), *words], log,
                  f"{job.name}: {name}" + f" {i}/{len(commands)}" * (len(commands) > 1))
             with done.open("a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
