@@ -95,8 +95,8 @@ class Experiment(BaseModel, extra="forbid"):
     tests: dict[str, list[str]] = {}
     """Further manifests by name, scored on their own beside the dev sets."""
     prepare: dict[str, str | list[str]] = {}
-    """`unislu` commands, or scripts (`recipes/make_voices.py ...`), by name; each is run once, before
-    the first system that names it."""
+    """`unislu` commands, or scripts (`recipes/make_voices.py ...`), by name; each is run
+    once, before the first system that names it."""
     may_fail: list[str] = []
     """Names in `prepare` whose failure is said, and no more; tests that lack their manifests then
     are not scored."""

@@ -312,13 +312,8 @@ class Engine:
         """What makes the processors of transcripts: what they are drawn to, then the grammar."""
         read, margin = self._hypotheses(state), self._way(state) == "margin"
         raised = self._raised(batch)
-        sure = None
         if read is not None:
-            whole, read = read, [self._kept(ids, loops=not margin).ids for ids in read]
-            if state.hypothesis_log_probs is not None:  # nothing is known of what is respelt
-                sure = [known[:len(ids)] if all_ids[:len(ids)] == ids else [0.0] * len(ids)
-                        for ids, all_ids, known in zip(read, whole, state.hypothesis_log_probs,
-                                                       strict=True)]
+            read = [self._kept(ids, loops=not margin).ids for ids in read]
 
         def make() -> list[Processor]:
             made, own = self._processors(requests, budgets), self.model.tokenizer
@@ -328,7 +323,7 @@ class Engine:
             if read is not None:
                 # By a margin, nothing is added to the scores: it is what they are compared by.
                 made.insert(0, HypothesisBias(own, read, 0.0 if margin else self._bias,
-                                              self.model.device, sure))
+                                              self.model.device, state.sureness(read)))
             return made
 
         return make

@@ -49,6 +49,14 @@ class State:
     def __len__(self) -> int:
         return len(self.mask)
 
+    def sureness(self, kept: list[list[int]]) -> list[list[float]] | None:
+        """`hypothesis_log_probs` of what is kept of the hypotheses; 0 where it is respelt."""
+        if self.hypothesis is None or self.hypothesis_log_probs is None:
+            return None
+        return [known[:len(ids)] if whole[:len(ids)] == ids else [0.0] * len(ids)
+                for ids, whole, known in zip(kept, self.hypothesis, self.hypothesis_log_probs,
+                                             strict=True)]
+
     def append(self, valid: Tensor) -> Tensor:
         """Note that tokens `(rows, n)` come, of which `valid` count; their positions."""
         positions = (self.mask.sum(-1, keepdim=True) + valid.cumsum(-1) - 1).clamp(min=0)
