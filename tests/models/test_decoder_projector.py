@@ -164,7 +164,7 @@ def test_text_without_speech_trains_as_where_nothing_is_heard() -> None:
     model = build()
     batch = make_batch(model, ROWS, hypotheses=HYPOTHESES)
     examples, _ = inputs(ROWS, hypotheses=HYPOTHESES)
-    text = model.collator()([SpeechDataset(examples, listens=True)[i, 0] for i in range(4)])
+    text = model.collator()([SpeechDataset(examples, reads=True)[i, 0] for i in range(4)])
     assert (text.kind, text.reader_ids) == ("text", None)
     spoken, gradients = losses_and_gradients(model, text)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == gradients.keys()

@@ -45,6 +45,7 @@ class SpeechDataset(Dataset[Item]):
     frame_cache: FrameCache | None = None  # frames in place of audio
     augmenter: Augmenter | None = None
     injector: TextInjector | None = None  # posteriors in place of audio that is not there
+    reads: bool = False  # whether the model can do without speech where there is none
     dropout: HypothesisDropout | None = None
     seed: int = 0
     epoch: int = 0
@@ -55,7 +56,7 @@ class SpeechDataset(Dataset[Item]):
             return "text"
         if example.utterance.audio is None and self.injector is not None:
             return "posteriors"
-        if example.utterance.audio is None:
+        if example.utterance.audio is None and self.reads:
             return "text"
         return "audio" if self.frame_cache is None else "frames"
 
