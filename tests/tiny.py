@@ -147,17 +147,17 @@ def make_speech_llm(*, arch: str = "llama", tied: bool = True, seed: int = 0,
                     ctc_tokens: Sequence[int] | None = None, **settings: Any) -> SpeechLLM:
     """A tiny :class:`SpeechLLM` in eval mode; other arguments are of its :class:`ModelConfig`."""
     tokenizer, config = tokenizer or make_tokenizer(), model_config(**settings)
-    encoder = reader = None
+    encoder = whisper_decoder = None
     if config.projector != NONE:
         whisper, words = make_whisper(seed=seed, **whisper_options or {})
         encoder = whisper.model.encoder
     if config.projector == "decoder":
         prompt = tuple(whisper_prompt(whisper, words, config.language))
-        reader = whisper.model.decoder, Alignment(words, prompt, 448)
+        whisper_decoder = whisper.model.decoder, Alignment(words, prompt, 448)
     llm = make_llm(arch, tokenizer, tied=tied, seed=seed, **llm_options or {})
     torch.manual_seed(seed)
     return SpeechLLM(config, registry or TaskRegistry(), encoder, llm, tokenizer, ctc_tokens,
-                     reader).eval()
+                     whisper_decoder).eval()
 
 
 def make_whisper_slu(*, seed: int = 0, whisper_options: dict[str, Any] | None = None,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from transformers import AutoTokenizer, WhisperFeatureExtractor, WhisperForConditionalGeneration
 
 from unislu_llm import weights
@@ -63,8 +65,9 @@ def merge_whisper(run: Run, out: Path, dtype: str) -> str:
 
 
 @torch.no_grad()
-def _foretold(whisper: Any, prompt: Any, n_mels: int) -> torch.Tensor:
-    """Log-probabilities behind the prompt, of a clip of noise padded to 30 s."""
+def _foretold(whisper: Any, prompt: Sequence[int], n_mels: int) -> Tensor:
+    """Log-probabilities `(1, prompt, words)` behind each token of the prompt, of a clip of noise
+    padded to 30 s."""
     noise = torch.randn(32_000, generator=torch.Generator().manual_seed(1)) / 10
     mel, _ = batch_log_mel([noise], n_mels, silence=30)
     frames = whisper.model.encoder(mel).last_hidden_state

@@ -89,7 +89,7 @@ def test_it_gives_what_transformers_own_pass_gives() -> None:
     own = log_probs.gather(1, torch.tensor(ids)[:, None])
     entropy = -(log_probs.exp() * log_probs).sum(-1, keepdim=True)
     expected = torch.cat([states, own / 4, entropy / 4], 1)
-    first, last = batch.reader_spans[0, -1].tolist()
+    first, last = batch.decoder_spans[0, -1].tolist()
     found = parts["mean"][0, -1, : expected.shape[1]]
     torch.testing.assert_close(found, expected[first:last].mean(0), rtol=1e-4, atol=1e-4)
     known = state.hypothesis_log_probs
@@ -149,7 +149,7 @@ def test_each_part_alone_hears_the_speech_where_there_is_a_hypothesis(part: str)
 @pytest.mark.parametrize(("mode", "states"), [("frozen", True), ("frozen", False), ("lora", True)])
 def test_what_trains_gets_a_gradient_and_whispers_decoder_stays(mode: str, states: bool) -> None:
     model = build(encoder_mode=mode, projector_options={"states": states}).train()
-    assert not model.reader.training
+    assert not model.whisper_decoder.training
     groups = set(model.trainable_groups())
     assert groups == {"projector", "lora", "markers"} | ({"encoder"} if mode == "lora" else set())
     _, gradients = losses_and_gradients(model, make_batch(model, ROWS, hypotheses=HYPOTHESES))
@@ -157,15 +157,15 @@ def test_what_trains_gets_a_gradient_and_whispers_decoder_stays(mode: str, state
     assert gradients.keys() == trained
     flat = {model.parameter_group(n) for n, g in gradients.items() if g.abs().sum() > 0}
     assert flat == groups
-    assert not any(n.startswith("reader.") for n in model.trained_state())
+    assert not any(n.startswith("whisper_decoder.") for n in model.trained_state())
 
 
 def test_text_without_speech_trains_as_where_nothing_is_heard() -> None:
     model = build()
     batch = make_batch(model, ROWS, hypotheses=HYPOTHESES)
     examples, _ = inputs(ROWS, hypotheses=HYPOTHESES)
-    text = model.collator()([SpeechDataset(examples, reads=True)[i, 0] for i in range(4)])
-    assert (text.kind, text.reader_ids) == ("text", None)
+    text = model.collator()([SpeechDataset(examples, takes_text=True)[i, 0] for i in range(4)])
+    assert (text.kind, text.decoder_ids) == ("text", None)
     spoken, gradients = losses_and_gradients(model, text)
     assert {n for n, p in model.named_parameters() if p.requires_grad} == gradients.keys()
     assert not any(g.abs().sum() for n, g in gradients.items() if n.startswith("projector."))

@@ -27,7 +27,8 @@ class HypothesisBias:
     Punctuation is not aligned and stays the LLM's own. Where the hypothesis ends, the bonus is for
     what may stand there: punctuation, `[T/L]`, the end of text. To end before that costs the bonus
     once for each token that is left out (a coverage penalty, as in Wu et al. 2016, arXiv
-    1609.08144). Rows with an empty hypothesis, and everything after `[T/L]`, stay as they are.
+    1609.08144). Rows with an empty hypothesis, and everything after `[T/L]`, stay as they are. With
+    the `log_probs` (nats) that a recogniser gives each id, its bonus is weighed by its probability.
     Nothing in it waits for the device.
     """
 

@@ -54,9 +54,9 @@ same, and how many positions of each row count."""
 class SpeechLLM(SLUModel):
     """Speech in, unified text out, by a causal LLM.
 
-    `whisper` is the encoder of a Whisper model; None with the projector `none`. The `reader` is its
-    decoder, for the projector `decoder`. The LLM, as transformers loads it, gets markers and LoRA
-    here, its tokenizer the markers. Settings that do not fit each other are a `UserError`.
+    `whisper` is the encoder of a Whisper model; None with the projector `none`. For the projector
+    `decoder`, `whisper_decoder` is its decoder. The LLM, as transformers loads it, gets markers and
+    LoRA here, its tokenizer the markers. Settings that do not fit each other are a `UserError`.
     """
 
     kind = "speech_llm"
@@ -64,7 +64,7 @@ class SpeechLLM(SLUModel):
 
     def __init__(self, config: ModelConfig, registry: TaskRegistry, whisper: WhisperEncoder | None,
                  llm: Any, tokenizer: Tokenizer, ctc_tokens: Sequence[int] | None = None,
-                 reader: tuple[Any, Alignment] | None = None) -> None:
+                 whisper_decoder: tuple[Any, Alignment] | None = None) -> None:
         super().__init__(config, UnifiedTokenizer(tokenizer, registry))
         self.listens = whisper is not None
         self.reads_hypothesis = config.hypothesis != "none"
@@ -90,11 +90,11 @@ class SpeechLLM(SLUModel):
         install_markers(llm, self.tokenizer)
         if ctc_tokens:
             self._attach(ctc_tokens)
-        self.reader: Any = reader[0] if reader else None
-        self.alignment = reader[1] if reader else None
-        if reader is not None and isinstance(self.projector, DecoderProjector):
-            self.projector.attach(*reader, embeddings, self.tokenizer)
-            self._frozen += reader[:1]
+        self.whisper_decoder: Any = whisper_decoder[0] if whisper_decoder else None
+        self.alignment = whisper_decoder[1] if whisper_decoder else None
+        if whisper_decoder is not None and isinstance(self.projector, DecoderProjector):
+            self.projector.attach(*whisper_decoder, embeddings, self.tokenizer)
+            self._frozen += whisper_decoder[:1]
         self.prefix = self.tokenizer.prompt_ids(config.prompt_prefix, first=True)
         self.suffix = self.tokenizer.prompt_ids(config.prompt_suffix)
         self.hypothesis_prompt = self.tokenizer.prompt_ids(config.hypothesis_prompt)
@@ -116,7 +116,7 @@ class SpeechLLM(SLUModel):
               bases: Mapping[str, Base] | None = None) -> Self:
         stored, found = bases or {}, dict(bases or {})
         whisper: Any = None
-        reader: tuple[Any, Alignment] | None = None
+        whisper_decoder: tuple[Any, Alignment] | None = None
         if config.projector != NONE:
             path, found["encoder"] = Base.resolve("encoder", config.encoder, stored.get("encoder"))
             full = from_pretrained(Whisper, path, dtype=torch.float32, attn_implementation="sdpa")
@@ -124,7 +124,7 @@ class SpeechLLM(SLUModel):
             whisper = whisper.to(dtype if config.encoder_mode == "frozen" else torch.float32)
             if config.projector == "decoder":
                 words = from_pretrained(AutoTokenizer, path)
-                reader = full.model.decoder.to(dtype), Alignment(
+                whisper_decoder = full.model.decoder.to(dtype), Alignment(
                     words, tuple(whisper_prompt(full, words, config.language)),
                     int(full.config.max_target_positions))
         path, found["llm"] = Base.resolve("LLM", config.llm, stored.get("llm"))
@@ -136,7 +136,7 @@ class SpeechLLM(SLUModel):
         # For CPUs bitsandbytes packs 4 bits anew when it first infers; then no gradient passes.
         for layer in [m for m in llm.modules() if hasattr(m, "support_avx512bf16_for_cpu")]:
             layer.support_avx512bf16_for_cpu = False
-        model = cls(config, registry, whisper, llm, tokenizer, ctc_tokens, reader)
+        model = cls(config, registry, whisper, llm, tokenizer, ctc_tokens, whisper_decoder)
         model.bases = found
         return model
 
@@ -201,7 +201,7 @@ class SpeechLLM(SLUModel):
 
         With `transcribe` a `ctc` projector also gives its greedy transcript.
         """
-        if self.projector is None or batch.kind == "text" or self.reader is not None:
+        if self.projector is None or batch.kind == "text" or self.whisper_decoder is not None:
             return None
         if batch.posterior_classes is None or batch.posterior_shares is None:
             return self.projector(*self._frames(batch), transcribe=transcribe)
@@ -233,7 +233,7 @@ class SpeechLLM(SLUModel):
 
     def _listened(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
         """What a projector `decoder` says of a batch's hypotheses."""
-        projector, ids, spans = self.projector, batch.reader_ids, batch.reader_spans
+        projector, ids, spans = self.projector, batch.decoder_ids, batch.decoder_spans
         if not isinstance(projector, DecoderProjector) or ids is None or spans is None:
             return None
         frames, lengths = super()._frames(batch)

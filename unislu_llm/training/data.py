@@ -80,7 +80,7 @@ def build_dataset(config: Config, model: SLUModel, examples: Sequence[Example],
                            encoder_settings(model.encoder, config.train.precision))
     augmenter = Augmenter(config.augment) if config.augment.active else None
     return SpeechDataset(examples, listens=model.listens, frame_cache=cache, augmenter=augmenter,
-                         reads=config.model.projector == "decoder",
+                         takes_text=config.model.projector == "decoder",
                          injector=_build_injector(config, model, examples, fitted),
                          dropout=build_dropout(config, examples), seed=config.train.seed)
 
