@@ -15,8 +15,9 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.hub import TOKEN, Hub, connected
-from unislu_llm import load
+from unislu_llm import load, understand
 from unislu_llm.cli import main
+from unislu_llm.decoding.hypotheses import load_recogniser
 from unislu_llm.errors import UserError
 from unislu_llm.export import export
 from unislu_llm.io import sha256, write_sums
@@ -165,6 +166,30 @@ def test_the_command_names_problems(run: Callable[..., Path],
         assert main(args) == 2
         assert expected in capsys.readouterr().err
         assert not Path("new").exists()
+
+
+def test_a_model_that_makes_the_hypotheses_goes_with_it(
+        hub: Hub, run: Callable[..., Path], tmp_path: Path) -> None:
+    """Moved or published, it says what the run says."""
+    best, maker = run() / "best", tmp_path / "maker" / "best"
+    shutil.copytree(best, maker)
+    saved = json.loads((best / "config.json").read_text())
+    saved["model"] |= {"hypothesis": "manifest", "recogniser": str(maker.parent)}
+    (best / "config.json").write_text(json.dumps(saved))
+    write_sums(best)
+    clip = Path("corpus/audio/u0.wav").absolute()
+    said = understand(load(RUN), clip).to_dict()
+    assert main([*ARGS, "--dtype", "fp32", "--push", "me/tiny"]) == 0
+    assert "by the model in `recogniser/` stands in its prompt" in (OUT / "README.md").read_text()
+    shutil.rmtree(tmp_path / "maker")
+    load_recogniser.cache_clear()
+    with pytest.raises(UserError, match=r"maker.* was not found"):
+        understand(load(RUN), clip)
+    OUT.rename("moved")
+    for name in ("moved", "me/tiny"):
+        load_recogniser.cache_clear()
+        assert understand(load(name), clip).to_dict() == said
+    load_recogniser.cache_clear()
 
 
 @pytest.fixture

@@ -15,9 +15,11 @@ from unislu_llm.errors import UserError
 from unislu_llm.io import (
     MODEL_FILE,
     RATES_FILE,
+    RECOGNISER,
     SUMS_FILE,
     WEIGHTS_FILE,
     check_saved,
+    find_model,
     new_folder,
     sha256,
     write_json,
@@ -33,8 +35,9 @@ from unislu_llm.utterance import Utterance
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _HASHED = (WEIGHTS_FILE, MODEL_FILE, RATES_FILE)  # not the card, which people edit
-_WRITTEN = (*_HASHED, CARD, SUMS_FILE)
-PUBLISHED = (*_WRITTEN, "LICENSE*", "NOTICE*")  # not predictions, which may quote people
+_WRITTEN = (*_HASHED, CARD, SUMS_FILE, RECOGNISER)
+# Not predictions, which may quote people.
+PUBLISHED = (*_WRITTEN, f"{RECOGNISER}/*", "LICENSE*", "NOTICE*")
 _TEXT = "the council met in paris on monday"
 
 
@@ -44,9 +47,9 @@ def export(folder: str | Path, out: Path, *, names: Mapping[str, str], dtype: st
     """Write a folder; an earlier export there is replaced when the new one is whole.
 
     Arguments are those of `unislu export`, with public names of `encoder`, `llm` and `recogniser`
-    where the run names a folder, and whether to `check` the result. The card's examples use the
-    name under which it will be `published`, if it will. Other files in an earlier export (a
-    LICENSE, predictions) stay.
+    where the run names a folder, and whether to `check` the result. A saved model that makes the
+    hypotheses goes with it, where no name is given. The card's examples use the name under which it
+    will be `published`, if it will. Other files in an earlier export (a LICENSE, predictions) stay.
 
     Returns:
         Its size, bytes, and the largest difference of a token's loss from the original, nats.
@@ -60,14 +63,17 @@ def export(folder: str | Path, out: Path, *, names: Mapping[str, str], dtype: st
         raise UserError(f"{folder} is a saved model without its run; give the run folder "
                         "(config.yaml, versions.json), which the model card is made from. An "
                         "export is published as it is by `hf upload NAME FOLDER`")
-    check_saved(run.model)
-    saved, note = _public_description(run, names), read_note(data_note)
+    saved, note = Description.read(run.model), read_note(data_note)
+    maker = None if names.get("recogniser") else find_model(Path(saved.model.recogniser or "none"))
+    if maker is not None:
+        saved.model.recogniser = f"./{RECOGNISER}"
+    _name_publicly(saved, names)
     with new_folder(out) as new:
-        count = _write_weights(run.model / WEIGHTS_FILE, new / WEIGHTS_FILE, dtype)
-        write_json(new / MODEL_FILE, saved.model_dump())
-        if (run.model / RATES_FILE).is_file():  # runs that start from the export take them up
-            shutil.copyfile(run.model / RATES_FILE, new / RATES_FILE)
-        write_sums(new, _HASHED)
+        count = _write_model(run.model, saved, new, dtype)
+        if maker is not None:
+            described = Description.read(maker)
+            _name_publicly(described, {part: names.get(part, "") for part in described.bases})
+            _write_model(maker, described, new / RECOGNISER, dtype)
         difference = _compare(run, new) if check else None
         # Scores belong to weights, not to names: a score file is taken where its hash is one of
         # these two.
@@ -76,7 +82,7 @@ def export(folder: str | Path, out: Path, *, names: Mapping[str, str], dtype: st
         write_card(new / CARD, run, saved, read_results(results, hashes), note, out=out,
                    published=published, licence=licence, dtype=dtype, parameters=count,
                    difference=difference)
-        size = sum(path.stat().st_size for path in new.iterdir())
+        size = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
         for path in kept:
             path.rename(new / path.name)
     return size, difference
@@ -97,9 +103,8 @@ def _kept(out: Path) -> list[Path]:
     return [path for path in there if path.name not in _WRITTEN]
 
 
-def _public_description(run: Run, names: Mapping[str, str]) -> Description:
-    """`config.json` of a run's model, with base checkpoints by names that hold on any machine."""
-    saved = Description.read(run.model)
+def _name_publicly(saved: Description, names: Mapping[str, str]) -> None:
+    """Give a model's base checkpoints names that hold on any machine."""
     for key in ("encoder", "llm", "recogniser"):
         given, name = names.get(key, ""), getattr(saved.model, key)
         used = key in saved.bases or key == "recogniser"
@@ -110,11 +115,22 @@ def _public_description(run: Run, names: Mapping[str, str]) -> Description:
             if key in saved.bases:
                 saved.bases[key].name, saved.bases[key].revision = given, None
         # What resolves to a folder here is one, even where it looks like a name.
-        elif used and name and (Path(name).exists()
-                                or not re.fullmatch(r"[\w.-]+(/[\w.-]+(@[\w./-]+)?)?", name)):
+        elif used and name and name != f"./{RECOGNISER}" and (
+                Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+(@[\w./-]+)?)?", name)):
             raise UserError(f"model.{key} '{name}' is a folder of this machine; say what it is "
                             f"elsewhere by --{key} NAME, e.g. a name on the Hugging Face hub")
-    return saved
+
+
+def _write_model(source: Path, saved: Description, new: Path, dtype: str) -> int:
+    """Write a saved model with another description; returns how many weights it has."""
+    check_saved(source)
+    new.mkdir(exist_ok=True)
+    count = _write_weights(source / WEIGHTS_FILE, new / WEIGHTS_FILE, dtype)
+    write_json(new / MODEL_FILE, saved.model_dump())
+    if (source / RATES_FILE).is_file():  # runs that start from the export take them up
+        shutil.copyfile(source / RATES_FILE, new / RATES_FILE)
+    write_sums(new, _HASHED)
+    return count
 
 
 def _write_weights(source: Path, target: Path, dtype: str) -> int:

@@ -22,6 +22,7 @@ from unislu_llm.text_files import read_text
 WEIGHTS_FILE, MODEL_FILE, RATES_FILE = "model.safetensors", "config.json", "simulation.json"
 # Of a checkpoint: where the run stood, which is written last; the hash of every other file.
 TRAINER_FILE, SUMS_FILE = "trainer.json", "SHA256SUMS"
+RECOGNISER = "recogniser"  # within a saved model: the one that makes its hypotheses
 MODEL_TYPES = ("speech_llm", "whisper_slu")  # `models.KINDS` has their classes
 BEST, LAST = "best", "last"  # folders of a run's checkpoints, which are saved models
 RUN_CONFIG, RUN_BEGAN = "config.yaml", "began.json"  # a run's settings; its kind, and its files

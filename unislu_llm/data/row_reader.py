@@ -238,7 +238,7 @@ def _explain(error: pydantic.ValidationError, row: Mapping[str, Any],
         place = tuple(part for part in found["loc"] if part != "[key]")  # pydantic's own word
         field, kind, message = dotted(place), found["type"], found["msg"]
         if kind == "missing" and field in _REQUIRED:
-            advice = "; `unislu transcribe` writes a copy with a recogniser's"
+            advice = "; `unislu transcribe --pseudo-label` writes a copy with a recogniser's"
             message = (f"{'is empty' if row.get(field) == '' else 'is missing'}; {_REQUIRED[field]}"
                        + (renamed or advice * bool(row.get("audio"))) * (field == "text"))
         elif kind == "missing":

@@ -32,7 +32,7 @@ from unislu_llm.decoding.other_recognisers import (
 from unislu_llm.decoding.phrases import Phrases
 from unislu_llm.decoding.recogniser import Recogniser, Transcript, WhisperRecogniser, cut
 from unislu_llm.errors import UserError
-from unislu_llm.io import is_saved_model
+from unislu_llm.io import find_model, is_saved_model
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.ctc import CTCProjector
 from unislu_llm.tasks import TaskRegistry
@@ -82,8 +82,9 @@ class ModelRecogniser:
 def load_recogniser(name: str, source: str = "decoder", revision: str | None = None,
                     device: torch.device | str = "cpu",
                     dtype: torch.dtype = torch.float32) -> Recogniser:
-    """The recogniser that a saved model is (see :class:`ModelRecogniser` for `source`), or a plain
-    Whisper, by folder or name on the hub (of some `revision`); the last one is kept.
+    """The recogniser that a saved model or a run's best is (see :class:`ModelRecogniser` for
+    `source`), or a plain Whisper, by folder or name on the hub (of some `revision`); the last one
+    is kept.
 
     A saved model has `dtype` for its frozen weights, and needs autocast around its calls then.
     `ctranslate2:NAME` and the URL of a server are recognisers too
@@ -94,7 +95,8 @@ def load_recogniser(name: str, source: str = "decoder", revision: str | None = N
     """
     disable_progress_bar()  # of the base checkpoints' tensors
     other = name.startswith((*URLS, CTRANSLATE2))
-    if not other and is_saved_model(found := weights.resolve(name, revision).path):
+    if not other and is_saved_model(
+            found := find_model(name) or weights.resolve(name, revision).path):
         return ModelRecogniser(models.load(found, dtype=dtype).to(device), source)
     if source == "ctc":
         raise UserError(f"{name}: hypotheses by `ctc` need a saved model with the projector 'ctc'")

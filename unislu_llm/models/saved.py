@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from unislu_llm import weights
 from unislu_llm.config import ModelConfig
 from unislu_llm.errors import UserError, dotted, explain
-from unislu_llm.io import MODEL_FILE, check_saved, read_json, write_saved
+from unislu_llm.io import MODEL_FILE, RECOGNISER, check_saved, read_json, write_saved
 from unislu_llm.tasks import TaskRegistry
 
 Kind = Literal["speech_llm", "whisper_slu"]
@@ -83,6 +83,9 @@ class Description(BaseModel):
         if not path.is_file():
             raise UserError(f"{path} does not exist; give the folder of a saved model")
         try:
-            return cls.model_validate(read_json(path))
+            found = cls.model_validate(read_json(path))
         except ValidationError as error:
             raise explain(error, cls, lambda place: f"{path}: {dotted(place)}") from None
+        if found.model.recogniser == f"./{RECOGNISER}":
+            found.model.recogniser = str(path.parent.absolute() / RECOGNISER)
+        return found

@@ -23,6 +23,7 @@ from unislu_llm.io import (
     MODEL_FILE,
     MODEL_TYPES,
     RATES_FILE,
+    RECOGNISER,
     WEIGHTS_FILE,
     near_models,
     read_json,
@@ -36,6 +37,7 @@ _SIDE_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 _TOKENIZER_FILES = ("generation_config.json", "tokenizer.json", "tokenizer_config.json",
                     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt",
                     "tokenizer.model", "chat_template.jinja")
+_MODEL = (WEIGHTS_FILE, MODEL_FILE, RATES_FILE)
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _fetched: dict[str, Path] = {}  # by name, the snapshots that this process has taken
@@ -148,8 +150,9 @@ def _from_hub(text: str, revision: str | None, files: Sequence[str]) -> Found:
         info = hub.HfApi().model_info(text, revision=revision, timeout=_TIMEOUT)
         if names := _wanted([s.rfilename for s in info.siblings or ()], files):
             folder = Path(hub.snapshot_download(
-                text, revision=revision, ignore_patterns=["*/*"], etag_timeout=_TIMEOUT,
-                allow_patterns=names if files else [*_SIDE_FILES, *names]))
+                text, revision=revision, ignore_patterns=None if files else ["*/*"],
+                allow_patterns=names if files else [*_SIDE_FILES, *names],
+                etag_timeout=_TIMEOUT))
             return Found(folder, folder.name)
         reason = f"{text} has no {files[0] if files else 'safetensors or PyTorch weights'}"
     except hub.errors.GatedRepoError:
@@ -232,7 +235,7 @@ def fetch_model(name: str, *, again: bool = False) -> Path:
                             f"has saved ({', '.join(MODEL_TYPES)})")
         # The weights of this commit. Nothing else is taken.
         _fetched[name] = resolve(name.partition("@")[0], found.revision,
-                                 files=(WEIGHTS_FILE, MODEL_FILE, RATES_FILE)).path
+                                 files=(*_MODEL, *(f"{RECOGNISER}/{f}" for f in _MODEL))).path
         return _fetched[name]
     except UserError as error:
         raise UserError(f"{error}{near_models(name)}") from None
