@@ -12,6 +12,7 @@ from unislu_llm.io import find_model, read_json, read_json_lines, write_json, wr
 from unislu_llm.prediction_file import differences
 from unislu_llm.report import systems as read
 from unislu_llm.report.compare import compare, count_scores, score_rows
+from unislu_llm.report.plots import draw_forest
 from unislu_llm.report.text import drawn, shown
 from unislu_llm.run_folder import find_run, is_run
 from unislu_llm.scoring.predictions import spoken_once
@@ -102,13 +103,19 @@ def _member(job: Any, test: str) -> read.Member:
 
 
 def write_table(experiment: Any, jobs: Sequence[Any]) -> None:
-    """Write `table.md` into the results folder, from what is scored of an experiment's runs."""
+    """Write `table.md`, and `table.svg` of its main columns, into the results folder, from what is
+    scored of an experiment's runs."""
     sets = {test: Scored(experiment, jobs, test) for test in ("", *experiment.tests)}
     text = (f"# {experiment.title}\n\n[]: 95 % interval, from {RESAMPLES} resamples of utterances "
             "and, where a system has several, of seeds.\n")
     for protocol in ("whisper", "slue"):
         rows = [row for test in ([*reversed(sets)] if experiment.published else [""])
                 for row in _rows(experiment, sets, test, protocol)]
+        seen = {f"{row['system']} {row.get('set', '')}".strip(): {
+            title: cell for title, cell in row.items() if isinstance(cell, Mapping)
+            and (title.startswith("WER") or title in ("NER F1", "SA macro-F1"))} for row, _ in rows}
+        if protocol == "whisper" and any(seen.values()):
+            draw_forest(experiment.results / "table.svg", {k: v for k, v in seen.items() if v})
         for said, some in zip(("", "\nDifferences to the first system of a set\n\n"),
                               zip(*rows, strict=True), strict=True):
             if columns := list(dict.fromkeys(c for row in some for c in row if row[c] is not None)):

@@ -171,20 +171,21 @@ def test_the_command_names_problems(run: Callable[..., Path],
 def test_a_model_that_makes_the_hypotheses_goes_with_it(
         hub: Hub, run: Callable[..., Path], tmp_path: Path) -> None:
     """Moved or published, it says what the run says."""
-    best, maker = run() / "best", tmp_path / "maker" / "best"
-    shutil.copytree(best, maker)
+    best, maker = run() / "best", tmp_path / "maker"
+    shutil.copytree(RUN, maker)
     saved = json.loads((best / "config.json").read_text())
-    saved["model"] |= {"hypothesis": "manifest", "recogniser": str(maker.parent)}
+    saved["model"] |= {"hypothesis": "manifest", "recogniser": str(maker)}
     (best / "config.json").write_text(json.dumps(saved))
     write_sums(best)
     clip = Path("corpus/audio/u0.wav").absolute()
     said = understand(load(RUN), clip).to_dict()
     assert main([*ARGS, "--dtype", "fp32", "--push", "me/tiny"]) == 0
     assert "by the model in `recogniser/` stands in its prompt" in (OUT / "README.md").read_text()
-    shutil.rmtree(tmp_path / "maker")
+    shutil.rmtree(maker)
     load_recogniser.cache_clear()
     with pytest.raises(UserError, match=r"maker.* was not found"):
         understand(load(RUN), clip)
+    assert "## Training data" in (OUT / "recogniser" / "README.md").read_text()
     OUT.rename("moved")
     for name in ("moved", "me/tiny"):
         load_recogniser.cache_clear()

@@ -63,17 +63,20 @@ def export(folder: str | Path, out: Path, *, names: Mapping[str, str], dtype: st
         raise UserError(f"{folder} is a saved model without its run; give the run folder "
                         "(config.yaml, versions.json), which the model card is made from. An "
                         "export is published as it is by `hf upload NAME FOLDER`")
+    check_saved(run.model)
     saved, note = Description.read(run.model), read_note(data_note)
     maker = None if names.get("recogniser") else find_model(Path(saved.model.recogniser or "none"))
     if maker is not None:
         saved.model.recogniser = f"./{RECOGNISER}"
     _name_publicly(saved, names)
     with new_folder(out) as new:
-        count = _write_model(run.model, saved, new, dtype)
+        count = _write_weights(run.model / WEIGHTS_FILE, new / WEIGHTS_FILE, dtype)
+        write_json(new / MODEL_FILE, saved.model_dump())
+        if (run.model / RATES_FILE).is_file():  # runs that start from the export take them up
+            shutil.copyfile(run.model / RATES_FILE, new / RATES_FILE)
+        write_sums(new, _HASHED)
         if maker is not None:
-            described = Description.read(maker)
-            _name_publicly(described, {part: names.get(part, "") for part in described.bases})
-            _write_model(maker, described, new / RECOGNISER, dtype)
+            _add_recogniser(maker, new / RECOGNISER, names, dtype, licence)
         difference = _compare(run, new) if check else None
         # Scores belong to weights, not to names: a score file is taken where its hash is one of
         # these two.
@@ -121,16 +124,17 @@ def _name_publicly(saved: Description, names: Mapping[str, str]) -> None:
                             f"elsewhere by --{key} NAME, e.g. a name on the Hugging Face hub")
 
 
-def _write_model(source: Path, saved: Description, new: Path, dtype: str) -> int:
-    """Write a saved model with another description; returns how many weights it has."""
-    check_saved(source)
-    new.mkdir(exist_ok=True)
-    count = _write_weights(source / WEIGHTS_FILE, new / WEIGHTS_FILE, dtype)
-    write_json(new / MODEL_FILE, saved.model_dump())
-    if (source / RATES_FILE).is_file():  # runs that start from the export take them up
-        shutil.copyfile(source / RATES_FILE, new / RATES_FILE)
-    write_sums(new, _HASHED)
-    return count
+def _add_recogniser(model: Path, new: Path, names: Mapping[str, str], dtype: str,
+                    licence: str) -> None:
+    """Export the model that makes hypotheses, with a card; what is an export is copied."""
+    if find_run(model).config is not None:
+        export(model, new, names={part: names.get(part, "") for part in
+                                  Description.read(model).bases}, dtype=dtype, licence=licence,
+               check=False)
+        return
+    new.mkdir()
+    for path in filter(Path.is_file, model.iterdir()):
+        shutil.copyfile(path, new / path.name)
 
 
 def _write_weights(source: Path, target: Path, dtype: str) -> int:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import yaml
@@ -161,6 +162,8 @@ def test_the_table_has_a_row_a_system(experiment: Callable[..., Any],
     run(asked, "w", "l")
     assert (asked.results / "table.md").read_text().startswith("# synthetic speech")
     rows = rows_of(asked.results, "slue")
+    drawn = [*ElementTree.parse(asked.results / "table.svg").getroot().itertext()]
+    assert {"WER vp", "WER read", "NER F1", "Whisper"} < set(drawn)
     # Each utterance has as many errors as the other, so that seeds alone make the interval.
     assert rows["Whisper"]["WER vp"] == rows["Whisper"]["WER read"] == "13.3 [10.0, 20.0]"
     assert rows["l"]["NER F1"] == "50.0 [0.0, 100.0]"

@@ -23,6 +23,7 @@ _PLOTS = {"trade": ("error rate, difference", "score, difference", 2.4, 0.0, "")
           "causes": ("", "", 0.5, 0.28, ""), "labels": ("F1", "label", 0.5, 0.15, ""),
           "lengths": ("length", "value", 1.5, 0.0, "-"), "curves": ("step", "value", 1.6, 0.0, "-"),
           "calibration": ("confidence", "share right", 2.4, 0.0, "-")}
+_STYLE = Path(__file__).with_name("plots.mplstyle")
 _MARKERS, _HATCHES = "osD^vPX", ("", "//", "..", "\\\\", "xx", "++")
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9")  # Okabe and Ito
 # What is drawn in these follows the page, light or dark: its style sheet says what they are.
@@ -40,8 +41,7 @@ def draw_plot(kind: str, rows: Rows, systems: Sequence[str]) -> str:
     of_row = _PLOTS[kind][3] + 0.16 * lines * (kind == "causes")
     heights = [_PLOTS[kind][2] + of_row * len(some) for some in panels.values()]
     # A user's own style would bring colours that the page does not know.
-    with warnings.catch_warnings(), matplotlib.style.context(
-            ["default", Path(__file__).with_name("plots.mplstyle")]):
+    with warnings.catch_warnings(), matplotlib.style.context(["default", _STYLE]):
         # Sizes are measured in a font that lacks many scripts; the reader's browser has them.
         warnings.simplefilter("ignore", UserWarning)
         # As wide as a phone: there text has its own size, and on a desktop it is larger.
@@ -59,6 +59,24 @@ def draw_plot(kind: str, rows: Rows, systems: Sequence[str]) -> str:
         figure.legend(shown.values(), shown.keys(), loc="outside upper center",
                       ncols=3 if kind == "causes" else 2)
         return _svg(figure, kind)
+
+
+def draw_forest(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write an SVG of a table of numbers with intervals: a line a system, a panel a column."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    with matplotlib.style.context(["default", _STYLE, {"svg.hashsalt": path.stem}]):
+        figure = Figure(figsize=(3 + 1.5 * len(columns), 0.5 + 0.4 * len(rows)),
+                        layout="constrained")
+        for axes, column in zip(figure.subplots(1, len(columns), sharey=True, squeeze=False).flat,
+                                columns, strict=True):
+            axes.set(title=column, yticks=range(len(rows)),
+                     yticklabels=[fill(name, 44) for name in rows])
+            for y, row in enumerate(rows.values()):
+                x, *across = _span(row.get(column, float("nan")), (), 0.0)
+                axes.plot(across, [y, y], color=COLOURS[0])
+                axes.plot(x, y, "o", color=COLOURS[0])
+            axes.yaxis.set_inverted(True)
+        figure.savefig(path, metadata={"Date": None}, facecolor="white")
 
 
 def _draw_bars(axes: Axes, rows: Rows) -> None:
