@@ -168,6 +168,23 @@ def test_the_command_names_problems(run: Callable[..., Path],
         assert not Path("new").exists()
 
 
+def test_a_share_of_lora_s_update_is_kept(run: Callable[..., Path],
+                                          capsys: pytest.CaptureFixture[str]) -> None:
+    best = run() / "best"
+    results = score_file(best, "tiny")
+    args = [*ARGS, "--dtype", "fp32", "--lora-scale"]
+    for share, more, expected in (("1.5", [], "give a share over 0 up to 1"),
+                                  ("0.5", ["--results", str(results)], "scores of other weights")):
+        assert main([*args, share, *more]) == 2
+        assert expected in capsys.readouterr().err
+    assert main([*args, "0.5"]) == 0
+    assert "a share of 0.5 was kept" in (OUT / "README.md").read_text()
+    trained, kept = (load(folder).trained_state() for folder in (best, OUT))
+    assert any(".lora_B." in name and value.any() for name, value in trained.items())
+    for name, value in trained.items():
+        assert torch.equal(kept[name], value * (0.5 if ".lora_B." in name else 1))
+
+
 def test_a_model_that_makes_the_hypotheses_goes_with_it(
         hub: Hub, run: Callable[..., Path], tmp_path: Path) -> None:
     """Moved or published, it says what the run says."""

@@ -260,7 +260,7 @@ def prepare() -> Commands:
 def export(run: Annotated[str, tyro.conf.arg(metavar="RUN")], /, out: Path,
            dtype: Literal["fp32", "bf16", "fp16"] = "bf16", licence: str = "",
            results: tuple[Path, ...] = (), data_note: Path | None = None, encoder: str = "",
-           llm: str = "", recogniser: str = "", no_check: bool = False,
+           llm: str = "", recogniser: str = "", no_check: bool = False, lora_scale: float = 1.0,
            push: Annotated[str, tyro.conf.arg(metavar="USER/MODEL")] = "", private: bool = False,
            revision: str = "", merged: bool = False, manifest: tuple[Path, ...] = ()) -> None:
     """Write a folder with the trained weights of a run, its configuration and a model card.
@@ -283,10 +283,12 @@ def export(run: Annotated[str, tyro.conf.arg(metavar="RUN")], /, out: Path,
         revision: With --push: branch to publish on, made where it is lacking.
         merged: Write LLM or Whisper, LoRA merged, as a plain checkpoint for servers and recipes.
         manifest: With --merged: rows whose hypotheses are parity prompts; default: the mini corpus.
+        lora_scale: Share of LoRA's update that is kept; below 1, less of the base is forgotten.
     """
     if (private or revision) and not push:
         raise UserError("--private and --revision are of what is published; add --push USER/MODEL")
-    if manifest if not merged else any((results, data_note, encoder, llm, recogniser, no_check)):
+    if manifest if not merged else any((
+            results, data_note, encoder, llm, recogniser, no_check, lora_scale != 1)):
         raise UserError("--merged takes --out, --dtype, --licence, --push, and alone --manifest")
     from unislu_llm.export import PUBLISHED, export
     from unislu_llm.weights.publish import check_login, publish
@@ -303,7 +305,7 @@ def export(run: Annotated[str, tyro.conf.arg(metavar="RUN")], /, out: Path,
         size, difference = export(
             run, out, dtype=dtype, licence=licence, results=results, data_note=data_note,
             names={"encoder": encoder, "llm": llm, "recogniser": recogniser}, check=not no_check,
-            published=name)
+            published=name, lora_scale=lora_scale)
         print(f"{out}: {size / 1e6:.2f} MB in {dtype}")
         if difference is not None:
             print(f"largest difference of a token's loss from the original: {difference:.3g} nats "

@@ -43,7 +43,8 @@ _TEXT = "the council met in paris on monday"
 
 def export(folder: str | Path, out: Path, *, names: Mapping[str, str], dtype: str = "bf16",
            licence: str = "", results: Sequence[Path] = (), data_note: Path | None = None,
-           check: bool = True, published: str = "") -> tuple[int, float | None]:
+           check: bool = True, published: str = "", lora_scale: float = 1.0
+           ) -> tuple[int, float | None]:
     """Write a folder; an earlier export there is replaced when the new one is whole.
 
     Arguments are those of `unislu export`, with public names of `encoder`, `llm` and `recogniser`
@@ -70,21 +71,23 @@ def export(folder: str | Path, out: Path, *, names: Mapping[str, str], dtype: st
         saved.model.recogniser = f"./{RECOGNISER}"
     _name_publicly(saved, names)
     with new_folder(out) as new:
-        count = _write_weights(run.model / WEIGHTS_FILE, new / WEIGHTS_FILE, dtype)
+        count = _write_weights(run.model / WEIGHTS_FILE, new / WEIGHTS_FILE, dtype, lora_scale)
         write_json(new / MODEL_FILE, saved.model_dump())
         if (run.model / RATES_FILE).is_file():  # runs that start from the export take them up
             shutil.copyfile(run.model / RATES_FILE, new / RATES_FILE)
         write_sums(new, _HASHED)
         if maker is not None:
             _add_recogniser(maker, new / RECOGNISER, names, dtype, licence)
-        difference = _compare(run, new) if check else None
+        difference = _compare(run, new) if check and lora_scale == 1 else None
         # Scores belong to weights, not to names: a score file is taken where its hash is one of
         # these two.
-        hashes = {sha256(run.model / WEIGHTS_FILE): "the run's weights, not yet in this dtype",
-                  sha256(new / WEIGHTS_FILE): "these weights"}
+        hashes = {sha256(new / WEIGHTS_FILE): "these weights"}
+        if lora_scale == 1:
+            hashes.setdefault(sha256(run.model / WEIGHTS_FILE),
+                              "the run's weights, not yet in this dtype")
         write_card(new / CARD, run, saved, read_results(results, hashes), note, out=out,
                    published=published, licence=licence, dtype=dtype, parameters=count,
-                   difference=difference)
+                   difference=difference, lora_scale=lora_scale)
         size = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
         for path in kept:
             path.rename(new / path.name)
@@ -137,13 +140,18 @@ def _add_recogniser(model: Path, new: Path, names: Mapping[str, str], dtype: str
         shutil.copyfile(path, new / path.name)
 
 
-def _write_weights(source: Path, target: Path, dtype: str) -> int:
-    """Copy weights in another dtype; returns how many there are."""
+def _write_weights(source: Path, target: Path, dtype: str, lora_scale: float) -> int:
+    """Copy weights in another dtype, LoRA's update scaled (WiSE-FT, Wortsman et al. 2022, arXiv
+    2109.01903); returns how many there are."""
     try:
         original = load_file(source)
     except (SafetensorError, OSError) as error:
         raise UserError(f"{source} cannot be read ({error}); copy or train it again") from error
-    state = {name: value.to(DTYPES[dtype]).contiguous() for name, value in original.items()}
+    if not 0 < lora_scale <= 1 or (lora_scale < 1 and not any(".lora_B." in n for n in original)):
+        raise UserError(f"--lora-scale {lora_scale:g}: give a share over 0 up to 1, of a model "
+                        "with LoRA")
+    state = {name: (value * lora_scale if ".lora_B." in name else value).to(
+        DTYPES[dtype]).contiguous() for name, value in original.items()}
     for name, value in state.items():
         if not value.isfinite().all():
             why = (f"does not fit {dtype}; give --dtype bf16 or fp32"

@@ -118,6 +118,7 @@ class State:
             mask=torch.cat([s.mask for s in states]), hidden=torch.cat([s.hidden for s in states]),
             frame_bias=torch.cat(bias) if bias else None,
             hypothesis=_lists([s.hypothesis for s in states]),
+            hypothesis_log_probs=_lists([s.hypothesis_log_probs for s in states]),
             ctc_hypothesis=_lists([s.ctc_hypothesis for s in states]))
         order = [row for some in rows for row in some]
         return both.take(sorted(range(len(order)), key=order.__getitem__))
@@ -143,8 +144,8 @@ def _joined(caches: Sequence[Any]) -> Cache:
                           torch.cat([layer.values for layer in some])) for some in layers])
 
 
-def _lists(ids: Sequence[list[list[int]] | None]) -> list[list[int]] | None:
-    return None if ids[0] is None else [row for some in ids for row in some or ()]
+def _lists(rows: Sequence[list[Any] | None]) -> list[Any] | None:
+    return None if rows[0] is None else [row for some in rows for row in some or ()]
 
 
 def _mapped(cache: Cache, change: Change, cross: Change = lambda t: t) -> Cache:
