@@ -51,25 +51,6 @@ def test_it_follows_the_hypothesis_and_finds_back(tokenizer: UnifiedTokenizer) -
     assert not end & set(said)
 
 
-def test_what_the_recogniser_doubts_is_free(tokenizer: UnifiedTokenizer) -> None:
-    """Each token's bonus is that of a constant times its probability; rows keep their own."""
-    said, none = tokenizer.text_ids(SAID), torch.zeros(2, len(tokenizer.base))
-    shares = torch.linspace(1, 0.2, len(said))
-    rows = [said, tokenizer.text_ids("a law")]
-    sure = [shares.log().tolist(), [-50.0] * len(rows[1])]
-    processor = HypothesisBias(tokenizer, rows, 2.0, log_probs=sure)
-    plain = HypothesisBias(tokenizer, rows, 2.0, log_probs=[[0.0] * len(ids) for ids in rows])
-    assert torch.equal(plain(none), HypothesisBias(tokenizer, rows, 2.0)(none))
-    for n, token in enumerate(said):
-        found = processor(none)
-        assert float(found[0, token]) == pytest.approx(2 * float(shares[n]))
-        assert found[1].max() < 1e-6 or n, "a word that was surely not said draws nothing"
-        processor.advance(torch.tensor([[token], [-1]]))
-    processor = HypothesisBias(tokenizer, rows, 2.0, log_probs=sure)
-    processor.reorder(torch.tensor([1, 0]))
-    assert float(processor(none)[1, said[0]]) == pytest.approx(2.0)
-
-
 def test_punctuation_is_the_models_own_and_rows_are_apart(tokenizer: UnifiedTokenizer) -> None:
     said, comma = tokenizer.text_ids(SAID), tokenizer.text_ids("a,")[-1]
     separator = tokenizer.marker_ids[SEPARATOR]

@@ -323,7 +323,7 @@ class Engine:
             if read is not None:
                 # By a margin, nothing is added to the scores: it is what they are compared by.
                 made.insert(0, HypothesisBias(own, read, 0.0 if margin else self._bias,
-                                              self.model.device, state.sureness(read)))
+                                              self.model.device))
             return made
 
         return make

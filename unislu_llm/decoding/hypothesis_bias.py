@@ -27,14 +27,12 @@ class HypothesisBias:
     Punctuation is not aligned and stays the LLM's own. Where the hypothesis ends, the bonus is for
     what may stand there: punctuation, `[T/L]`, the end of text. To end before that costs the bonus
     once for each token that is left out (a coverage penalty, as in Wu et al. 2016, arXiv
-    1609.08144). Rows with an empty hypothesis, and everything after `[T/L]`, stay as they are. With
-    the `log_probs` (nats) that a recogniser gives each id, its bonus is weighed by its probability.
+    1609.08144). Rows with an empty hypothesis, and everything after `[T/L]`, stay as they are.
     Nothing in it waits for the device.
     """
 
     def __init__(self, tokenizer: UnifiedTokenizer, hypotheses: Sequence[Sequence[int]],
-                 bonus: float, device: torch.device | str = "cpu",
-                 log_probs: Sequence[Sequence[float]] | None = None) -> None:
+                 bonus: float, device: torch.device | str = "cpu") -> None:
         vocabulary, self._bonus = vocabulary_of(tokenizer), bonus
         words = vocabulary.words
         # One more entry than there are tokens: False, for ids beyond them.
@@ -43,11 +41,6 @@ class HypothesisBias:
                                             for h in hypotheses)]
         self._ids = pad_sequence(kept, batch_first=True, padding_value=-1).to(device)
         self._length = torch.tensor([len(ids) for ids in kept], device=device)[:, None]
-        # By how sure the recogniser is of each token, where that is known: what it doubts is free.
-        sure = log_probs or [[0.0] * len(ids) for ids in hypotheses]
-        self._gain = pad_sequence([
-            bonus * torch.tensor(list(row)).exp()[words[torch.tensor(list(ids), dtype=torch.long)]]
-            for ids, row in zip(hypotheses, sure, strict=True)], batch_first=True).to(device)
         self._place = torch.arange(self._ids.shape[1] + 1, device=device)
         self._separator = tokenizer.marker_ids[SEPARATOR]
         self._stops = torch.tensor([self._separator, tokenizer.eos_id], device=device)
@@ -87,7 +80,6 @@ class HypothesisBias:
 
     def reorder(self, rows: Tensor) -> None:
         self._ids, self._length, self._row = self._ids[rows], self._length[rows], self._row[rows]
-        self._gain = self._gain[rows]
         self._led, self._since = self._led[rows], self._since[rows]
         self._cost, self._at, self._open = self._cost[rows], self._at[rows], self._open[rows]
 
@@ -129,27 +121,26 @@ class HypothesisBias:
         if not following.shape[1]:
             return out
         ids = self._ids.clamp(min=0)
-        # A row's places that are not meant repeat one that is.
-        meant, first = following.any(-1), following.int().argmax(-1, keepdim=True)
-        ids, gain = (torch.where(following, of, of.gather(1, first)) for of in (ids, self._gain))
-        raised = out.gather(1, ids) + gain.to(out.dtype)
-        lift, cost = self._against_the_end(scores, raised.amax(-1), at)
-        raised = torch.where(meant[:, None], raised + lift[:, None], out.gather(1, ids))
-        out.scatter_reduce_(1, ids, raised, "amax")  # a token may come next at several places
+        # A row's places that are not meant repeat one that is, so that all writes agree.
+        ids = torch.where(following, ids, ids.gather(1, following.int().argmax(-1, keepdim=True)))
+        known = out.gather(1, ids)
+        lift, cost = self._against_the_end(scores, known.amax(-1), at)
+        meant = following.any(-1)
+        out.scatter_(1, ids, known + torch.where(meant, self._bonus + lift, 0.0)[:, None])
         cost = torch.where(meant, cost, 0.0)[:, None]
         out.index_add_(1, self._stops, -cost.repeat(1, len(self._stops)))
         return out
 
     def _against_the_end(self, scores: Tensor, word: Tensor, at: Tensor) -> tuple[Tensor, Tensor]:
         """What the next words gain and the end loses, `(rows,)` each."""
-        # With `word` the raised score of the likeliest next word, `stop` that of the end and `left`
-        # words of the hypothesis to come, reading on wins where word >= stop - left * bonus. The
+        # With `word` the score of the likeliest next word, `stop` that of the end and `left` words
+        # of the hypothesis to come, reading on wins where word + bonus >= stop - left * bonus. The
         # word then gets at least the score that the end had: a third choice, which lay between
         # the two, would otherwise win by the penalty of the end.
         stop = scores.index_select(1, self._stops).amax(-1)
         # Of equal places the last: the shortest rest.
         left = (self._length - self._place).masked_fill(~at, _FAR).amin(-1)
         cost = self._bonus * left.to(scores.dtype)
-        read_on = (left > 0) & (word >= stop - cost)
-        lift = (stop - word).clamp(min=0)
+        read_on = (left > 0) & (word + self._bonus >= stop - cost)
+        lift = (stop - word - self._bonus).clamp(min=0)
         return torch.where(read_on, lift, 0.0), torch.where(read_on, cost, 0.0)

@@ -108,9 +108,8 @@ class DecoderProjector(Projector):
         return 0
 
     def listen(self, frames: Tensor, lengths: Sequence[int], ids: Tensor,
-               spans: Tensor) -> tuple[Tensor, Tensor]:
-        """What is added to the embeddings of hypotheses, `(batch, L, H)`, fp32, and the
-        log-probability of each of their tokens, `(batch, L)`, nats; 0 where there is none.
+               spans: Tensor) -> Tensor:
+        """What is added to the embeddings of hypotheses, `(batch, L, H)`, fp32.
 
         Of frames `(batch, T_enc, D)`, of which `lengths` count, Whisper's ids `(batch, L_w)` with
         any filler, and the spans `(batch, L, 2)` of these for each of the LLM's tokens.
@@ -124,24 +123,23 @@ class DecoderProjector(Projector):
             hidden = run_decoder(decoder, torch.cat([head, ids[:, :-1]], 1), frames, bias)
             hidden = hidden[:, len(prompt) - 1:]
         parts = [self.norm_in(hidden.float())] if self.states else []
-        own, more = self._expected(hidden, ids)
-        found = F.pad(torch.cat([own, *parts, *more], -1).cumsum(1), (0, 0, 1, 0))
+        if self.doubt or self.alternatives:
+            parts += self._expected(hidden, ids)
+        found = F.pad(torch.cat(parts, -1).cumsum(1), (0, 0, 1, 0))
         first, last = (spans[..., i, None].expand(-1, -1, found.shape[-1]) for i in (0, 1))
         count = (spans[..., 1] - spans[..., 0])[..., None]
         mean = (found.gather(1, last) - found.gather(1, first)) / count.clamp(min=1)
-        return self.scale * self.proj(mean[..., 1:]) * (count > 0), mean[..., 0].detach()
+        return self.scale * self.proj(mean) * (count > 0)
 
     @torch.no_grad()
-    def _expected(self, hidden: Tensor, ids: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Log-probabilities `(batch, L_w, 1)`; doubt `(batch, L_w, 2)` and alternatives `(batch,
-        L_w, H)`, where they are asked for."""
+    def _expected(self, hidden: Tensor, ids: Tensor) -> list[Tensor]:
+        """Doubt `(batch, L_w, 2)` and alternatives `(batch, L_w, H)`, where they are asked for."""
         output = self._decoder[0].embed_tokens.weight.T
-        known, doubt, others = [], [], []
+        doubt, others = [], []
         for some, there in zip(hidden.flatten(0, 1).split(_POSITIONS),
                                ids.flatten().split(_POSITIONS), strict=True):
             log_probs = (some @ output).float().log_softmax(-1)
             own = log_probs.gather(1, there[:, None])
-            known.append(own)
             if self.doubt:
                 entropy = -(log_probs.exp() * log_probs).sum(-1, keepdim=True)
                 doubt.append(torch.cat([own / 4, entropy / 4], 1))  # about as large as states
@@ -151,8 +149,7 @@ class DecoderProjector(Projector):
                 rows = self._embeddings[0](self._same[best.indices]).float()
                 others.append((share[:, None] @ rows)[:, 0] / self.scale)
         shape = (*ids.shape, -1)
-        return torch.cat(known).view(shape), [torch.cat(parts).view(shape)
-                                              for parts in (doubt, others) if parts]
+        return [torch.cat(parts).view(shape) for parts in (doubt, others) if parts]
 
 
 def _same_tokens(whisper: Any, tokenizer: UnifiedTokenizer, size: int) -> Tensor:

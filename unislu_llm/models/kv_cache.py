@@ -40,22 +40,12 @@ class State:
     frames: Tensor | None = None
     frame_bias: Tensor | None = None  # (rows, 1, 1, frames) added there; None: none is padding
     hypothesis: list[list[int]] | None = None  # ids without their prompt; None: it reads none
-    # Of these ids, by a projector `decoder`: what Whisper's decoder gives each, nats.
-    hypothesis_log_probs: list[list[float]] | None = None
     ctc_hypothesis: list[list[int]] | None = None  # greedy ids of a `ctc` projector
     # (rows, dim) after Whisper's first token, of the rows that the prompt had.
     start: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.mask)
-
-    def sureness(self, kept: list[list[int]]) -> list[list[float]] | None:
-        """`hypothesis_log_probs` of what is kept of the hypotheses; 0 where it is respelt."""
-        if self.hypothesis is None or self.hypothesis_log_probs is None:
-            return None
-        return [known[:len(ids)] if whole[:len(ids)] == ids else [0.0] * len(ids)
-                for ids, whole, known in zip(kept, self.hypothesis, self.hypothesis_log_probs,
-                                             strict=True)]
 
     def append(self, valid: Tensor) -> Tensor:
         """Note that tokens `(rows, n)` come, of which `valid` count; their positions."""
@@ -72,14 +62,13 @@ class State:
         def taken(t: Tensor) -> Tensor:
             return t if same else t.index_select(0, index)
 
-        def chosen(some: list[Any] | None) -> list[Any] | None:
-            return None if some is None else [some[i] for i in numbers]
+        def chosen(ids: list[list[int]] | None) -> list[list[int]] | None:
+            return None if ids is None else [ids[i] for i in numbers]
 
         return replace(self, cache=_mapped(self.cache, taken, taken), mask=taken(self.mask),
                        hidden=taken(self.hidden),
                        frame_bias=None if self.frame_bias is None else taken(self.frame_bias),
                        hypothesis=chosen(self.hypothesis),
-                       hypothesis_log_probs=chosen(self.hypothesis_log_probs),
                        ctc_hypothesis=chosen(self.ctc_hypothesis))
 
     def drop(self, counts: Tensor) -> None:
@@ -118,7 +107,6 @@ class State:
             mask=torch.cat([s.mask for s in states]), hidden=torch.cat([s.hidden for s in states]),
             frame_bias=torch.cat(bias) if bias else None,
             hypothesis=_lists([s.hypothesis for s in states]),
-            hypothesis_log_probs=_lists([s.hypothesis_log_probs for s in states]),
             ctc_hypothesis=_lists([s.ctc_hypothesis for s in states]))
         order = [row for some in rows for row in some]
         return both.take(sorted(range(len(order)), key=order.__getitem__))
@@ -144,8 +132,8 @@ def _joined(caches: Sequence[Any]) -> Cache:
                           torch.cat([layer.values for layer in some])) for some in layers])
 
 
-def _lists(rows: Sequence[list[Any] | None]) -> list[Any] | None:
-    return None if rows[0] is None else [row for some in rows for row in some or ()]
+def _lists(ids: Sequence[list[list[int]] | None]) -> list[list[int]] | None:
+    return None if ids[0] is None else [row for some in ids for row in some or ()]
 
 
 def _mapped(cache: Cache, change: Change, cross: Change = lambda t: t) -> Cache:

@@ -218,7 +218,7 @@ class SpeechLLM(SLUModel):
             size = len(projector.token_ids)
             return self._idle(ctc_loss(states, lengths, batch.ctc_targets,
                                        projector.logits, size, SAMPLES if self.training else size))
-        parts = self._prompt(batch, self.speech(batch), self._listened(batch))
+        parts = self._prompt(batch, self.speech(batch))
         starts = [sum(n) - 1 for n in zip(*(lengths for _, lengths in parts), strict=True)]
         # The last token of a target is foretold, never read.
         read = [max(n - 1, 0) for n in batch.target_lengths]
@@ -231,17 +231,7 @@ class SpeechLLM(SLUModel):
         hidden = self.body(inputs_embeds=embeds, use_cache=False, **cached).last_hidden_state
         return self._target_losses(hidden, starts, batch)
 
-    def _listened(self, batch: Batch) -> tuple[Tensor, Tensor] | None:
-        """What a projector `decoder` says of a batch's hypotheses."""
-        projector, ids, spans = self.projector, batch.decoder_ids, batch.decoder_spans
-        if not isinstance(projector, DecoderProjector) or ids is None or spans is None:
-            return None
-        frames, lengths = super()._frames(batch)
-        lengths = tuple(with_silence(n, self.config.silence) for n in lengths)
-        return projector.listen(frames, lengths, ids, spans)
-
-    def _prompt(self, batch: Batch, speech: Projected | None,
-                listened: tuple[Tensor, Tensor] | None) -> list[Part]:
+    def _prompt(self, batch: Batch, speech: Projected | None) -> list[Part]:
         """`[prefix][speech][hypothesis][suffix]` of every row."""
         embed = self.llm.get_input_embeddings()
         prefix, suffix = (
@@ -252,8 +242,11 @@ class SpeechLLM(SLUModel):
             parts.append((speech.embeddings.to(prefix.dtype), speech.lengths))
         if batch.hypothesis_ids is not None:
             read = embed(batch.hypothesis_ids)
-            if listened is not None:
-                read = read + listened[0].to(read.dtype)
+            projector, ids, spans = self.projector, batch.decoder_ids, batch.decoder_spans
+            if isinstance(projector, DecoderProjector) and ids is not None and spans is not None:
+                frames, lengths = super()._frames(batch)
+                lengths = tuple(with_silence(n, self.config.silence) for n in lengths)
+                read = read + projector.listen(frames, lengths, ids, spans).to(read.dtype)
             parts.append((read, batch.hypothesis_lengths))
         return [*parts, (suffix, [len(self.suffix)] * len(batch))]
 
@@ -265,17 +258,13 @@ class SpeechLLM(SLUModel):
 
     def prefill(self, batch: Batch) -> State:
         speech = self.speech(batch, transcribe=True)
-        listened = self._listened(batch)
-        embeds, totals = lay_out(self._prompt(batch, speech, listened), "left")
+        embeds, totals = lay_out(self._prompt(batch, speech), "left")
         self.check_fit(embeds.shape[1] + 1, "answer")
         # On the left, so that the last position of every row foretells its first token.
         mask = valid_mask(totals, embeds.shape[1], embeds.device).flip(-1)
         state = State(DynamicCache(), mask[:, :0], embeds[:, -1],
                       hypothesis=self.hypotheses(batch),
                       ctc_hypothesis=None if speech is None else speech.ids)
-        if listened is not None:
-            rows = zip(listened[1].tolist(), batch.hypothesis_lengths, strict=True)
-            state.hypothesis_log_probs = [row[len(self.hypothesis_prompt):n] for row, n in rows]
         state.hidden = self._read(state, mask, inputs_embeds=embeds)[:, -1]
         return state
 
