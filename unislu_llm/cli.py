@@ -159,7 +159,8 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
                manifests: Manifests, /, out: Path, source: Literal["decoder", "ctc"] = "decoder",
                language: str = "en", tasks_file: Path | None = None, copy_text: bool = False,
                pseudo_label: bool = False, phrases: Path | None = None, phrase_boost: float = 2.0,
-               precision: Literal["fp32", "bf16"] = "fp32", batch_size: int = 8) -> None:
+               precision: Literal["fp32", "bf16"] = "fp32", batch_size: int = 8,
+               num_beams: int = 1) -> None:
     """Write copies of manifests whose rows have a hypothesis: what a recogniser makes of them.
 
     It can be stopped and started again. Rows over 30 s, and without --copy-text those without
@@ -180,9 +181,10 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
         phrase_boost: Nats by which each token of these is raised.
         precision: Of the recogniser; bf16 is several times faster on a GPU.
         batch_size: Clips at one time.
+        num_beams: Beams; 1 is greedy.
     """
-    if not manifests or batch_size < 1:
-        raise UserError("name a manifest, and a --batch-size of 1 or more")
+    if not manifests or min(batch_size, num_beams) < 1:
+        raise UserError("name a manifest, and a --batch-size and --num-beams of 1 or more")
     if pseudo_label and copy_text:
         raise UserError("--pseudo-label writes transcripts and --copy-text hypotheses; call it "
                         "twice, the second time on the copies")
@@ -199,7 +201,8 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
                          TaskRegistry.from_yaml(tasks_file), source=source, language=language,
                          copy_text=copy_text, pseudo_label=pseudo_label, precision=precision,
                          phrases=Phrases.of(phrases, phrase_boost),
-                         name=run.name if run else "", batch_size=batch_size)
+                         name=run.name if run else "", batch_size=batch_size,
+                         num_beams=num_beams)
     table = []
     for r in reports:
         parts = {n: r.counts[n] for n in ("rows", "made", "known", "looped", "no_speech", "copied",

@@ -140,13 +140,15 @@ def test_phrases_reach_the_recogniser_of_every_window(build: Build,
                                                       monkeypatch: pytest.MonkeyPatch) -> None:
     model, given = build("llm", hypothesis="manifest", transcript="verbatim"), []
 
-    def says(waves: Sequence[Tensor], language: str, *phrases: Phrases) -> list[Transcript]:
-        given.extend(phrases * len(waves))
+    def says(waves: Sequence[Tensor], language: str, **asked: Any) -> list[Transcript]:
+        given.extend([asked] * len(waves))
         return [Transcript("anna")] * len(waves)
 
     monkeypatch.setattr(module, "recogniser_of", lambda *_: says)
     speech = 0.1 * torch.randn(16_000 * 45).numpy(), 16_000
     assert understand(model, speech, [], phrases=["Anna"]).transcript == "anna anna"
-    assert given == [Phrases(("Anna",), DecodeConfig().phrase_boost)] * 2
+    asked = {"phrases": Phrases(("Anna",), DecodeConfig().phrase_boost)}
+    assert given == [asked] * 2
     understand(model, speech, [])
-    assert len(given) == 2, "no list, no argument"
+    understand(model, speech, [], options=DecodeConfig(num_beams=3))
+    assert given == [asked, asked, {}, {}, {"num_beams": 3}, {"num_beams": 3}]

@@ -73,9 +73,12 @@ def test_transcripts_are_the_same_alone_and_in_a_batch(whisper: str,
                        ModelRecogniser(ctc_model(tiny_speech_llm), "ctc"),
                        ModelRecogniser(tiny_speech_llm(whisper_options={"init_std": 0.3})),
                        ModelRecogniser(reads)):
-        together = recogniser(waves, "en")
-        assert together == [recogniser([wave], "en")[0] for wave in waves]
-        assert len(set(together)) > 1, "it listens"
+        for beams in (1, 3):
+            together = recogniser(waves, "en", num_beams=beams)
+            alone = [recogniser([wave], "en", num_beams=beams)[0] for wave in waves]
+            assert [t[:2] for t in together] == [t[:2] for t in alone]
+            assert beams > 1 or together == alone
+            assert len(set(together)) > 1, "it listens"
     with pytest.raises(UserError, match="'ctc'"):
         ModelRecogniser(tiny_speech_llm(), "ctc")
     with pytest.raises(UserError, match="language 'xx'"):
@@ -100,6 +103,16 @@ def test_clips_are_padded_by_their_own_length(whisper: str,
     mel, _ = audio.batch_log_mel(waves[:1], silence=30)
     theirs = recogniser._whisper.model.encoder(mel).last_hidden_state
     torch.testing.assert_close(heard[0], theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_beams_find_what_is_likelier(whisper: str) -> None:
+    """As transformers' search does; the evidence is of the text that stands."""
+    recogniser, waves = WhisperRecogniser(whisper, silence=0.0), noise(6)
+    greedy, beams = (recogniser(waves, "en", num_beams=n) for n in (1, 4))
+    pairs = [(a.evidence.log_prob, b.evidence.log_prob) for a, b in zip(greedy, beams, strict=True)
+             if a.text != b.text]
+    assert pairs
+    assert all(b > a for a, b in pairs), "by the mean over a text's tokens, which beams go by"
 
 
 def test_loops_are_cut(whisper: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,16 +58,16 @@ class ModelRecogniser:
         self._ctc = source == "ctc"
 
     @torch.inference_mode()
-    def __call__(self, waves: Sequence[Tensor], language: str,
-                 phrases: Phrases | None = None) -> list[Transcript]:
+    def __call__(self, waves: Sequence[Tensor], language: str, phrases: Phrases | None = None,
+                 num_beams: int = 1) -> list[Transcript]:
         model = self._model
         engine = None if self._ctc else Engine(
-            model, DecodeConfig(grammar=True, force_task=True), phrases)
+            model, DecodeConfig(grammar=True, force_task=True, num_beams=num_beams), phrases)
         blanks = [Example(Utterance("", None, ""), None)] * len(waves)
         if engine is not None and model.reads_hypothesis:
             blanks = [Example(replace(blanks[0].utterance, hypothesis=made.text,
                                       evidence=made.evidence), None)
-                      for made in recogniser_of(model)(waves, language, phrases)]
+                      for made in recogniser_of(model)(waves, language, phrases, num_beams)]
         batch = model.collator().from_waves(blanks, waves)
         if engine is None:  # no decoder runs
             said = [(ids, None if ids else Evidence(1.0))
@@ -136,7 +136,8 @@ def recogniser_of(model: SLUModel, device: torch.device | None = None,
 
 def recognise(recogniser: Recogniser, utterances: Sequence[Utterance], registry: TaskRegistry, *,
               language: str = "en", batch_size: int = 8, progress: str = "",
-              phrases: Phrases | None = None) -> Iterator[tuple[int, Transcript]]:
+              phrases: Phrases | None = None,
+              num_beams: int = 1) -> Iterator[tuple[int, Transcript]]:
     """Index of each utterance and what is said in it, in lower case and on one line.
 
     Args:
@@ -147,10 +148,13 @@ def recognise(recogniser: Recogniser, utterances: Sequence[Utterance], registry:
         batch_size: clips at one time, of one language.
         progress: label of a progress bar; empty shows none.
         phrases: that are raised.
+        num_beams: of the recogniser; 1 is greedy.
 
     Raises:
         UserError: unreadable audio.
     """
+    asked: dict[str, Any] = {"phrases": phrases} if phrases else {}
+    asked |= {"num_beams": num_beams} if num_beams > 1 else {}
     codes = [(u.language or language).lower().split("-")[0] for u in utterances]
     # The longest first: what does not fit into memory fails at once.
     order = sorted(range(len(codes)), key=lambda i: (codes[i], -utterances[i].seconds))
@@ -159,7 +163,7 @@ def recognise(recogniser: Recogniser, utterances: Sequence[Utterance], registry:
             some = [i for i in order[:batch_size] if codes[i] == codes[order[0]]]
             order = order[len(some):]
             waves = [load_clip(utterances[i]) for i in some]
-            made = recogniser(waves, codes[some[0]], *filter(None, [phrases]))
+            made = recogniser(waves, codes[some[0]], **asked)
             for i, wave, t in zip(some, waves, made, strict=True):
                 evidence = Evidence(1.0) if silent(wave) else t.evidence
                 yield i, t._replace(text=clean(t.text, registry), evidence=evidence)
@@ -175,12 +179,14 @@ def clean(text: str, registry: TaskRegistry) -> str:
 
 def with_hypotheses(model: SLUModel, utterances: Sequence[Utterance], progress: str = "",
                     device: torch.device | None = None,
-                    phrases: Phrases | None = None, recogniser: str = "") -> list[Utterance]:
+                    phrases: Phrases | None = None, recogniser: str = "",
+                    num_beams: int = 1) -> list[Utterance]:
     """Attach to utterances what a model needs before it decodes: hypotheses, where it reads them.
 
     Those of `model.hypothesis manifest` that are there stay; the model's recogniser makes the
     others. What comes twice stays one object. `progress` is the label of a progress bar, `device`
-    and `recogniser` are in place of the model's; `phrases` are raised in what is made.
+    and `recogniser` are in place of the model's; `phrases` are raised in what is made, by
+    `num_beams` of the recogniser.
 
     Raises:
         UserError: a reference transcript or the recogniser is lacking.
@@ -199,8 +205,8 @@ def with_hypotheses(model: SLUModel, utterances: Sequence[Utterance], progress: 
                         "but not used on files; train one with model.hypothesis manifest")
     if lacking:
         made = dict(recognise(recogniser_of(model, device, recogniser), list(lacking.values()),
-                              model.registry, language=model.config.language, progress=progress,
-                              phrases=phrases))
+                              model.registry, language=model.config.language,
+                              progress=progress, phrases=phrases, num_beams=num_beams))
         found |= {key: replace(u, hypothesis=made[i].text, evidence=made[i].evidence)
                   for i, (key, u) in enumerate(lacking.items())}
         if looped := sum(t.loop for t in made.values()):

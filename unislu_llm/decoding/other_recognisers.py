@@ -38,7 +38,7 @@ def _refuse(phrases: Phrases | None) -> None:
 
 
 class CTranslate2Recogniser(WhisperRecogniser):
-    """Plain Whisper, greedy, in CTranslate2 with 8-bit weights, as faster-whisper runs it.
+    """Plain Whisper in CTranslate2 with 8-bit weights, as faster-whisper runs it.
 
     A checkpoint is converted once, into the cache of converted checkpoints.
 
@@ -81,7 +81,7 @@ class CTranslate2Recogniser(WhisperRecogniser):
             config=config, generation_config=GenerationConfig.from_pretrained(path))
 
     def _transcribe(self, waves: Sequence[Tensor], bounds: Sequence[int], language: str,
-                    phrases: Phrases | None) -> list[Transcript]:
+                    phrases: Phrases | None, num_beams: int) -> list[Transcript]:
         import ctranslate2
 
         _refuse(phrases)
@@ -90,8 +90,8 @@ class CTranslate2Recogniser(WhisperRecogniser):
         frames = self._ct2.encode(ctranslate2.StorageView.from_array(mel.numpy()))
         # Its bound counts the prompt.
         most = min(self._room, len(prompt) + max(bounds))
-        made = self._ct2.generate(frames, [prompt] * len(waves), beam_size=1, max_length=most,
-                                  return_scores=True, return_no_speech_prob=True)
+        made = self._ct2.generate(frames, [prompt] * len(waves), beam_size=num_beams,
+                                  max_length=most, return_scores=True, return_no_speech_prob=True)
         spoken = self._ct2.detect_language(frames) if self._ct2.is_multilingual else None
         found = []
         for i, (result, bound) in enumerate(zip(made, bounds, strict=True)):
@@ -122,9 +122,9 @@ class RemoteRecogniser:
         key = os.environ.get("OPENAI_API_KEY", "")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-    def __call__(self, waves: Sequence[Tensor], language: str,
-                 phrases: Phrases | None = None) -> list[Transcript]:
-        _refuse(phrases)
+    def __call__(self, waves: Sequence[Tensor], language: str, phrases: Phrases | None = None,
+                 num_beams: int = 1) -> list[Transcript]:
+        _refuse(phrases)  # beams are the server's own matter
         with ThreadPoolExecutor(max(1, len(waves))) as pool:
             return list(pool.map(lambda wave: self._ask(wave, language), waves))
 

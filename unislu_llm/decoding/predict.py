@@ -58,7 +58,7 @@ def predict(model: SLUModel, examples: Sequence[Example], options: DecodeConfig 
     members = list(groups.values())
     utterances = with_hypotheses(model, [examples[some[0]].utterance for some in members],
                                  progress=progress and f"{progress}: hypotheses",
-                                 phrases=engine.phrases)
+                                 phrases=engine.phrases, num_beams=engine.options.num_beams)
     tasks = [[task for i in some if (task := examples[i].task) is not None] for some in members]
     predictions: Predictions = [{} for _ in examples]
     for indices, answers in _batches(engine, utterances, tasks, progress=progress):
@@ -143,7 +143,7 @@ def _understand(engine: Engine, whole: Sequence[Utterance], tasks: Sequence[str]
                 long_form: bool, overlap: float, recogniser: str) -> list[Answer]:
     parts = [windows(u, overlap) if long_form else [u] for u in whole]
     every = with_hypotheses(engine.model, [u for p in parts for u in p], phrases=engine.phrases,
-                            recogniser=recogniser)
+                            recogniser=recogniser, num_beams=engine.options.num_beams)
     found: dict[int, Answer] = {}
     for indices, done in _batches(engine, every, [tasks] * len(every), n_best=n_best):
         found |= zip(indices, (a.refused(engine.model.registry) if a.no_speech else a

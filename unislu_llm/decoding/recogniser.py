@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import AutoTokenizer, WhisperForConditionalGeneration
-from transformers.generation import GenerationMixin, LogitsProcessorList
+from transformers.generation import GenerationMixin, LogitsProcessorList, StoppingCriteriaList
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils.logging import disable_progress_bar
 
@@ -43,8 +43,8 @@ phrases: their transcripts."""
 
 
 class WhisperRecogniser:
-    """Plain Whisper, greedy. With phrases, clips in which some may be said are decoded once more
-    from the same frames; the better text stands.
+    """Plain Whisper. With phrases, clips in which some may be said are decoded once more from the
+    same frames, greedily; the better text stands.
 
     It was trained on clips padded to 30 s. Less silence saves time of the encoder and costs words
     (docs/results.md); at its natural length a clip makes it repeat itself.
@@ -73,8 +73,8 @@ class WhisperRecogniser:
         self._encoder = SpeechEncoder(whisper.model.encoder, ModelConfig()).eval()
         self._tokenizer = weights.from_pretrained(AutoTokenizer, path)
 
-    def __call__(self, waves: Sequence[Tensor], language: str,
-                 phrases: Phrases | None = None) -> list[Transcript]:
+    def __call__(self, waves: Sequence[Tensor], language: str, phrases: Phrases | None = None,
+                 num_beams: int = 1) -> list[Transcript]:
         # Its decoder has no mask: clips of a batch are padded to one length, which is rounded up so
         # that it depends on the clip alone.
         groups: defaultdict[int, list[int]] = defaultdict(list)
@@ -85,12 +85,13 @@ class WhisperRecogniser:
         for size, some in groups.items():
             clips = [F.pad(waves[i], (0, size - len(waves[i]))) for i in some]
             bounds = [DecodeConfig().bound(len(waves[i]) / audio.SAMPLE_RATE) for i in some]
-            found |= zip(some, self._transcribe(clips, bounds, language, phrases), strict=True)
+            found |= zip(some, self._transcribe(clips, bounds, language, phrases, num_beams),
+                         strict=True)
         return [found[i] for i in range(len(waves))]
 
     @torch.inference_mode()
     def _transcribe(self, waves: Sequence[Tensor], bounds: Sequence[int], language: str,
-                    phrases: Phrases | None) -> list[Transcript]:
+                    phrases: Phrases | None, num_beams: int) -> list[Transcript]:
         """Transcripts of clips of one length, of so many tokens at most."""
         whisper, tokenizer = self._whisper, self._tokenizer
         prompt = whisper_prompt(whisper, tokenizer, language)
@@ -102,15 +103,16 @@ class WhisperRecogniser:
         # `generate` gives no logits of the prompt, which tell speech and language: hence the hook.
         with whisper.register_forward_hook(
                 lambda _, __, out: None if first else first.append(out.logits[:, 0])):
-            said = self._decode(frames, prompt, bounds)
+            said = self._decode(frames, prompt, bounds, num_beams)
         found = []
-        for (ids, sure), evidence in zip(said, evidence_of(tokenizer, whisper, first[0]),
+        starts = first[0][::num_beams]  # beams of a clip begin alike
+        for (ids, sure), evidence in zip(said, evidence_of(tokenizer, whisper, starts),
                                          strict=True):
             text = str(tokenizer.decode(ids, skip_special_tokens=True))
             found.append(cut(ids, tokenizer, evidence.of_words(sum(sure) / len(sure), text)))
         raised = [phrases.like(t.text) if phrases else () for t in found]
         if phrases and (rows := [i for i, some in enumerate(raised) if some]):
-            again = self._decode(frames[rows], prompt, [bounds[i] for i in rows], PhraseBias(
+            again = self._decode(frames[rows], prompt, [bounds[i] for i in rows], bias=PhraseBias(
                 tokenizer, [raised[i] for i in rows], phrases.boost))
             for i, new in zip(rows, again, strict=True):
                 both = PhraseBias(tokenizer, [raised[i]] * 2, phrases.boost)
@@ -123,8 +125,10 @@ class WhisperRecogniser:
         return found
 
     def _decode(self, frames: Tensor, prompt: Sequence[int], bounds: Sequence[int],
-                bias: PhraseBias | None = None) -> list[tuple[list[int], list[float]]]:
-        """Of each row the ids behind the prompt, and log-probabilities of these and the end."""
+                num_beams: int = 1, bias: PhraseBias | None = None
+                ) -> list[tuple[list[int], list[float]]]:
+        """Of each row the ids behind the prompt, and log-probabilities of these and the end. A
+        `bias` does not follow beams."""
         whisper, device = self._whisper, frames.device
         steps: list[Tensor] = []  # log-probability of each token that is taken, `(rows,)`
 
@@ -136,17 +140,27 @@ class WhisperRecogniser:
             steps.append(log_probs.gather(1, scores.argmax(-1, keepdim=True))[:, 0])
             return scores
 
+        def full(ids: Tensor, _: Any) -> Tensor:  # what beams find must not depend on other rows
+            done = ids.shape[1] - len(prompt) >= torch.tensor(bounds)
+            return done.repeat_interleave(len(ids) // len(bounds)).to(device)
+
         # Whisper's own `generate` adds windows, timestamps and language detection. The generic
         # one honours the checkpoint's suppressed tokens and decides nothing else.
         out = GenerationMixin.generate(
             whisper, encoder_outputs=BaseModelOutput(last_hidden_state=frames),
             attention_mask=torch.ones(frames.shape[:2], dtype=torch.long, device=device),
             decoder_input_ids=torch.tensor(prompt, device=device).expand(len(frames), -1),
-            logits_processor=LogitsProcessorList([note]),  # type: ignore[list-item]
-            do_sample=False, max_new_tokens=max(bounds))
+            logits_processor=LogitsProcessorList(
+                [note] if num_beams == 1 else []),  # type: ignore[list-item]
+            stopping_criteria=StoppingCriteriaList([full]),  # type: ignore[list-item]
+            do_sample=False, max_new_tokens=max(bounds), num_beams=num_beams)
+        known = torch.stack(steps, dim=1) if steps else whisper(
+            encoder_outputs=BaseModelOutput(last_hidden_state=frames),
+            decoder_input_ids=out[:, :-1]).logits[:, len(prompt) - 1:].float().log_softmax(
+                -1).gather(2, out[:, len(prompt):, None])[..., 0]
         end, found = int(whisper.config.eos_token_id), []
         for ids, n, log_probs in zip(out[:, len(prompt):].tolist(), bounds,
-                                     torch.stack(steps, dim=1).tolist(), strict=True):
+                                     known.tolist(), strict=True):
             said = ids[:ids.index(end)] if end in ids[:n] else ids[:n]
             found.append((said, log_probs[:min(len(said) + 1, n)]))
         return found

@@ -21,6 +21,7 @@ from unislu_llm.data.manifest import Row, moved, read_rows
 from unislu_llm.data.phrases import place_phrases
 from unislu_llm.decoding.hypotheses import clean, load_recogniser, recognise
 from unislu_llm.decoding.no_speech import judge
+from unislu_llm.decoding.other_recognisers import URLS
 from unislu_llm.decoding.phrases import Phrases
 from unislu_llm.decoding.recogniser import Recogniser, Transcript
 from unislu_llm.errors import UserError
@@ -49,7 +50,8 @@ class Report:
 def transcribe(model: str, manifests: Sequence[Path], folder: Path, registry: TaskRegistry, *,
                source: str = "decoder", language: str = "en", copy_text: bool = False,
                pseudo_label: bool = False, name: str = "", precision: Precision = "fp32",
-               batch_size: int = 8, phrases: Phrases | None = None) -> list[Report]:
+               batch_size: int = 8, phrases: Phrases | None = None,
+               num_beams: int = 1) -> list[Report]:
     """Write a copy of each manifest whose rows have a hypothesis, or with `pseudo_label` a text.
 
     All else in the rows stays, audio paths follow. A pseudo-label is for rows with audio that
@@ -69,6 +71,7 @@ def transcribe(model: str, manifests: Sequence[Path], folder: Path, registry: Ta
         name: of the recogniser in `text_source`; default: the checkpoint's, or its folder's.
         precision: of the recogniser.
         batch_size: clips at one time.
+        num_beams: of the recogniser; 1 is greedy.
         phrases: that are raised in what is recognised.
 
     Raises:
@@ -77,6 +80,9 @@ def transcribe(model: str, manifests: Sequence[Path], folder: Path, registry: Ta
     """
     if phrases and source == "ctc":
         raise UserError("--phrases: by --source ctc no decoder chooses words; drop one of the two")
+    if num_beams > 1 and (source == "ctc" or model.startswith(URLS)):
+        raise UserError("--num-beams: neither a server nor --source ctc is searched by beams; drop "
+                        "one of the two")
     device, half = "cuda" if torch.cuda.is_available() else "cpu", precision == "bf16"
     load = partial(load_recogniser, model, source, device=device,
                    dtype=torch.bfloat16 if half else torch.float32)
@@ -86,7 +92,8 @@ def transcribe(model: str, manifests: Sequence[Path], folder: Path, registry: Ta
             return write_copies(
                 load, manifests, folder, registry, settings=[model, source, precision],
                 copy_text=copy_text, text_source=name if pseudo_label else "", language=language,
-                batch_size=batch_size, progress=True, **({"phrases": phrases} if phrases else {}))
+                batch_size=batch_size, progress=True, **({"phrases": phrases} if phrases else {}),
+                **({"num_beams": num_beams} if num_beams > 1 else {}))
     except OSError as error:
         raise UserError(f"--out {folder}: cannot be written ({error})") from error
 
