@@ -157,10 +157,10 @@ def demo(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
 
 def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT")],
                manifests: Manifests, /, out: Path, source: Literal["decoder", "ctc"] = "decoder",
-               language: str = "en", tasks_file: Path | None = None, copy_text: bool = False,
-               pseudo_label: bool = False, phrases: Path | None = None, phrase_boost: float = 2.0,
-               precision: Literal["fp32", "bf16"] = "fp32", batch_size: int = 8,
-               num_beams: int = 1) -> None:
+               language: str = "en", tasks_file: Path | None = None, num_beams: int = 1,
+               copy_text: bool = False, pseudo_label: bool = False, phrases: Path | None = None,
+               phrase_boost: float = 2.0, precision: Literal["fp32", "bf16"] = "fp32",
+               batch_size: int = 8) -> None:
     """Write copies of manifests whose rows have a hypothesis: what a recogniser makes of them.
 
     It can be stopped and started again. Rows over 30 s, and without --copy-text those without
@@ -201,8 +201,7 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
                          TaskRegistry.from_yaml(tasks_file), source=source, language=language,
                          copy_text=copy_text, pseudo_label=pseudo_label, precision=precision,
                          phrases=Phrases.of(phrases, phrase_boost),
-                         name=run.name if run else "", batch_size=batch_size,
-                         num_beams=num_beams)
+                         name=run.name if run else "", batch_size=batch_size, num_beams=num_beams)
     table = []
     for r in reports:
         parts = {n: r.counts[n] for n in ("rows", "made", "known", "looped", "no_speech", "copied",
@@ -212,8 +211,7 @@ def transcribe(model: Annotated[str, tyro.conf.arg(metavar="MODEL_OR_CHECKPOINT"
         wer = f"{corpus_wer(texts, made, 'whisper', codes).wer:.1f}" if r.pairs else "-"
         table.append({"manifest": str(r.copy), **parts, rate_of(codes).upper(): wer})
         if n := r.counts["mute"]:
-            print(f"{r.copy}: {n} of {r.counts['rows']} rows have no audio and got no hypothesis; "
-                  "--copy-text gives such rows their own transcript")
+            print(f"{r.copy}: {n} rows have no audio and no hypothesis; --copy-text gives them one")
         for what, places in r.left_out.items():
             print(f"left out ({what}): {len(places)}, e.g. {', '.join(places[:10])}")
     print(tabulate(table, headers="keys", disable_numparse=True))
