@@ -191,7 +191,8 @@ class Bench:
                 name, device=self.device, dtype=dtype, silence=s) for s in self.args.silence
                 for name in self.args.recogniser if ":" not in name}
             makers |= {name: load(name) for name in self.args.recogniser if ":" in name}
-            return {name: partial(self.recognise, maker) for name, maker in makers.items()}
+            return {name + f", {n} beams" * (n > 1): partial(self.recognise, maker, n)
+                    for name, maker in makers.items() for n in self.args.num_beams}
         self.optimizer = build_optimizer(self.model.trainable_groups(), TrainConfig())
         return {f"batch {self.args.batch_size}": self.train}
 
@@ -236,11 +237,11 @@ class Bench:
                     answers = engine.answer(batch, [names] * len(indices))
                 self.tokens += sum(sum(a.n_tokens.values()) for a in answers)
 
-    def recognise(self, recogniser: WhisperRecogniser) -> None:
+    def recognise(self, recogniser: WhisperRecogniser, num_beams: int) -> None:
         """Every clip's hypothesis, and its WER, which is that of noise without --manifest."""
         utterances = list({id(e.utterance): e.utterance for e in self.examples}.values())
         made = dict(recognise(recogniser, utterances, TaskRegistry(),
-                              batch_size=self.args.batch_size))
+                              batch_size=self.args.batch_size, num_beams=num_beams))
         self.wer = corpus_wer([u.text for u in utterances],
                               [made[i].text for i in range(len(utterances))], "whisper").wer
 
@@ -324,6 +325,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                         help="recognise: Whisper, ctranslate2:WHISPER, or a server's URL")
     parser.add_argument("--silence", type=float, nargs="+", default=[3.0, 30.0],
                         help="recognise: seconds behind each clip")
+    parser.add_argument("--num-beams", type=int, nargs="+", default=[1], help="recognise")
     parser.add_argument("--new-tokens", type=int, default=64, help="decode: bound of any answer")
     parser.add_argument("--cache", action="store_true", help="train: frames are cached before")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")

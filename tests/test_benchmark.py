@@ -34,9 +34,11 @@ def test_ways_of_a_hypothesis_and_recognisers(tiny_checkpoints: dict[str, str],
     found = json.loads(out.read_text())["decode"]
     assert list(found) == ["batch 2, token", "batch 2, verbatim"]
     assert all(0 < row["prompt_s"] < row["seconds"] for row in found.values())
-    main(["recognise", "--recogniser", tiny_checkpoints["whisper"], "--silence", "1", *common])
+    main(["recognise", "--recogniser", tiny_checkpoints["whisper"], "--silence", "1",
+          "--num-beams", "1", "2", *common])
     found = json.loads(out.read_text())["recognise"]
-    assert list(found) == [f"{tiny_checkpoints['whisper']}, 1 s of silence"]
+    name = f"{tiny_checkpoints['whisper']}, 1 s of silence"
+    assert list(found) == [name, f"{name}, 2 beams"]
     assert all(row["wer"] > 0 for row in found.values())
 
 
