@@ -150,10 +150,8 @@ class Bench:
             self.examples = self._examples(TaskRegistry(), folder)
             self.seconds = sum(e.utterance.seconds for e in self.examples)
             return
-        if args.model:
-            model = load_model(find_run(args.model), args.precision)
-        else:
-            model = random_model(args.encoder, args.llm, args.projector, args.precision, args.seed)
+        model = load_model(find_run(args.model), args.precision) if args.model else random_model(
+            args.encoder, args.llm, args.projector, args.precision, args.seed)
         self.model = model.to(self.device)
         examples = self._examples(model.registry, folder)
         if model.reads_hypothesis:  # a first pass is another program's time
@@ -186,11 +184,11 @@ class Bench:
                     for n in self.args.batch_sizes for way in self.args.ways or [""]}
         if self.args.what == "recognise":
             dtype = torch.bfloat16 if self.args.precision == "bf16" else torch.float32
-            load = partial(load_recogniser.__wrapped__, device=self.device)
             makers = {f"{name}, {s:g} s of silence": WhisperRecogniser(
                 name, device=self.device, dtype=dtype, silence=s) for s in self.args.silence
                 for name in self.args.recogniser if ":" not in name}
-            makers |= {name: load(name) for name in self.args.recogniser if ":" in name}
+            makers |= {name: load_recogniser.__wrapped__(name, device=self.device)
+                       for name in self.args.recogniser if ":" in name}
             return {name + f", {n} beams" * (n > 1): partial(self.recognise, maker, n)
                     for name, maker in makers.items() for n in self.args.num_beams}
         self.optimizer = build_optimizer(self.model.trainable_groups(), TrainConfig())
@@ -240,8 +238,8 @@ class Bench:
     def recognise(self, recogniser: WhisperRecogniser, num_beams: int) -> None:
         """Every clip's hypothesis, and its WER, which is that of noise without --manifest."""
         utterances = list({id(e.utterance): e.utterance for e in self.examples}.values())
-        made = dict(recognise(recogniser, utterances, TaskRegistry(),
-                              batch_size=self.args.batch_size, num_beams=num_beams))
+        made = dict(recognise(recogniser, utterances, TaskRegistry(), num_beams=num_beams,
+                              batch_size=self.args.batch_size))
         self.wer = corpus_wer([u.text for u in utterances],
                               [made[i].text for i in range(len(utterances))], "whisper").wer
 
@@ -319,13 +317,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--clips", type=int, default=16, help="of each round")
     parser.add_argument("--batch-size", type=int, default=8, help="train: clips a step")
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16], help="decode")
+    parser.add_argument("--num-beams", type=int, nargs="+", default=[1], help="recognise")
     parser.add_argument("--ways", nargs="+", choices=["token", *get_args(Transcript)], default=[],
                         help="decode: of a hypothesis; default: the model's")
     parser.add_argument("--recogniser", nargs="+", default=["openai/whisper-base"],
                         help="recognise: Whisper, ctranslate2:WHISPER, or a server's URL")
     parser.add_argument("--silence", type=float, nargs="+", default=[3.0, 30.0],
                         help="recognise: seconds behind each clip")
-    parser.add_argument("--num-beams", type=int, nargs="+", default=[1], help="recognise")
     parser.add_argument("--new-tokens", type=int, default=64, help="decode: bound of any answer")
     parser.add_argument("--cache", action="store_true", help="train: frames are cached before")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")

@@ -66,7 +66,8 @@ def export(folder: str | Path, out: Path, *, names: Mapping[str, str], dtype: st
                         "export is published as it is by `hf upload NAME FOLDER`")
     check_saved(run.model)
     saved, note = Description.read(run.model), read_note(data_note)
-    maker = None if names.get("recogniser") else find_model(Path(saved.model.recogniser or "none"))
+    named = names.get("recogniser") or saved.model.recogniser in ("", "ctc")
+    maker = None if named else find_model(Path(saved.model.recogniser))
     if maker is not None:
         saved.model.recogniser = f"./{RECOGNISER}"
     _name_publicly(saved, names)
