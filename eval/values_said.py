@@ -77,7 +77,8 @@ def measure(options: Options) -> list[dict[str, Any]]:
     found = {name: counts(rows, transcripts(name, clips)) for name in options.models}
     first = found[options.models[0]]
     return [{"model": portable(name) if Path(name).exists() else name, "clips": len(rows),
-             "values": int(own.matrix[:, 1].sum()), "recall": bootstrap(own), "difference": bootstrap(own, [first])}
+             "values": int(own.matrix[:, 1].sum()), "recall": bootstrap(own),
+             "difference": bootstrap(own, [first])}
             for name, own in found.items()]
 
 
