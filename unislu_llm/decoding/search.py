@@ -109,7 +109,7 @@ def beam_search(model: SLUModel, state: State, room: Sequence[int], stops: Seque
             processor.reorder(order)
             processor.advance(ids)
         # Keys and values follow their beams; rows that are done leave the batch.
-        state = state.take(chosen)
+        state = state.take(chosen, beams)
         hidden = model.step(state, ids)[:, -1]
     return finished
 

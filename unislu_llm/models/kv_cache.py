@@ -53,8 +53,9 @@ class State:
         self.mask = torch.cat([self.mask, valid], dim=1)
         return positions
 
-    def take(self, rows: Sequence[int] | Tensor) -> State:
-        """A state of its own with these rows, `(n,)`; one may come several times."""
+    def take(self, rows: Sequence[int] | Tensor, beams: int = 1) -> State:
+        """A state of its own with these rows, `(n,)`; one may come several times. So many `beams`
+        in turn are of one clip."""
         numbers: list[int] = torch.as_tensor(rows).tolist()
         same = numbers == list(range(len(self)))  # nothing moves: the copy shares every tensor
         index = torch.tensor(numbers).to(self.mask.device, non_blocking=True)
@@ -62,12 +63,16 @@ class State:
         def taken(t: Tensor) -> Tensor:
             return t if same else t.index_select(0, index)
 
+        # Frames are far more than tokens: they stay in place where beams of one clip change theirs.
+        alike = [n // beams for n in numbers] == [n // beams for n in range(len(self))]
+        of_clips: Change = (lambda t: t) if alike else taken
+
         def chosen(ids: list[list[int]] | None) -> list[list[int]] | None:
             return None if ids is None else [ids[i] for i in numbers]
 
-        return replace(self, cache=_mapped(self.cache, taken, taken), mask=taken(self.mask),
+        return replace(self, cache=_mapped(self.cache, taken, of_clips), mask=taken(self.mask),
                        hidden=taken(self.hidden),
-                       frame_bias=None if self.frame_bias is None else taken(self.frame_bias),
+                       frame_bias=None if self.frame_bias is None else of_clips(self.frame_bias),
                        hypothesis=chosen(self.hypothesis),
                        ctc_hypothesis=chosen(self.ctc_hypothesis))
 
