@@ -25,7 +25,7 @@ from unislu_llm.decoding.hypotheses import fast_type, load_recogniser, recognise
 from unislu_llm.errors import reported
 from unislu_llm.io import portable, read_json_lines, write_json
 from unislu_llm.run_folder import versions
-from unislu_llm.scoring.bootstrap import Counts, bootstrap
+from unislu_llm.scoring.bootstrap import Counts, bootstrap, error_rate
 from unislu_llm.scoring.text import normalise_phrase, places_of
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.utterance import Utterance
@@ -45,19 +45,14 @@ class Options:
     """File of the result."""
 
 
-def recall(sums: Any) -> Any:
-    """Percent of the columns found and said."""
-    return 100.0 * sums[:, 0] / np.maximum(sums[:, 1], 1.0)
-
-
 def counts(rows: Sequence[Mapping[str, Any]], texts: Sequence[str]) -> Counts:
-    """Values found and said, by clip."""
+    """Values found and said, `(clips, 2)`; the score is their ratio in percent, as WER's is."""
     matrix = []
     for row, text in zip(rows, texts, strict=True):
         values = [normalise_phrase(value, "whisper") for value in row["slots"].values()]
         said = normalise_phrase(text, "whisper")
         matrix.append([sum(any(places_of(value, said)) for value in values), len(values)])
-    return Counts(tuple(("", str(row["id"])) for row in rows), np.array(matrix), recall)
+    return Counts(tuple(("", str(row["id"])) for row in rows), np.array(matrix), error_rate)
 
 
 def transcripts(name: str, clips: Sequence[Utterance]) -> list[str]:

@@ -38,8 +38,8 @@ class Transcript(NamedTuple):
 
 
 Recogniser = Callable[..., list[Transcript]]
-"""Of clips `(S,)` at 16 kHz, up to 30 s, a language (Whisper's code) and, where some are raised,
-phrases: their transcripts."""
+"""Of clips `(S,)` at 16 kHz, up to 30 s, a language (Whisper's code) and, where they are asked for,
+`phrases` that are raised and `num_beams` over 1: their transcripts."""
 
 
 class WhisperRecogniser:

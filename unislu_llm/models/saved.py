@@ -72,7 +72,7 @@ class Description(BaseModel):
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Self:
-        """Read and check the file.
+        """Read and check the file; a recogniser in the folder gets its path there.
 
         Raises:
             UserError: it is missing or damaged, no JSON, or not of a saved model; file and field
