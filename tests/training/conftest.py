@@ -62,25 +62,29 @@ def _one_accelerator_state() -> Iterator[None]:
 
 @pytest.fixture
 def launch(tmp_path: Path) -> Callable[..., str]:
-    """Factory: train a configuration by `torchrun` in as many processes; what was printed."""
+    """Factory: train configurations by `torchrun` in as many processes, in a mode of `run.py`; what
+    was printed."""
 
-    def run(kind: str, config: Config, processes: int, *more: str, fails: bool = False) -> str:
-        file = tmp_path / f"{Path(config.output).name}.yaml"
-        file.write_text(to_yaml(config))
+    def run(processes: int, *runs: tuple[str, Config], mode: str = "train",
+            fails: bool = False) -> str:
+        asked = list[str]()
+        for kind, config in runs:
+            file = tmp_path / f"{Path(config.output).name}{'-on' * config.resume}.yaml"
+            file.write_text(to_yaml(config))
+            asked += [kind, str(file)]
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone",
                    "--nproc_per_node", str(processes), str(Path(__file__).with_name("run.py")),
-                   kind, str(file), *more]
+                   mode, *asked]
         env = os.environ | {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1"}
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
         told = done.stderr.partition("elastic/multiprocessing")[0]  # the launcher's own traceback
         assert (done.returncode != 0) == fails, told[-4000:]
-        if not fails and not config.stages:  # libraries say nothing, and one process warns
+        if not fails and not runs[0][1].stages:  # libraries say nothing, and one process warns
             lines = [line for line in told.replace("\r", "\n").splitlines()
                      if line.strip() and not line.startswith(("train:", _OF_OTHERS))]
-            several = "each" in more
-            own = "warning: " if several else "warning: data."
+            own = "warning: data." if runs[1:] == () else "warning: "
             assert all(line.startswith(own) for line in lines), told
-            assert several or len(lines) == len(set(lines)), told
+            assert runs[1:] or len(lines) == len(set(lines)), told
         return done.stdout
 
     return run

@@ -1,9 +1,10 @@
-"""A run from a configuration file, or a part of it; started by tests, by torchrun.
+"""Runs from configuration files, or parts of them; started by tests, by torchrun.
 
-    python run.py KIND CONFIG.yaml             all of it
-    python run.py KIND CONFIG.yaml stop STEPS  the processes end before the step after STEPS
-    python run.py KIND CONFIG.yaml first OUT   the first global batch: metrics and gradients
-    python run.py KIND CONFIG.yaml each KIND CONFIG.yaml ...   several, one after the other
+    python run.py MODE KIND CONFIG.yaml [KIND CONFIG.yaml ...]   one after the other
+
+MODE: `train`; `stop:STEPS`: the processes end before the step after STEPS; `first`: metrics and
+gradients of the first global batch, beside the run's folder; `each`: a run that keeps its first
+gradients.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from unislu_llm.training.trainer import Trainer
 GRADIENTS = "gradients.safetensors"
 
 
-def first_step(kind: str, config: Config, out: str) -> None:
+def first_step(kind: str, config: Config) -> None:
     """Forward and backward of step one; the main process saves what came of it."""
     trainer = Trainer(kind, config)
     micro = next(iter(trainer.batches(0)))
@@ -39,11 +40,11 @@ def first_step(kind: str, config: Config, out: str) -> None:
     metrics = trainer.window.read(trainer.accelerator)
     if trainer.main:
         save_file({n: p.grad.clone() for n, p in trainer.model.named_parameters()
-                   if p.grad is not None}, out + ".safetensors")
-        Path(out + ".json").write_text(json.dumps(metrics | {"steps": trainer.total_steps}))
+                   if p.grad is not None}, config.output + ".safetensors")
+        Path(config.output + ".json").write_text(json.dumps(
+            metrics | {"steps": trainer.total_steps}))
     trainer.wrapped = trainer.model
     trainer.accelerator.free_memory()
-    processes().destroy_process_group()
 
 
 def stop_at(steps: int) -> None:
@@ -100,22 +101,18 @@ def record(kind: str, config: Config) -> None:
         trainer.fit()
 
 
-def each(runs: list[tuple[str, str]]) -> None:
+def run(mode: str, runs: list[tuple[str, str]]) -> None:
     """Several runs in the same processes."""
+    mode, _, steps = mode.partition(":")
+    if mode == "stop":
+        stop_at(int(steps))
     for kind, file in runs:
-        record(kind, config_from_file(file, resolve=False))
-    processes().destroy_process_group()
+        config = config_from_file(file, resolve=False)
+        {"first": first_step, "each": record}.get(mode, train)(kind, config)
+    if mode in ("first", "each"):
+        processes().destroy_process_group()
 
 
 if __name__ == "__main__":
-    kind, file, mode, value = [*sys.argv[1:], "", ""][:4]
-    config = config_from_file(file, resolve=False)
-    if mode == "first":
-        first_step(kind, config, value)
-    elif mode == "each":
-        each([(kind, file), *zip(sys.argv[4::2], sys.argv[5::2], strict=True)])
-    else:
-        if mode == "stop":
-            stop_at(int(value))
-        with reported():
-            train(kind, config)
+    with reported():
+        run(sys.argv[1], [*zip(sys.argv[2::2], sys.argv[3::2], strict=True)])

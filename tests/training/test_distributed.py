@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.training.conftest import CTC, logged, weights
+from tests.training.conftest import CTC, fitted, logged, weights
 from tests.training.run import first_step
 from unislu_llm.config import Config
 from unislu_llm.data.manifest import read_manifest, write_manifest
@@ -37,40 +37,48 @@ def texts_and_speech(tiny_config: Callable[..., Config]) -> list[str]:
     return [str(path.with_name("mixed.jsonl"))]
 
 
-@pytest.mark.parametrize("case", [
-    "dynamic", pytest.param("fixed", marks=pytest.mark.slow), "whisper", "ctc", "text", "cache"])
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "dynamic": ("speech_llm", {}),
+    "fixed": ("speech_llm", {"train": {"loss": "fixed"}}),
+    "whisper": ("whisper_slu", {}),
+    "ctc": ("speech_llm", {"model": STILL, "train": {"objective": "ctc"}}),
+    "text": ("speech_llm", {"model": STILL, "data": {"train": ["mixed.jsonl"], "dev": []}}),
+    "cache": ("speech_llm", {"data": {"frame_cache": "frames"}}),
+}
+
+
 def test_processes_and_accumulation_change_no_loss_and_no_gradient(
-        case: str, tiny_config: Callable[..., Config], launch: Callable[..., str],
+        tiny_config: Callable[..., Config], launch: Callable[..., str],
         texts_and_speech: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """1 process x 8, 4 micro-batches of 2, and 2 processes x 2 micro-batches of 2."""
-    kind = "whisper_slu" if case == "whisper" else "speech_llm"
-    model = STILL if case in ("ctc", "text") else {}
-    data: dict[str, Any] = {"train": texts_and_speech, "dev": []} if case == "text" else {}
-    if case == "cache":
-        data = {"frame_cache": str(tmp_path / "frames")}
-    train = {"loss": "fixed"} if case == "fixed" else {"objective": "ctc"} if case == "ctc" else {}
     monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # as the processes have it
-    found = {}
-    for name, (accumulation, processes) in LAYOUTS.items():
-        config = tiny_config(name, model=model, data=data,
-                             train=train | {"accumulation": accumulation})
-        if processes > 1:
-            launch(kind, config, processes, "first", str(tmp_path / name))
-        else:  # here, which spares the start of a process
-            first_step(kind, config, str(tmp_path / name))
-        found[name] = (json.loads((tmp_path / f"{name}.json").read_text()),
-                       load_file(tmp_path / f"{name}.safetensors"))
-    metrics, gradients = found["whole"]
-    assert max(float(g.abs().max()) for g in gradients.values()) > 1e-4
-    for name in ("accumulated", "two"):
-        others, other_gradients = found[name]
-        for key in metrics.keys() & {"loss", "loss_asr", "loss_task", "loss_ner", "w_asr",
-                                     "tokens", "audio_seconds", "steps"}:
-            assert others[key] == pytest.approx(metrics[key], rel=1e-5), (name, key)
-        assert other_gradients.keys() == gradients.keys()
-        for parameter, gradient in gradients.items():
-            torch.testing.assert_close(other_gradients[parameter], gradient, rtol=1e-3, atol=1e-5,
-                                       msg=lambda m, p=parameter: f"{p}: {m}")
+    asked = list[tuple[str, Config]]()
+    for case, (kind, given) in CASES.items():
+        sections = json.loads(json.dumps(given).replace("mixed.jsonl", texts_and_speech[0]).replace(
+            "frames", str(tmp_path / "frames")))
+        for name, (accumulation, on) in LAYOUTS.items():
+            config = tiny_config(f"{case}-{name}", **sections | {
+                "train": sections.get("train", {}) | {"accumulation": accumulation}})
+            if on == 1:  # here, which spares the start of a process
+                first_step(kind, config)
+            else:
+                asked.append((kind, config))
+    launch(2, *asked, mode="first")
+    for case in CASES:
+        found = {name: (json.loads((tmp_path / f"{case}-{name}.json").read_text()),
+                        load_file(tmp_path / f"{case}-{name}.safetensors")) for name in LAYOUTS}
+        metrics, gradients = found["whole"]
+        assert max(float(g.abs().max()) for g in gradients.values()) > 1e-4
+        for name in ("accumulated", "two"):
+            others, other_gradients = found[name]
+            for key in metrics.keys() & {"loss", "loss_asr", "loss_task", "loss_ner", "w_asr",
+                                         "tokens", "audio_seconds", "steps"}:
+                assert others[key] == pytest.approx(metrics[key], rel=1e-5), (case, name, key)
+            assert other_gradients.keys() == gradients.keys()
+            for parameter, gradient in gradients.items():
+                torch.testing.assert_close(
+                    other_gradients[parameter], gradient, rtol=1e-3, atol=1e-5,
+                    msg=lambda m, p=parameter, c=case: f"{c}, {p}: {m}")
 
 
 @pytest.mark.slow
@@ -85,17 +93,17 @@ def test_a_stopped_run_of_stages_on_two_processes_ends_as_one_that_was_not(
         return tiny_config(name, model=CTC | {"lora": lora}, stages=stages, **more,
                            train={"batch_size": 4, "accumulation": 2, "save_every": 2})
 
-    printed = launch("speech_llm", config("whole"), 2)
+    printed = launch(2, ("speech_llm", config("whole")))
     whole = Path(config("whole").output)
     clip = whole.parent / "audio" / "u0.wav"
     assert printed.endswith(f"best: {whole / 'best'}\nscore it: unislu evaluate {whole}\n"
                             f"use it: unislu predict {whole} {clip}\n")
-    launch("speech_llm", config("part"), 2, "stop", "5", fails=True)
+    launch(2, ("speech_llm", config("part")), mode="stop:5", fails=True)
     part = Path(config("part").output)
     assert not read_finished(part / "ctc")
     # It goes on from step 4, and stops again at step 5 of the stage after.
-    launch("speech_llm", config("part", resume=True), 2, "stop", "5", fails=True)
-    launch("speech_llm", config("part", resume=True), 2)
+    launch(2, ("speech_llm", config("part", resume=True)), mode="stop:5", fails=True)
+    launch(2, ("speech_llm", config("part", resume=True)))
     for place in ("ctc/best", "ctc/last", "adapt/last", "best"):
         a, b = weights(whole / place), weights(part / place)
         assert a.keys() == b.keys()
@@ -111,8 +119,10 @@ def test_a_stopped_run_of_stages_on_two_processes_ends_as_one_that_was_not(
 ], ids=["tokens", "mixture"])
 def test_one_and_two_processes_take_the_same_steps(
         sections: dict[str, Any], says: str, tiny_config: Callable[..., Config],
-        launch: Callable[..., str]) -> None:
+        launch: Callable[..., str], monkeypatch: pytest.MonkeyPatch,
+        capsys: pytest.CaptureFixture[str]) -> None:
     """Three epochs of an odd number of examples, with real optimizer steps."""
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")  # as the processes have it
     rows = {}
     for processes in (1, 2):
         train = sections["train"] | {"accumulation": 2 // processes, "epochs": 3}
@@ -120,7 +130,10 @@ def test_one_and_two_processes_take_the_same_steps(
         config = tiny_config(f"on-{processes}", **sections | {"data": data, "train": train})
         manifest = Path(config.data.train[0])
         manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:11]))
-        assert says in launch("speech_llm", config, processes)
+        if processes == 1:  # here, which spares the start of a process
+            fitted("speech_llm", config)
+        assert says in (capsys.readouterr().out if processes == 1 else
+                        launch(processes, ("speech_llm", config)))
         rows[processes] = logged(Path(config.output))
     one, two = rows[1], rows[2]
     assert len(one) == len(two) >= 6

@@ -257,7 +257,7 @@ def test_processes_split_what_does_not_fit_and_stay_together(tiny_config: Make,
                                                              launch: Callable[..., str]) -> None:
     """`split` averages gradients itself: the same steps as DDP takes."""
     for name, mode in (("stop", "stop"), ("split", "split")):
-        launch("speech_llm", tiny_config(name, train=SMALL | {"on_oom": mode}), 2)
+        launch(2, ("speech_llm", tiny_config(name, train=SMALL | {"on_oom": mode})))
     folders = [Path(tiny_config(name).output) for name in ("stop", "split")]
     assert [r["loss"] for r in logged(folders[0])] == [r["loss"] for r in logged(folders[1])]
     assert json.dumps(read_progress(folders[0] / LAST).history) == json.dumps(

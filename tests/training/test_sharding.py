@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from tests.training.conftest import CTC, logged, weights
 from tests.training.run import GRADIENTS, record
 from unislu_llm.config import Config
-from unislu_llm.config_file import to_yaml
 from unislu_llm.data.manifest import read_manifest, write_manifest
 from unislu_llm.errors import UserError
 from unislu_llm.io import RATES_FILE
@@ -69,7 +68,7 @@ def sharded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def make(tiny_config: Callable[..., Config], tmp_path: Path) -> Callable[..., Config]:
-    """Factory of the configuration of a case on some processes: 6 steps of 4 micro-batches."""
+    """Factory of the configuration of a case on some processes: 4 steps of 4 micro-batches."""
     manifest = Path(tiny_config().data.train[0])
     rows = [replace(u, audio=None, duration=None) if i % 3 == 0 else u
             for i, u in enumerate(read_manifest(manifest, TaskRegistry()))]
@@ -82,7 +81,7 @@ def make(tiny_config: Callable[..., Config], tmp_path: Path) -> Callable[..., Co
         if "frame_cache" in more.get("data", {}):
             more["data"]["frame_cache"] = str(tmp_path / f"frames-{on}")
         return tiny_config(name or f"{case}-{on}", **more | {
-            "train": {"max_steps": 6, "epochs": 6, "accumulation": 4 // on} | more.get("train", {})
+            "train": {"max_steps": 4, "epochs": 4, "accumulation": 4 // on} | more.get("train", {})
             | train})
 
     return config
@@ -118,15 +117,11 @@ def test_two_processes_that_shard_do_what_one_does(
 def check(make: Callable[..., Config], launch: Callable[..., str], tmp_path: Path,
           share: float) -> None:
     """All cases on two processes, as the environment says, and on one."""
-    runs = [(case, kind, make(case, 2)) for case, (kind, _) in CASES.items()]
+    runs = [(kind, make(case, 2)) for case, (kind, _) in CASES.items()]
     part = make("llm", 2, "part")
-    runs[1:1] = [("part", "speech_llm:3", part),
-                 ("resumed", "speech_llm", part.model_copy(update={"resume": True}))]
-    asked = list[str]()
-    for name, kind, config in runs[1:]:
-        (tmp_path / f"asked-{name}.yaml").write_text(to_yaml(config))
-        asked += [kind, str(tmp_path / f"asked-{name}.yaml")]
-    launch("speech_llm", runs[0][2], 2, "each", *asked)
+    runs[1:1] = [("speech_llm:3", part),
+                 ("speech_llm", part.model_copy(update={"resume": True}))]
+    launch(2, *runs, mode="each")
     for case, (kind, _) in CASES.items():
         one, two = (Path(make(case, on).output) for on in (1, 2))
         record(kind, make(case, 1))
@@ -150,10 +145,10 @@ def check(make: Callable[..., Config], launch: Callable[..., str], tmp_path: Pat
     assert [row["loss"] for row in logged(whole)] == [row["loss"] for row in logged(resumed)]
     # Two more steps on one process, from what either has saved.
     for on in (1, 2):
-        config = make("llm", on, max_steps=8).model_copy(update={"resume": True})
+        config = make("llm", on, max_steps=6).model_copy(update={"resume": True})
         Trainer("speech_llm", config).fit()
     steps = [[row["loss"] for row in logged(Path(make("llm", on).output))] for on in (1, 2)]
-    assert len(steps[0]) == 8
+    assert len(steps[0]) == 6
     assert steps[1] == pytest.approx(steps[0], rel=1e-4)
     assert {value.dtype for value in weights(Path(make("bf16", 2).output) / "last").values()} == {
         torch.float32}

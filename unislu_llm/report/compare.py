@@ -183,9 +183,9 @@ def score_rows(flat: Mapping[str, Any], tables: Tables, resamples: int) -> list[
                        for name, value in values.items() if name != first and first in means}
         for name, counts in tables.get(key, {}).items():
             values[name] = interval(bootstrap(counts, resamples=resamples))
-            if differences.pop(name, None) and (
-                    counts[0].utterances == tables[key][first][0].utterances):
-                span = bootstrap(counts, tables[key][first], resamples=resamples)
+            base = tables[key].get(first)
+            if differences.pop(name, None) and base and base[0].utterances == counts[0].utterances:
+                span = bootstrap(counts, base, resamples=resamples)
                 differences[name] = {**interval(span), "p": span["p_value"]}
         rows.append({
             "key": key, "title": re.sub(r"\b(wer|cer|ctc|slue|f1)\b(?!-)", lambda m: m[0].upper(),
