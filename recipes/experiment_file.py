@@ -10,7 +10,7 @@ from typing import Any, Literal, cast
 
 import dry_run
 from experiment_table import Published
-from pydantic import BaseModel, FilePath, ValidationError
+from pydantic import BaseModel, FilePath, ValidationError, model_validator
 
 from unislu_llm.config import Config, Stage
 from unislu_llm.config_file import YamlFile, check
@@ -65,19 +65,33 @@ class System(BaseModel, extra="forbid"):
     title: str = ""
     recipe: Literal["train_llm", "train_whisper", ""] = ""
     like: str = ""
-    """An earlier system, whose recipe, `prepare` and config hold where this one says nothing."""
+    """An earlier system, whose recipe, config and the like hold where this one says nothing."""
     prepare: list[str] | None = None
     """Names in the file's `prepare`: what to run before training."""
     config: Values = {}
     """Sections over the common ones; null takes a setting away."""
+    of: str = ""
+    """No runs of its own: those of an earlier system are scored in another way."""
     seeds: list[int] = [1]
     """One run for each."""
+    evaluate: str = ""
+    """Flags of eval/evaluate.py, behind the file's."""
+    dev: list[str] = []
+    """Manifests that are scored in place of the runs' dev sets."""
     tests: dict[str, list[str]] | None = None
     """In place of the file's."""
     launch: FilePath | None = None
     """A config of Accelerate with which its training is launched, e.g. on several GPUs."""
     parts: Parts | None = None
     """No run but a row of scores of earlier systems, which have no rows of their own."""
+
+    @model_validator(mode="after")
+    def _own(self) -> System:
+        for key in ("config", "like", "recipe", "launch"):
+            if self.of and key in self.model_fields_set:
+                raise ValueError(f"'of' scores the runs of '{self.of}'; take '{key}' away, or give "
+                                 "`like` in place of `of`")
+        return self
 
 
 class Experiment(BaseModel, extra="forbid"):
@@ -120,7 +134,7 @@ class Job:
 
     @property
     def folder(self) -> Path:
-        return self.experiment.output / self.name
+        return self.experiment.output / f"{self.system.of or self.system.name}-s{self.seed}"
 
     def config(self) -> Values:
         """Config of the run as its recipe reads it, checked."""
@@ -145,14 +159,19 @@ class Job:
 
     @property
     def tests(self) -> dict[str, list[str]]:
-        """Manifests by test set; without a name: the dev sets, which the run knows."""
+        """Manifests by test set; without a name: the dev sets, which the run knows if there are
+        none."""
         own = self.system.tests
-        return {"": []} | (self.experiment.tests if own is None else own)
+        return {"": self.system.dev} | (self.experiment.tests if own is None else own)
+
+    def label(self, test: str = "") -> str:
+        """What eval/evaluate.py calls the scores of a test set beside the run's own dev sets."""
+        return "-".join(filter(None, [self.system.name if self.system.of else "", test]))
 
     def scores(self, test: str = "") -> Path:
         """Score file of the dev sets, or of a further test set, as eval/evaluate.py names it."""
-        stems = "+".join(Path(p).stem for p in self.tests[test])
-        name = "-".join(filter(None, [self.name, stems, test]))
+        stems = "+".join(Path(p).stem for p in self.tests[test])[:100]
+        name = "-".join(filter(None, [self.folder.name, stems, self.label(test)]))
         return self.experiment.results / f"{name}.json"
 
 
@@ -209,13 +228,17 @@ def _laid_over(files: Sequence[YamlFile]) -> Values:
 
 
 def _inherit(system: System, earlier: Mapping[str, System], where: str) -> System:
-    if system.like:
-        _known(system.like, earlier, f"{where}.like")
-        other = earlier[system.like]
+    if name := system.like or system.of:
+        _known(name, earlier, f"{where}.{'like' if system.like else 'of'}")
+        other = earlier[name]
+        own_seeds = system.like or "seeds" in system.model_fields_set
         system = system.model_copy(update={
             "recipe": system.recipe or other.recipe,
             "prepare": other.prepare if system.prepare is None else system.prepare,
             "tests": other.tests if system.tests is None else system.tests,
+            "of": system.of and (other.of or other.name),
+            "seeds": system.seeds if own_seeds else other.seeds,
+            "evaluate": system.evaluate or other.evaluate,
             "launch": system.launch or other.launch,
             "config": merge(other.config, system.config)})
     if not system.recipe and not system.parts:
@@ -264,7 +287,7 @@ def jobs(experiment: Experiment, only: Sequence[str] = ()) -> list[Job]:
     for name in only:
         _known(name, {system.name: None for system in experiment.systems}, "--only")
     wanted = {name for system in experiment.systems if not only or system.name in only
-              for name in [system.name, *dict(system.parts or {}).values()]}
+              for name in [system.name, system.of, *dict(system.parts or {}).values()]}
     found = [Job(system, seed, experiment) for system in experiment.systems
              if system.name in wanted and not system.parts for seed in system.seeds]
     for job in found:

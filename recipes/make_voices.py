@@ -280,6 +280,7 @@ def main() -> None:
     parser.add_argument("--workers", type=int, default=1, help="processes that voice")
     args = parser.parse_args()
     with reported():
+        from unislu_llm.data.audio import MAX_SECONDS
         from unislu_llm.data.manifest import read_manifest, write_manifest
         from unislu_llm.tasks import TaskRegistry
 
@@ -293,8 +294,11 @@ def main() -> None:
         write_manifest(args.out, [
             u if u.audio is not None else replace(
                 u, audio=clips[u.id].audio, duration=clips[u.id].duration,
-                speaker=clips[u.id].speaker) for u in rows])
-        print(f"{len(lines)} rows voiced, {len(rows) - len(lines)} had audio: {args.out}")
+                speaker=clips[u.id].speaker) for u in rows
+            if u.audio is not None or clips[u.id].duration <= MAX_SECONDS])
+        long = sum(clip.duration > MAX_SECONDS for clip in clips.values())
+        print(f"{len(lines)} rows voiced, {long} of them over {MAX_SECONDS:g} s and left out, "
+              f"{len(rows) - len(lines)} had audio: {args.out}")
 
 
 if __name__ == "__main__":

@@ -69,10 +69,11 @@ def run_job(job: Job, failed: set[str]) -> None:
         if failed and (missing := [path for path in manifests if not Path(path).is_file()]):
             print(f"{job.name}: not scored on {test}: there is no {missing[0]}", flush=True)
         elif not job.scores(test).is_file():
-            more = ["--manifest", *manifests, "--label", test] if test else []
+            more = shlex.split(f"{experiment.evaluate} {job.system.evaluate}")
+            for flag, given in (("--manifest", manifests), ("--label", [job.label(test)])):
+                more += [flag, *given] if any(given) else []
             _run([sys.executable, "eval/evaluate.py", str(job.folder), "--out",
-                  str(experiment.results), *shlex.split(experiment.evaluate), *more], log,
-                 f"{job.name}: scoring {test or 'dev'}")
+                  str(experiment.results), *more], log, f"{job.name}: scoring {test or 'dev'}")
 
 
 def _prepare(name: str, job: Job, log: Path) -> None:

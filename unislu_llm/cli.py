@@ -84,7 +84,7 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
             as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
             overlap: float = 0.0, language: str = "", recogniser: str = "", no_speech: float = 0.6,
             n_best: int = 1, num_beams: int = 1, phrases: str = "", phrase_boost: float = 2.0,
-            transcript: Literal["rewrite", "margin", "verbatim"] | None = None,
+            transcript: Literal["rewrite", "verbatim"] | None = None,
             grounded: bool = False, no_grammar: bool = False, confidences: bool = False,
             precision: Literal["fp32", "bf16"] = "fp32", batch_size: int = 8) -> int:
     """Print transcript, entities and labels of audio files, as they come.

@@ -84,7 +84,7 @@ class ModelConfig(Section):
     """Text before the hypothesis."""
     hypothesis_bias: Rate = 0.0
     """Nats by which decoding favours the next words of the hypothesis, else of the ctc text."""
-    transcript: Literal["auto", "rewrite", "margin", "verbatim"] = "auto"
+    transcript: Literal["auto", "rewrite", "verbatim"] = "auto"
     """How a hypothesis becomes the transcript (docs/decoding.md); auto: validation chooses."""
     recogniser: FilePath = ""
     """What makes hypotheses: a Whisper or saved model, ctc (the projector), empty: the encoder."""
@@ -250,7 +250,7 @@ class DecodeConfig(Section):
     hypothesis_bias: Rate | None = None
     """In place of the model's own hypothesis_bias."""
     transcript: Transcript | None = None
-    """rewrite, margin or verbatim, in place of the model's own transcript."""
+    """rewrite or verbatim, in place of the model's own transcript."""
     phrases: FilePath = ""
     """File of names and terms, one a line, that are raised in transcripts (docs/decoding.md)."""
     phrase_boost: Rate = 2.0

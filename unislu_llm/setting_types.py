@@ -9,7 +9,7 @@ from pydantic import AfterValidator, Field
 from tyro.conf import arg
 
 Precision = Literal["fp32", "bf16"]
-Transcript = Literal["rewrite", "margin", "verbatim"]  # as ModelConfig.transcript says
+Transcript = Literal["rewrite", "verbatim"]  # as ModelConfig.transcript says
 JSON = arg(constructor=json.loads, metavar="JSON")  # a flag whose value is JSON
 
 

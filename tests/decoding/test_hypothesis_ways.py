@@ -1,4 +1,4 @@
-"""How a hypothesis becomes the transcript: rewritten in few passes, by a margin, word for word."""
+"""How a hypothesis becomes the transcript: rewritten in few passes, or word for word."""
 
 from __future__ import annotations
 
@@ -12,10 +12,9 @@ from torch import Tensor
 from transformers import DynamicCache
 
 from tests.decoding.common import Build, batch_of, decode, decode_ids, noise
-from unislu_llm.decoding.greedy import Greedy, Margin
+from unislu_llm.decoding.greedy import Greedy
 from unislu_llm.decoding.hypothesis_bias import HypothesisBias
 from unislu_llm.decoding.loops import loop_start
-from unislu_llm.decoding.vocabulary import vocabulary_of
 from unislu_llm.models.kv_cache import State
 from unislu_llm.tasks import SEPARATOR
 from unislu_llm.tokenizer import UnifiedTokenizer
@@ -60,8 +59,8 @@ class Script:
         return scores.view(*hidden.shape[:-1], -1)
 
 
-def run(model: Script, hypotheses: Sequence[Sequence[int]], margin: float | None = None,
-        room: int = 40, bonus: float = 0.0) -> list[list[int]]:
+def run(model: Script, hypotheses: Sequence[Sequence[int]], room: int = 40,
+        bonus: float = 0.0) -> list[list[int]]:
     """What a scripted model says, `[T/L]` at its end."""
     stops = [[model.tokenizer.marker_ids[SEPARATOR], model.tokenizer.eos_id]] * len(hypotheses)
 
@@ -69,9 +68,7 @@ def run(model: Script, hypotheses: Sequence[Sequence[int]], margin: float | None
         return [HypothesisBias(model.tokenizer, hypotheses, bonus)]
 
     given: Any = (model, model.start(len(hypotheses)), [room] * len(hypotheses), stops, make)
-    search = Greedy(*given) if margin is None else Margin(
-        *given, margin, vocabulary_of(model.tokenizer).words)
-    answers, state = search.run()
+    answers, state = Greedy(*given).run()
     cache: Any = state.cache
     for answer, keys, mask in zip(answers, cache.layers[0].keys, state.mask, strict=True):
         assert keys[0, mask, 0].tolist() == answer.ids[:-1], "read but for the last one"
@@ -162,7 +159,7 @@ def test_word_for_word(build: Build, free: bool, monkeypatch: pytest.MonkeyPatch
         assert sum(a.transcript == b.transcript for a, b in zip(answers, drawn, strict=True)) > 1
 
 
-@pytest.mark.parametrize("way", ["verbatim", "margin", "rewrite"])
+@pytest.mark.parametrize("way", ["verbatim", "rewrite"])
 def test_of_a_token_with_a_bracket_the_letters_stay(
         build: Build, tokenizer_of: Callable[[str | None], Any], way: str) -> None:
     base = tokenizer_of(None)
@@ -182,34 +179,3 @@ def test_a_transcript_alone_needs_no_llm(build: Build) -> None:
     answers = decode(model, noise(2), [[], []], [SAID, ""])
     assert [(a.transcript, a.problems["asr"]) for a in answers] == [(SAID, ()), ("", ())]
     assert batch_of(model, noise(1), [SAID]).hypothesis_ids is not None
-
-
-def test_by_a_margin_departures_are_words_that_find_back(tokenizer: UnifiedTokenizer) -> None:
-    stop, comma = tokenizer.marker_ids[SEPARATOR], tokenizer.text_ids("a,")[-1]
-    said, other = (tokenizer.text_ids(text) for text in (SAID, "anna thanks us"))
-    n, x = len(said), other[0]
-
-    def model(at: int, instead: Sequence[int], sure: float, back: bool = True) -> Script:
-        """Says the hypothesis, but at one place is surer of other tokens."""
-        def follow(prefix: list[int]) -> dict[int, float]:
-            k = len(prefix)
-            if prefix[:at] == said[:at] and prefix[at:] == list(instead[:k - at]) and (
-                    at <= k < at + len(instead)):
-                return {[*said, stop][k]: 0.0, instead[k - at]: sure}
-            if prefix[at:at + len(instead)] == list(instead) and not back:
-                return {x: 0.0}
-            behind = prefix[at + len(instead):] if prefix[at:at + 1] == [instead[0]] else None
-            place = k if behind is None else at + 1 + len(behind)
-            return {said[place] if place < n else stop: 0.0}
-        return Script(tokenizer, follow)
-
-    whole = [[*said, stop]]
-    swapped = [[*said[:3], x, *said[4:], stop]]
-    assert run(model(3, [x], 5.0), [said], 4.0) == swapped
-    assert run(model(3, [x], 3.0), [said], 4.0) == whole, "not sure enough"
-    assert run(model(3, [comma], 9.0), [said], 4.0) == whole, "no word"
-    assert run(model(3, [stop], 9.0), [said], 4.0) == whole, "nor is the end one"
-    assert run(model(3, [x], 9.0, back=False), [said], 4.0) == whole, "it does not find back"
-    assert run(model(3, [x], 9.0, back=False), [said, said], 4.0) == whole * 2
-    assert run(model(n, [x], 9.0, back=False), [said], 4.0, room=n + 5) == whole, "behind its end"
-    assert run(Script(tokenizer, says([*other, stop])), [[]], 4.0) == [[*other, stop]]

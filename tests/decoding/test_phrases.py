@@ -16,6 +16,7 @@ from tests.tiny import make_whisper
 from unislu_llm.cli import main
 from unislu_llm.config import DecodeConfig
 from unislu_llm.decoding import hypotheses as module
+from unislu_llm.decoding import phrases as phrase_module
 from unislu_llm.decoding.engine import Engine
 from unislu_llm.decoding.hypotheses import ModelRecogniser
 from unislu_llm.decoding.phrases import MOST, PhraseBias, Phrases
@@ -79,6 +80,15 @@ def test_of_a_list_only_what_resembles_the_first_pass_is_raised() -> None:
     assert (many.like("it was paris 7")[0], len(many.like("paris 7"))) == ("paris 7", 30)
 
 
+def test_what_the_decoder_considered_is_raised_as_well(tokenizer: UnifiedTokenizer) -> None:
+    listed, logits = Phrases(("Latvia", "Hoppenstedt"), 2.0), torch.zeros(2, 3, len(tokenizer.base))
+    first = tokenizer.text_ids("Hoppenstedt")[0]
+    logits[:, :, tokenizer.text_ids("we")] = 9.0
+    logits[0, 1, first] = logits[1, 2, first] = 4.0  # in the second row behind its end
+    assert listed.maybe_said(tokenizer.base, ["lat via", "so far"], [2, 1], logits.unbind(1)) == [
+        ("Latvia", "Hoppenstedt"), ()]
+
+
 def test_errors_name_file_and_line(tmp_path: Path, tiny_run: Callable[..., Path],
                                    capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "names.txt"
@@ -105,8 +115,9 @@ def test_whisper_says_a_phrase_that_is_raised_enough(tmp_path: Path, build: Buil
         part.save_pretrained(tmp_path)
     own, waves = WhisperRecogniser(str(tmp_path)), noise(3)
     plain = own(waves, "en")
+    monkeypatch.setattr(phrase_module, "_RARE", 0.0)
     assert own(waves, "en", Phrases(("quetzalcoatlus",), 500.0)) == plain, "it is like nothing"
-    monkeypatch.setattr(Phrases, "like", lambda self, heard: self.texts)
+    monkeypatch.setattr(phrase_module, "_RARE", -99.0)
     long = f"{SAID} we thank the european parliament"  # too long to be said four times
     forced = own(waves, "en", Phrases((long,), 500.0))
     assert all(long in t.text.lower() for t in forced)
@@ -117,8 +128,8 @@ def test_whisper_says_a_phrase_that_is_raised_enough(tmp_path: Path, build: Buil
         assert recogniser(waves, "en", LIST) == [recogniser([w], "en", LIST)[0] for w in waves]
 
 
-@pytest.mark.parametrize("options", [{"hypothesis_bias": 2.0}, {"num_beams": 2}, {
-    "transcript": "margin", "hypothesis_bias": 4.0}, {"transcript": "verbatim"}])
+@pytest.mark.parametrize("options", [{"hypothesis_bias": 2.0}, {"num_beams": 2},
+                                     {"transcript": "verbatim"}])
 def test_an_llm_that_rewrites_is_drawn_to_phrases(build: Build, options: dict[str, Any]) -> None:
     model, waves = build("llm", 3, separator=2.0, hypothesis="manifest"), noise(4)
     texts = [SAID, "", "we thank the european parlament", "ana voted for the union"]
@@ -133,7 +144,7 @@ def test_an_llm_that_rewrites_is_drawn_to_phrases(build: Build, options: dict[st
     alone = [said(slice(i, i + 1), LIST)[0] for i in range(4)]
     assert [(a.transcript, a.outputs) for a in alone] == [(a.transcript, a.outputs) for a in raised]
     forced = said(slice(3, 4), Phrases(("anna voted",), 500.0))[0].transcript.lower()
-    assert ("anna voted" in forced) is ("transcript" not in options or how.transcript == "margin")
+    assert ("anna voted" in forced) is ("transcript" not in options)
 
 
 def test_phrases_reach_the_recogniser_of_every_window(build: Build,

@@ -67,7 +67,8 @@ class Fake:
             log.touch()
             return int(self.fail in command)
         if "eval/evaluate.py" in command:
-            name, test = Path(command[2]).name, "-dev-read" * ("--manifest" in command)
+            name, test = Path(command[2]).name, "-dev" * ("--manifest" in command)
+            test += f"-{command[-1]}" * ("--label" in command)
             # One word in ten is wrong, of a second seed two; of the model of another task all are.
             wrong = 10 if name.startswith("only-") else 2 if name.endswith("s2") else 1
             said = "no " * wrong + TEXT[2 * wrong:]
@@ -197,6 +198,27 @@ def test_published_numbers_and_parts_have_rows(experiment: Callable[..., Any],
     assert len(rows_of(asked.results, "whisper")) == 4
 
 
+def test_runs_of_a_system_are_scored_in_another_way(runner: ModuleType,
+                                                    experiment: Callable[..., Any],
+                                                    run: Callable[..., Fake]) -> None:
+    other = {"name": "beams", "of": "w", "evaluate": "--precision bf16",
+             "dev": ["${data}/made/dev.jsonl"], "tests": {}}
+    asked = experiment(systems=[*SYSTEMS[:1], other, {"name": "again", "of": "beams", "dev": []}])
+    fake = run(asked, "beams")
+    assert fake.trained().keys() == {"w-s1", "w-s2", "w-s3"}
+    scored = [c[2:] for c in fake.commands if "beams" in c]
+    dev = str(Path("corpora/made/dev.jsonl").resolve())
+    assert scored == [[str(asked.output / f"w-s{seed}"), "--out", str(asked.results),
+                       "--decode.grammar", "--precision", "bf16", "--manifest", dev, "--label",
+                       "beams"] for seed in (1, 2, 3)]
+    assert [job.scores().name for job in runner.jobs(asked) if job.system.name == "again"] == [
+        f"w-s{seed}-again.json" for seed in (1, 2, 3)]
+    rows = rows_of(asked.results, "slue")
+    assert rows["beams"]["WER vp"] == rows["Whisper"]["WER vp"]
+    assert list(rows_of(asked.results, "slue differences")) == ["beams"]
+    assert run(asked, "beams").commands == []
+
+
 def test_another_runners_run_is_left_to_it(experiment: Callable[..., Any], run: Callable[..., Fake],
                                            capsys: pytest.CaptureFixture[str]) -> None:
     asked = experiment()
@@ -290,6 +312,8 @@ def test_every_run_of_a_shipped_experiment_can_be_configured(path: Path, runner:
     ({"systems": [{"name": "a", "like": "b"}]}, "like: there is no 'b'"),
     ({"systems": [{"name": "a", "recipe": "train_llm", "prepare": ["mad"]}]}, "mean 'made'"),
     ({"common": {"train": {"epoch": 1}}}, r"yaml:3: system 'w': .*did you mean 'epochs'"),
+    ({"systems": [*SYSTEMS[:1], {"name": "a", "of": "w", "config": {}}]}, "take 'config' away"),
+    ({"systems": [{"name": "a", "of": "v"}]}, "of: there is no 'v'"),
     ({"may_fail": ["mad"]}, "may_fail: there is no 'mad'"),
     ({"systems": [{"name": "a", "recipe": "train_llm", "launch": "x.yaml"}]}, "launch: .*'x.yaml'"),
     ({"published": [{"source": "", "protocol": "slue", "set": "read", "columns": ["SLUE"],

@@ -91,12 +91,15 @@ def test_a_stopped_run_goes_on_and_makes_what_is_missing_or_changed(
 
 
 def test_rows_without_audio_are_voiced(recipe: Callable[[str], ModuleType], tmp_path: Path,
-                                       monkeypatch: pytest.MonkeyPatch) -> None:
+                                       monkeypatch: pytest.MonkeyPatch,
+                                       capsys: pytest.CaptureFixture[str]) -> None:
     source, out, voices = tmp_path / "a.jsonl", tmp_path / "spoken.jsonl", recipe("make_voices")
-    source.write_text('{"id": "a", "text": "we like it", "sa": "Positive"}\n', encoding="utf-8")
+    source.write_text('{"id": "a", "text": "we like it", "sa": "Positive"}\n'
+                      f'{{"id": "b", "text": "{"long" * 160}"}}\n', encoding="utf-8")
     monkeypatch.setattr(voices, "VOICES", TONES)
     monkeypatch.setattr(sys, "argv", ["make_voices.py", str(source), "--out", str(out)])
     voices.main()
+    assert "2 rows voiced, 1 of them over 30 s and left out" in capsys.readouterr().out
     spoken, = read_manifest(out, TaskRegistry(), check_audio=True)
     assert (spoken.text, spoken.labels["sa"]) == ("we like it", "Positive")
     assert (spoken.speaker in ("low", "high"), spoken.seconds) == (True, pytest.approx(0.55))

@@ -127,7 +127,7 @@ def test_settings_that_may_differ(tiny_config: Make, tmp_path: Path,
     Trainer("speech_llm", tiny_config("first")).model.save_pretrained(tmp_path / "saved")
     copy = shutil.copytree(tiny_checkpoints["llm"], tmp_path / "copy")
     model = {"llm": str(copy), "hypothesis": "reference", "hypothesis_bias": 2.0, "language": "en",
-             "transcript": "margin", "prompt_suffix": "now", "encoder_mode": "top"}
+             "transcript": "verbatim", "prompt_suffix": "now", "encoder_mode": "top"}
     train = {"init": str(tmp_path / "saved")}
     made = Trainer("speech_llm", tiny_config(model=model, train=train)).model
     assert (made.config.prompt_suffix, made.config.hypothesis_bias) == ("now", 2.0)

@@ -228,7 +228,7 @@ def test_a_corpus_without_tasks_trains(tiny_config: Make, make_utterances: Any,
 
 
 @pytest.mark.parametrize(("said", "asked", "stored"), [
-    ("", "auto", "verbatim"), ("no " * 30, "auto", "rewrite"), ("", "margin", "margin")])
+    ("", "auto", "verbatim"), ("no " * 30, "auto", "rewrite"), ("", "rewrite", "rewrite")])
 def test_validation_chooses_what_becomes_of_hypotheses(
         tiny_config: Make, tmp_path: Path, capsys: pytest.CaptureFixture[str],
         make_utterances: Any, said: str, asked: str, stored: str) -> None:

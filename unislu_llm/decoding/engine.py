@@ -13,7 +13,7 @@ from unislu_llm.config import DecodeConfig
 from unislu_llm.data.batch import Batch
 from unislu_llm.decoding.answer import Answer, fill
 from unislu_llm.decoding.grammar import GrammarProcessor, Request, grammar_of
-from unislu_llm.decoding.greedy import Greedy, Make, Margin
+from unislu_llm.decoding.greedy import Greedy, Make
 from unislu_llm.decoding.hypothesis_bias import HypothesisBias
 from unislu_llm.decoding.loops import loop_start
 from unislu_llm.decoding.no_speech import evidence_of
@@ -125,13 +125,17 @@ class Engine:
                 several=n_best > 1))
         return answers
 
-    def _raised(self, batch: Batch) -> Sequence[Sequence[str]]:
+    def _raised(self, batch: Batch, state: State) -> list[tuple[str, ...]]:
         """Phrases like what each row's hypothesis says, or else what the model does without any."""
-        said = [e.utterance.hypothesis for e in batch.examples]
-        if self.phrases and not self.model.reads_hypothesis:
-            first = Engine(self.model, self.options)
-            said = [a.transcript for a in first.answer(batch, [()] * len(batch))]
-        return [self.phrases.like(text or "") for text in said] if self.phrases else ()
+        assert self.phrases is not None
+        if self.model.reads_hypothesis:
+            return [self.phrases.like(e.utterance.hypothesis or "") for e in batch.examples]
+        own, first = self.model.tokenizer, Engine(self.model, self.options)
+        said = [a.transcript for a in first.answer(batch, [()] * len(batch))]
+        ids, state = [own.text_ids(text) for text in said], state.take(range(len(said)))
+        hidden = [state.hidden, *feed(self.model, state, ids).unbind(1)]
+        return self.phrases.maybe_said(own.base, said, [*map(len, ids)],
+                                       map(self.model.logits, hidden))
 
     def _free(self, batch: Batch, names: Sequence[list[str]]) -> Read:
         """One answer for all tasks: whatever the model chooses to say."""
@@ -143,7 +147,7 @@ class Engine:
         fits = self.model.fits(state, need)
         room = [*map(self._budget, seconds, need, fits)]
         eos, heads = self.model.tokenizer.eos_id, [Decoded()] * len(names)
-        if verbatim := self._way(state) == "verbatim":
+        if self._way(state) == "verbatim":
             heads = self._verbatim(state, need)
             lengths = [len(head.ids) for head in heads]
             limits = [*map(self._budget, seconds, need, fits, lengths)]
@@ -152,7 +156,7 @@ class Engine:
         else:
             make = self._maker(requests, room, state, batch)
         ends = [[eos]] * len(names)
-        ranked, _ = self._search(state, room, ends, make, None if verbatim else state)
+        ranked, _ = self._search(state, room, ends, make)
         return {(i, name): [heads[i] + tail for tail in ranked[i]]
                 for i, some in enumerate(names) for name in some}, {}, by_ctc, start
 
@@ -182,7 +186,7 @@ class Engine:
                       zip(self._verbatim(state, most), stops, strict=True)]
         else:
             make = self._maker(requests, room, state, batch)
-            ranked, state = self._search(state, room, stops, make, state)
+            ranked, state = self._search(state, room, stops, make, goes_on=True)
             if self.options.num_beams > 1:
                 # The beams' own states are gone; the best transcripts are read again, in one step.
                 feed(self.model, state, [answers[0].ids[:-1] for answers in ranked])
@@ -256,18 +260,14 @@ class Engine:
                   for pair, head, tails in zip(pairs, heads, ranked, strict=True)}
 
     def _search(self, state: State, room: Sequence[int], stops: Sequence[Sequence[int]],
-                make: Make, read: State | None = None) -> tuple[list[list[Decoded]], State]:
-        """Answers, best first, and a state: of beams the given one, else that in which all tokens
-        but the last ones are read. `read` is what a transcript is decoded from."""
+                make: Make, goes_on: bool = False) -> tuple[list[list[Decoded]], State]:
+        """Answers, best first, and a state: of beams the given one, else, where tasks go on from
+        there, that in which all tokens but the last ones are read."""
         beams = self.options.num_beams
         if beams > 1:
             return beam_search(self.model, state, room, stops, make(), beams), state
-        if read is not None and self._way(read) == "margin":
-            words = vocabulary_of(self.model.tokenizer).words.to(state.mask.device)
-            search: Greedy = Margin(self.model, state, room, stops, make, self._bias, words)
-        else:
-            search = Greedy(self.model, state, room, stops, make, self.options.temperature)
-        answers, state = search.run(goes_on=read is not None)  # transcripts go on with tasks
+        search = Greedy(self.model, state, room, stops, make, self.options.temperature)
+        answers, state = search.run(goes_on=goes_on)
         return [[answer] for answer in answers], state
 
     def _verbatim(self, state: State, need: Sequence[int]) -> list[Decoded]:
@@ -303,17 +303,16 @@ class Engine:
         return state.ctc_hypothesis if state.hypothesis is None else state.hypothesis
 
     def _way(self, state: State) -> str:
-        """How transcripts are made: without a hypothesis `rewrite`, and by beams no margin."""
-        beams = self._transcript == "margin" and self.options.num_beams > 1
-        return "rewrite" if beams or self._hypotheses(state) is None else self._transcript
+        """How transcripts are made: without a hypothesis `rewrite`."""
+        return "rewrite" if self._hypotheses(state) is None else self._transcript
 
     def _maker(self, requests: Sequence[Request], budgets: Sequence[int], state: State,
                batch: Batch) -> Make:
         """What makes the processors of transcripts: what they are drawn to, then the grammar."""
-        read, margin = self._hypotheses(state), self._way(state) == "margin"
-        raised = self._raised(batch)
+        read = self._hypotheses(state)
+        raised = self._raised(batch, state) if self.phrases else ()
         if read is not None:
-            read = [self._kept(ids, loops=not margin).ids for ids in read]
+            read = [self._kept(ids, loops=True).ids for ids in read]
 
         def make() -> list[Processor]:
             made, own = self._processors(requests, budgets), self.model.tokenizer
@@ -321,9 +320,7 @@ class Engine:
                 ends = [*self._ids.values(), own.eos_id]
                 made.insert(0, PhraseBias(own.base, raised, self.phrases.boost, ends))
             if read is not None:
-                # By a margin, nothing is added to the scores: it is what they are compared by.
-                made.insert(0, HypothesisBias(own, read, 0.0 if margin else self._bias,
-                                              self.model.device))
+                made.insert(0, HypothesisBias(own, read, self._bias, self.model.device))
             return made
 
         return make

@@ -14,7 +14,6 @@ from unislu_llm.models.base import SLUModel
 from unislu_llm.models.kv_cache import State
 
 _POSITIONS = 64  # whose logits exist at one time
-_TOKENS = 6  # within which a departure has to find back to the hypothesis
 
 Make = Callable[[], Sequence[Processor]]
 
@@ -59,29 +58,15 @@ class Greedy:
             self.keep(tokens, known, ahead)
         return self.answers, State.join(*zip(*self._parked, strict=True)) if goes_on else self.state
 
-    def guide(self) -> HypothesisBias | None:
-        """The processor that knows the hypothesis."""
-        return next((p for p in self.processors if isinstance(p, HypothesisBias)), None)
-
     def ahead(self) -> Tensor:
         """What comes next in the hypotheses, `(rows, n)`, filled up with -1."""
-        guide = self.guide()
+        guide = next((p for p in self.processors if isinstance(p, HypothesisBias)), None)
         if guide is None:
             return self.last[:, :0]
-        return self._within([ids or [] for ids in guide.ahead()])
-
-    def _within(self, some: Sequence[Sequence[int]]) -> Tensor:
-        ids = padded(some, self.last.device)
+        ids = padded([some or [] for some in guide.ahead()], self.last.device)
         # What lies behind the room is never written, and there may be no positions for it.
         beyond = torch.arange(ids.shape[1], device=ids.device) >= self.left[:, None]
         return ids.masked_fill(~self.live[:, None] | beyond, -1)
-
-    def choose(self, scores: Tensor, logits: Tensor, offer: Tensor) -> Tensor:
-        """The next tokens `(rows,)`, by scores and logits `(rows, vocabulary)`; `offer` `(rows,)`
-        stands there in the hypotheses, or -1."""
-        if self.temperature:
-            return torch.multinomial((scores / self.temperature).softmax(-1), 1)[:, 0]
-        return scores.argmax(-1)
 
     def keep(self, tokens: Tensor, known: Tensor, ahead: Tensor) -> None:
         """Add tokens `(rows, n)` to the answers, and take back what was read and not written."""
@@ -141,7 +126,8 @@ class Greedy:
             scores = logits
             for processor in self.processors:
                 scores = processor(scores)
-            token = self.choose(scores, logits, offer)
+            token = (torch.multinomial((scores / self.temperature).softmax(-1), 1)[:, 0]
+                     if self.temperature else scores.argmax(-1))
             known.append(logits.gather(1, token[:, None])[:, 0] - logits.logsumexp(-1))
             token = token.masked_fill(~going, -1)
             tokens.append(token)
@@ -153,80 +139,3 @@ class Greedy:
             if not bool(going.any()):
                 break
         return torch.stack(tokens, 1), torch.stack(known, 1)
-
-
-class Margin(Greedy):
-    """Departs from a hypothesis only where the LLM is surer of another word by `margin` nats.
-
-    Its punctuation stands. A departure that has not found back to the hypothesis within six tokens,
-    or before the end, is taken back: large ones do more harm than good.
-    """
-
-    def __init__(self, model: SLUModel, state: State, room: Sequence[int],
-                 stops: Sequence[Sequence[int]], make: Make, margin: float,
-                 words: Tensor) -> None:
-        super().__init__(model, state, room, stops, make)
-        self._make, self._room, self._margin = make, list(room), margin
-        self._stops, self._words = [list(ids) for ids in stops], words
-        self._offered: list[Tensor] = []  # log-probabilities of a round's offers
-        # By row: tokens before it departed, and the hypothesis' next one with its log-probability.
-        self._departed: dict[int, tuple[int, int, float]] = {}
-
-    def ahead(self) -> Tensor:
-        guide = self.guide()
-        assert guide is not None
-        self._offered = []
-        some = [[] if ids is None else [*ids, self._stops[row][0]]
-                for row, ids in zip(self.rows, guide.ahead(), strict=True)]
-        return self._within(some)
-
-    def choose(self, scores: Tensor, logits: Tensor, offer: Tensor) -> Tensor:
-        at = offer.clamp(min=0)[:, None]
-        score = scores.gather(1, at)[:, 0]
-        self._offered.append(logits.gather(1, at)[:, 0] - logits.logsumexp(-1))
-        words = F.pad(self._words, (0, scores.shape[1] - len(self._words)))
-        best, word = scores.masked_fill(~words, float("-inf")).max(-1)
-        matters = words[at[:, 0]] | (at == self.ends).any(-1)
-        token = torch.where(matters & (best > score + self._margin), word, at[:, 0])
-        # What the grammar forbids, and what no hypothesis offers, is the LLM's to choose.
-        return torch.where((offer >= 0) & score.isfinite(), token, scores.argmax(-1))
-
-    def keep(self, tokens: Tensor, known: Tensor, ahead: Tensor) -> None:
-        super().keep(tokens, known, ahead)
-        offers = F.pad(ahead, (0, 1), value=-1).tolist()
-        values, guide = torch.stack(self._offered, 1).tolist(), self.guide()
-        assert guide is not None
-        back = []
-        for i, (row, ids, (own, end)) in enumerate(zip(self.rows, tokens.tolist(), guide.aligned(),
-                                                       strict=True)):
-            n, answer = sum(token >= 0 for token in ids), self.answers[row].ids
-            if n and offers[i][n - 1] not in (-1, ids[n - 1]):
-                departed = len(answer) - 1, offers[i][n - 1], values[i][n - 1]
-                self._departed.setdefault(row, departed)
-            if row not in self._departed:
-                continue
-            if own or (end and answer[-1] in self._stops[row]):
-                del self._departed[row]
-            elif len(answer) - self._departed[row][0] >= _TOKENS or not self.live[i]:
-                back.append(i)
-        if back:
-            self._take_back(back)
-
-    def _take_back(self, rows: Sequence[int]) -> None:
-        counts = torch.zeros_like(self.left)
-        for i in rows:
-            answer, stops = self.answers[self.rows[i]], self._stops[self.rows[i]]
-            length, token, value = self._departed.pop(self.rows[i])
-            counts[i] = len(answer.ids) - length - 1  # the last one is not read yet
-            self.answers[self.rows[i]] = Decoded([*answer.ids[:length], token],
-                                                 [*answer.log_probs[:length], value])
-            self.left[i] = self._room[self.rows[i]] - length - 1
-            self.live[i] = bool(self.left[i] > 0) and token not in stops
-            self.last[i] = token if self.live[i] else -1
-        self.state.drop(counts)
-        # Processors cannot go back: they begin anew, and read what stands.
-        self.processors = list(self._make())
-        index = torch.tensor(self.rows).to(self.live.device)
-        for processor in self.processors:
-            processor.reorder(index)
-            processor.advance(padded([self.answers[row].ids for row in self.rows], index.device))

@@ -59,12 +59,6 @@ class HypothesisBias:
         self._led = torch.ones_like(self._open)  # whether the last word is the hypothesis' own
         self._since = torch.zeros_like(self._row)  # tokens since then, all punctuation
 
-    def aligned(self) -> list[tuple[bool, bool]]:
-        """Of each row, whether its last word is the hypothesis' own, and whether the transcript may
-        have come to the hypothesis' end."""
-        end = (self._at & (self._place == self._length)).any(-1)
-        return list(zip(self._led.tolist(), end.tolist(), strict=True))
-
     def ahead(self) -> list[list[int] | None]:
         """Of each row the tokens of the hypothesis that come next; None where the last word of the
         transcript is not the hypothesis' own, and behind the transcript."""

@@ -3,7 +3,8 @@
 Shallow fusion with a trie of their tokens: what continues a phrase from a word's start gains a
 bonus, which is taken back where the phrase is not completed, as along the failure arcs of an
 Aho-Corasick automaton (icefall's context graph). A long list would raise what nobody said: only
-phrases are raised that sound like something in a first pass without them.
+phrases are raised that look or sound like something in a first pass without them, or that the
+decoder itself might have begun somewhere in it.
 """
 
 from __future__ import annotations
@@ -27,7 +28,8 @@ from unislu_llm.text_files import read_text
 
 MOST, LONGEST = 10_000, 200  # phrases of a list, characters of a phrase
 _SIMILAR = 60.0  # percent from which a phrase may be what was said
-_KEPT = 30  # phrases of an utterance that are raised at most: the most similar ones
+_KEPT = 30  # phrases of an utterance that are raised at most as the most similar ones
+_BEGUN, _RARE = 60, -6.0  # and as the likeliest to begin, with this log-probability at least
 _WORDS = 8  # of a stretch that is compared; longer phrases still have most of it
 _FREE = 4  # words of a phrase up to which each may have a capital or none, by itself
 _END = -1  # key of a node at which a phrase ends
@@ -84,6 +86,27 @@ class Phrases(NamedTuple):
         best, order = ((2 * letters + sounds) / 3).amax(1).sort(descending=True, stable=True)
         return tuple(self.texts[i] for i, share in zip(order[:_KEPT].tolist(), best.tolist(),
                                                        strict=False) if share >= _SIMILAR)
+
+    def maybe_said(self, base: Any, texts: Sequence[str], lengths: Sequence[int],
+                   logits: Iterable[Tensor]) -> list[tuple[str, ...]]:
+        """Of each row the phrases that its text is :meth:`like`, and those that the decoder might
+        have begun: what is heard as words that nothing resembles may still have been considered.
+
+        Args:
+            base: tokenizer of the decoder.
+            texts: what it said.
+            lengths: their tokens.
+            logits: `(rows, vocabulary)` at the first place, and behind each token.
+        """
+        best, ends = torch.tensor(float("-inf")), torch.tensor(lengths)[:, None]
+        for place, some in enumerate(logits):
+            known = some.float().log_softmax(-1).masked_fill(ends.to(some.device) < place, -1e9)
+            best = torch.maximum(best.to(some.device), known)
+        begun = best[:, _firsts(base, self.texts).to(best.device)].amax(-1)
+        values, order = begun.topk(min(_BEGUN, len(self.texts)))
+        return [tuple(dict.fromkeys((*self.like(text), *(
+            self.texts[i] for i, value in zip(*row, strict=True) if value >= _RARE))))
+            for text, *row in zip(texts, order.tolist(), values.tolist(), strict=True)]
 
 
 @lru_cache(maxsize=1 << 16)
@@ -183,6 +206,17 @@ def _trie(base: Any, phrases: tuple[str, ...]) -> Node:
             node = node.setdefault(token, {})
         node[_END] = True
     return trie
+
+
+@lru_cache(maxsize=16)
+def _firsts(base: Any, phrases: tuple[str, ...]) -> Tensor:
+    """Ids `(phrases, ways)` of tokens with which each may begin."""
+    ways = [[*_spellings(phrase.replace("[", "").split()[0])] for phrase in phrases]
+    found = iter(base([text for some in ways for text in some], add_special_tokens=False,
+                      split_special_tokens=True)["input_ids"])
+    ids = [[(next(found) or [0])[0] for _ in some] for some in ways]
+    most = max(map(len, ids))
+    return torch.tensor([[*some, *some[:1] * (most - len(some))] for some in ids])
 
 
 def _spellings(phrase: str) -> Iterator[str]:

@@ -110,7 +110,12 @@ class WhisperRecogniser:
                                          strict=True):
             text = str(tokenizer.decode(ids, skip_special_tokens=True))
             found.append(cut(ids, tokenizer, evidence.of_words(sum(sure) / len(sure), text)))
-        raised = [phrases.like(t.text) if phrases else () for t in found]
+        raised: list[tuple[str, ...]] = []
+        if phrases:
+            read = padded([[*prompt, *ids] for ids, _ in said], frames.device).clamp(min=0)
+            logits = self._logits(frames, read)[:, len(prompt) - 1:].unbind(1)
+            raised = phrases.maybe_said(tokenizer, [t.text for t in found],
+                                        [len(ids) for ids, _ in said], logits)
         if phrases and (rows := [i for i, some in enumerate(raised) if some]):
             again = self._decode(frames[rows], prompt, [bounds[i] for i in rows], bias=PhraseBias(
                 tokenizer, [raised[i] for i in rows], phrases.boost))
@@ -154,16 +159,21 @@ class WhisperRecogniser:
                 [note] if num_beams == 1 else []),  # type: ignore[list-item]
             stopping_criteria=StoppingCriteriaList([full]),  # type: ignore[list-item]
             do_sample=False, max_new_tokens=max(bounds), num_beams=num_beams)
-        known = torch.stack(steps, dim=1) if steps else whisper(
-            encoder_outputs=BaseModelOutput(last_hidden_state=frames),
-            decoder_input_ids=out[:, :-1]).logits[:, len(prompt) - 1:].float().log_softmax(
-                -1).gather(2, out[:, len(prompt):, None])[..., 0]
+        known = torch.stack(steps, dim=1) if steps else self._logits(
+            frames, out[:, :-1])[:, len(prompt) - 1:].float().log_softmax(-1).gather(
+                2, out[:, len(prompt):, None])[..., 0]
         end, found = int(whisper.config.eos_token_id), []
         for ids, n, log_probs in zip(out[:, len(prompt):].tolist(), bounds,
                                      known.tolist(), strict=True):
             said = ids[:ids.index(end)] if end in ids[:n] else ids[:n]
             found.append((said, log_probs[:min(len(said) + 1, n)]))
         return found
+
+    def _logits(self, frames: Tensor, ids: Tensor) -> Tensor:
+        """Logits `(rows, n, vocabulary)` behind each of these ids `(rows, n)`."""
+        encoded = BaseModelOutput(last_hidden_state=frames)
+        logits: Tensor = self._whisper(encoder_outputs=encoded, decoder_input_ids=ids).logits
+        return logits
 
 
 def cut(ids: Sequence[int], tokenizer: Any, evidence: Evidence | None) -> Transcript:

@@ -79,7 +79,7 @@ class Understanding(BaseModel, extra="forbid"):
     language: str = ""
     n_best: int = 1
     num_beams: Annotated[int, Field(ge=1, le=8)] = 1  # they cost memory
-    transcript: Literal["rewrite", "margin", "verbatim"] | None = None
+    transcript: Literal["rewrite", "verbatim"] | None = None
     grounded: bool = False
     no_speech: Annotated[float, Field(ge=0, le=1)] = 0.6
     overlap: Annotated[float, Field(ge=0, le=10)] = 0.0
