@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from tyro.conf import arg
 
 from unislu_llm.errors import UserError
@@ -84,6 +84,8 @@ class ModelConfig(Section):
     """Text before the hypothesis."""
     hypothesis_bias: Rate = 0.0
     """Nats by which decoding favours the next words of the hypothesis, else of the ctc text."""
+    phrases: Annotated[Count, Field(le=1000)] = 0
+    """Phrases of a list (decode.phrases) in the prompt at most, with which it trains; 0: none."""
     transcript: Literal["auto", "rewrite", "verbatim"] = "auto"
     """How a hypothesis becomes the transcript (docs/decoding.md); auto: validation chooses."""
     recogniser: FilePath = ""
@@ -96,14 +98,6 @@ class ModelConfig(Section):
     """Language code of Whisper's prompt, for its decoder and where it makes hypotheses."""
     decoder_mode: Literal["full", "lora", "frozen"] = "full"
     """Whisper decoder only: what trains in it."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_older_files(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("pad_to_30s"), bool):
-            values = values | {"silence": 30.0 * values["pad_to_30s"]}
-            del values["pad_to_30s"]
-        return values
 
 
 class DataConfig(Section):
@@ -312,6 +306,8 @@ def check_together(config: Sections, processes: int = 1) -> None:
          "there is nothing to keep; switch it off, or all of augment but time_masks, freq_masks"),
         (keeps and model.encoder_mode != "frozen", "data.frame_cache: frames can be kept of a "
          "frozen encoder alone; set model.encoder_mode frozen, or leave data.frame_cache empty"),
+        (model.phrases and model.hypothesis == "none", "model.phrases: are chosen by the "
+         "hypothesis; set model.hypothesis, or model.phrases 0"),
         (drops and model.hypothesis == "none", "train.hypothesis_dropout, train.hypothesis_word_"
          "dropout: the model reads no hypothesis; set model.hypothesis, or these to 0"),
         (train.hypothesis_dropout and model.projector in ("none", "decoder"), "train.hypothesis_"

@@ -184,7 +184,8 @@ def with_hypotheses(model: SLUModel, utterances: Sequence[Utterance], progress: 
     """Attach to utterances what a model needs before it decodes: hypotheses, where it reads them.
 
     Those of `model.hypothesis manifest` that are there stay; the model's recogniser makes the
-    others. What comes twice stays one object. `progress` is the label of a progress bar, `device`
+    others. A model that reads phrases gets those of a list that may be said. What comes twice stays
+    one object. `progress` is the label of a progress bar, `device`
     and `recogniser` are in place of the model's; `phrases` are raised in what is made, by
     `num_beams` of the recogniser.
 
@@ -207,10 +208,15 @@ def with_hypotheses(model: SLUModel, utterances: Sequence[Utterance], progress: 
         made = dict(recognise(recogniser_of(model, device, recogniser), list(lacking.values()),
                               model.registry, language=model.config.language,
                               progress=progress, phrases=phrases, num_beams=num_beams))
-        found |= {key: replace(u, hypothesis=made[i].text, evidence=made[i].evidence)
+        found |= {key: replace(u, hypothesis=made[i].text, evidence=made[i].evidence,
+                               phrases=made[i].phrases)
                   for i, (key, u) in enumerate(lacking.items())}
         if looped := sum(t.loop for t in made.values()):
             log.warning("%d of %d hypotheses repeated themselves and were cut", looped, len(made))
     if phrases and (given := len(found) - len(lacking)):
         log.warning("phrases change no given hypothesis: %d of %d are given", given, len(found))
+    if phrases and model.config.phrases:
+        found = {key: replace(u, phrases=tuple(dict.fromkeys((
+            *phrases.like(u.hypothesis or ""), *u.phrases)))[:model.config.phrases])
+            for key, u in found.items()}
     return [found[id(u)] for u in utterances]

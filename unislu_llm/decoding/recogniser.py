@@ -35,6 +35,7 @@ class Transcript(NamedTuple):
     text: str
     loop: bool = False  # whether it was cut
     evidence: Evidence | None = None  # of speech, where the recogniser has any
+    phrases: tuple[str, ...] = ()  # that were raised
 
 
 Recogniser = Callable[..., list[Transcript]]
@@ -127,7 +128,8 @@ class WhisperRecogniser:
                                zip((said[i], new), both.gains(), strict=True))
                 made = cut(new[0], tokenizer, found[i].evidence)  # of speech: the first pass's
                 found[i] = made if better >= old and not made.loop else found[i]
-        return found
+        return [t._replace(phrases=some) for t, some in zip(found, raised or [()] * len(found),
+                                                            strict=True)]
 
     def _decode(self, frames: Tensor, prompt: Sequence[int], bounds: Sequence[int],
                 num_beams: int = 1, bias: PhraseBias | None = None
