@@ -117,9 +117,9 @@ def shrunk(values: Mapping[str, Any], folder: Path) -> Values:
         config = merge(Config, system.get("config", {}), SMALL)
         if "stages" in config:
             config["stages"] = [merge(Config, stage, SMALL) for stage in config["stages"]]
-        kept = {key: value for key, value in system.items() if key != "launch"} | {
-            "seeds": system.get("seeds", [1])[:1]}
-        systems.append(kept if "of" in system else kept | {"config": config})
+        kept = {key: value for key, value in system.items() if key != "launch"}
+        systems.append(kept if "of" in system else kept | {
+            "config": config, "seeds": system.get("seeds", [1])[:1]})
     models = [values.get("common", {}).get("model", {}), *(
         s["config"]["model"] for s in systems if "model" in s.get("config", {}))]
     title = f"DRY RUN, whose numbers mean nothing: random models, few clips. {values['title']}"

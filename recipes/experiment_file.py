@@ -87,7 +87,7 @@ class System(BaseModel, extra="forbid"):
 
     @model_validator(mode="after")
     def _own(self) -> System:
-        for key in ("config", "like", "recipe", "launch"):
+        for key in ("config", "like", "recipe", "launch", "parts", "seeds"):
             if self.of and key in self.model_fields_set:
                 raise ValueError(f"'of' scores the runs of '{self.of}'; take '{key}' away, or give "
                                  "`like` in place of `of`")
@@ -231,13 +231,15 @@ def _inherit(system: System, earlier: Mapping[str, System], where: str) -> Syste
     if name := system.like or system.of:
         _known(name, earlier, f"{where}.{'like' if system.like else 'of'}")
         other = earlier[name]
-        own_seeds = system.like or "seeds" in system.model_fields_set
+        if system.of and other.parts:
+            raise UserError(f"{where}.of: '{name}' has no runs, but parts; name one of those")
         system = system.model_copy(update={
             "recipe": system.recipe or other.recipe,
             "prepare": other.prepare if system.prepare is None else system.prepare,
             "tests": other.tests if system.tests is None else system.tests,
             "of": system.of and (other.of or other.name),
-            "seeds": system.seeds if own_seeds else other.seeds,
+            "seeds": other.seeds if system.of else system.seeds,
+            "dev": system.dev if "dev" in system.model_fields_set else other.dev,
             "evaluate": system.evaluate or other.evaluate,
             "launch": system.launch or other.launch,
             "config": merge(other.config, system.config)})
@@ -290,6 +292,11 @@ def jobs(experiment: Experiment, only: Sequence[str] = ()) -> list[Job]:
               for name in [system.name, system.of, *dict(system.parts or {}).values()]}
     found = [Job(system, seed, experiment) for system in experiment.systems
              if system.name in wanted and not system.parts for seed in system.seeds]
+    files: dict[Path, str] = {}
     for job in found:
         job.config()
+        for file in map(job.scores, job.tests):
+            if files.setdefault(file, job.name) != job.name:
+                raise UserError(f"{files[file]} and {job.name} would share the scores {file}; "
+                                "rename a system or a set of tests")
     return found

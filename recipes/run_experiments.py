@@ -63,6 +63,8 @@ def run_job(job: Job, failed: set[str]) -> None:
                 raise
             failed.add(name)
             print(f"without it: {error}", flush=True)
+    if not trained and job.system.of:
+        raise UserError(f"{job.name}: not scored: the run {job.folder} is not finished")
     if not trained:
         _run(_training(job, log.with_suffix(".yaml")), log, f"{job.name}: training")
     for test, manifests in job.tests.items():

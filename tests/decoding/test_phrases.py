@@ -159,6 +159,8 @@ def test_a_model_that_reads_phrases_gets_what_may_be_said(build: Build,
     found = [u.phrases for u in module.with_hypotheses(model, clips, phrases=listed)]
     assert found == [("Latvia", "Zürich"), ("Dawit Isaak", "Giegold")]
     assert [u.phrases for u in module.with_hypotheses(model, clips[:1])] == [()]
+    made, = ModelRecogniser(model)(noise(1), "en", listed)  # as a recogniser it reads them as well
+    assert "Dawit Isaak" in made.phrases
 
 
 def test_phrases_reach_the_recogniser_of_every_window(build: Build,

@@ -108,7 +108,7 @@ def run(runner: ModuleType, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Fa
     def start(experiment: Any, *only: str, fail: str = "") -> Fake:
         fake = Fake(experiment, fail)
         monkeypatch.setattr(runner, "run_command", fake)
-        assert runner.run_experiment(experiment, only) == bool(fail)
+        assert bool(runner.run_experiment(experiment, only)) == bool(fail)
         return fake
 
     return start
@@ -200,13 +200,16 @@ def test_published_numbers_and_parts_have_rows(experiment: Callable[..., Any],
 
 def test_runs_of_a_system_are_scored_in_another_way(runner: ModuleType,
                                                     experiment: Callable[..., Any],
-                                                    run: Callable[..., Fake]) -> None:
+                                                    run: Callable[..., Fake],
+                                                    capsys: pytest.CaptureFixture[str]) -> None:
     other = {"name": "beams", "of": "w", "evaluate": "--precision bf16",
              "dev": ["${data}/made/dev.jsonl"], "tests": {}}
     asked = experiment(systems=[*SYSTEMS[:1], other, {"name": "again", "of": "beams", "dev": []}])
-    fake = run(asked, "beams")
-    assert fake.trained().keys() == {"w-s1", "w-s2", "w-s3"}
-    scored = [c[2:] for c in fake.commands if "beams" in c]
+    fakes = [run(asked, "beams", fail="w-s2"), run(asked, "beams")]
+    assert [[*fake.trained()] for fake in fakes] == [["w-s1", "w-s2", "w-s3"],
+                                                                         ["w-s2"]]
+    assert "beams-s2: not scored: the run" in capsys.readouterr().err
+    scored = sorted(c[2:] for fake in fakes for c in fake.commands if "beams" in c)
     dev = str(Path("corpora/made/dev.jsonl").resolve())
     assert scored == [[str(asked.output / f"w-s{seed}"), "--out", str(asked.results),
                        "--decode.grammar", "--precision", "bf16", "--manifest", dev, "--label",
@@ -314,6 +317,8 @@ def test_every_run_of_a_shipped_experiment_can_be_configured(path: Path, runner:
     ({"common": {"train": {"epoch": 1}}}, r"yaml:3: system 'w': .*did you mean 'epochs'"),
     ({"systems": [*SYSTEMS[:1], {"name": "a", "of": "w", "config": {}}]}, "take 'config' away"),
     ({"systems": [{"name": "a", "of": "v"}]}, "of: there is no 'v'"),
+    ({"systems": [*SYSTEMS, {"name": "read", "of": "l", "dev": ["x/dev.jsonl"]}]},
+     "l-s1 and read-s1 would share the scores"),
     ({"may_fail": ["mad"]}, "may_fail: there is no 'mad'"),
     ({"systems": [{"name": "a", "recipe": "train_llm", "launch": "x.yaml"}]}, "launch: .*'x.yaml'"),
     ({"published": [{"source": "", "protocol": "slue", "set": "read", "columns": ["SLUE"],

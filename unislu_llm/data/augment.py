@@ -210,11 +210,6 @@ class PhraseLists:
             raise UserError("model.phrases: there is no span task with phrases in data.train, of "
                             "which lists could be made; set 0")
 
-    @property
-    def longest(self) -> tuple[str, ...]:
-        """Phrases of which no list has longer ones."""
-        return tuple(sorted(self.pool, key=len)[-self.most:])
-
     def __call__(self, example: Example, key: Key) -> Example:
         """The example with its list, if it gets one."""
         rng = key.rng(_LISTS)

@@ -140,7 +140,7 @@ class Collator:
         parts = [torch.tensor(target.parts if item.counted else [NO_PART] * len(target))
                  for item, target in zip(items, targets, strict=True)]
         read = [self.hypothesis_ids(e) for e in examples if self.hypothesis_prompt is not None]
-        listed = [self.phrase_ids(e) for e in examples]
+        listed = [self.phrase_ids(e) for e in examples if self.phrase_prompt is not None]
         vocabulary = self.ctc_vocabulary
         return Batch(
             examples, kind,
@@ -149,8 +149,8 @@ class Collator:
             target_lengths=tuple(map(len, targets)),
             hypothesis_ids=self._padded(read) if read else None,
             hypothesis_lengths=tuple(map(len, read)),
-            phrase_ids=self._padded(listed) if any(listed) else None,
-            phrase_lengths=tuple(map(len, listed)) if any(listed) else (),
+            phrase_ids=self._padded(listed) if listed else None,
+            phrase_lengths=tuple(map(len, listed)),
             ctc_targets=tuple(tuple(vocabulary.classes(e.utterance.text)) for e in examples
                               if vocabulary is not None),
             counted=items[0].counted, **self._speech(kind, items),

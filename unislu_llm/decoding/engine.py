@@ -66,6 +66,7 @@ class Engine:
         most = self.options.max_new_tokens
         self._transcript = self.options.transcript or model.config.transcript
         self._most = most if model.room is None else min(most, model.room)
+        self.raised: list[tuple[str, ...]] = []  # phrases of each row of the last batch
         self._plans = {name: self._plan(name) for name in (ASR, *model.registry.names)}
 
     def _plan(self, name: str) -> _Plan:
@@ -132,7 +133,10 @@ class Engine:
             return [self.phrases.like(e.utterance.hypothesis or "") for e in batch.examples]
         own, first = self.model.tokenizer, Engine(self.model, self.options)
         said = [a.transcript for a in first.answer(batch, [()] * len(batch))]
-        ids, state = [own.text_ids(text) for text in said], state.take(range(len(said)))
+        state = state.take(range(len(said)))
+        # Its text may have more tokens than an answer had.
+        ids = [own.text_ids(text)[:min(fit, self._most) - 1] for text, fit in zip(
+            said, self.model.fits(state, [1] * len(said)), strict=True)]
         hidden = [state.hidden, *feed(self.model, state, ids).unbind(1)]
         return self.phrases.maybe_said(own.base, said, [*map(len, ids)],
                                        map(self.model.logits, hidden))
@@ -310,7 +314,7 @@ class Engine:
                batch: Batch) -> Make:
         """What makes the processors of transcripts: what they are drawn to, then the grammar."""
         read = self._hypotheses(state)
-        raised = self._raised(batch, state) if self.phrases else ()
+        raised = self.raised = self._raised(batch, state) if self.phrases else []
         if read is not None:
             read = [self._kept(ids, loops=True).ids for ids in read]
 

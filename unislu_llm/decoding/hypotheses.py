@@ -65,9 +65,9 @@ class ModelRecogniser:
             model, DecodeConfig(grammar=True, force_task=True, num_beams=num_beams), phrases)
         blanks = [Example(Utterance("", None, ""), None)] * len(waves)
         if engine is not None and model.reads_hypothesis:
-            blanks = [Example(replace(blanks[0].utterance, hypothesis=made.text,
-                                      evidence=made.evidence), None)
-                      for made in recogniser_of(model)(waves, language, phrases, num_beams)]
+            blanks = [Example(replace(blanks[0].utterance, hypothesis=made.text, evidence=(
+                made.evidence), phrases=to_read(model, made.text, phrases, made.phrases)), None)
+                for made in recogniser_of(model)(waves, language, phrases, num_beams)]
         batch = model.collator().from_waves(blanks, waves)
         if engine is None:  # no decoder runs
             said = [(ids, None if ids else Evidence(1.0))
@@ -75,7 +75,18 @@ class ModelRecogniser:
         else:
             said = [(model.tokenizer.text_ids(a.transcript), a.evidence)
                     for a in engine.answer(batch, [()] * len(waves))]
-        return [cut(ids, model.tokenizer.base, evidence) for ids, evidence in said]
+        raised = (engine and engine.raised) or [b.utterance.phrases for b in blanks]
+        return [cut(ids, model.tokenizer.base, evidence)._replace(phrases=some)
+                for (ids, evidence), some in zip(said, raised, strict=True)]
+
+
+def to_read(model: SLUModel, hypothesis: str, phrases: Phrases | None,
+            raised: Sequence[str] = ()) -> tuple[str, ...]:
+    """The phrases of a list that a model reads beside a hypothesis: those that it resembles, then
+    those that were raised as it was made."""
+    if not phrases or not model.config.phrases:
+        return ()
+    return tuple(dict.fromkeys((*phrases.like(hypothesis), *raised)))[:model.config.phrases]
 
 
 @lru_cache(maxsize=1)
@@ -216,7 +227,6 @@ def with_hypotheses(model: SLUModel, utterances: Sequence[Utterance], progress: 
     if phrases and (given := len(found) - len(lacking)):
         log.warning("phrases change no given hypothesis: %d of %d are given", given, len(found))
     if phrases and model.config.phrases:
-        found = {key: replace(u, phrases=tuple(dict.fromkeys((
-            *phrases.like(u.hypothesis or ""), *u.phrases)))[:model.config.phrases])
-            for key, u in found.items()}
+        found = {key: replace(u, phrases=to_read(model, u.hypothesis or "", phrases, u.phrases))
+                 for key, u in found.items()}
     return [found[id(u)] for u in utterances]

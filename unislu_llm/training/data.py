@@ -119,8 +119,9 @@ def build_plan(config: Config, model: SLUModel, dataset: SpeechDataset, world: i
     bound = (model.positions or 4096) < 4096  # into so many, all of 30 s of speech fits
     # In tokens as this model reads them: projectors and tokenizers differ by factors.
     collator, tokenizer = model.collator(), model.tokenizer
-    listed = len(collator.phrase_ids(Example(Utterance("", None, "", phrases=dataset.lists.longest),
-                                             None))) if dataset.lists else 0
+    lists = dataset.lists
+    listed = len(collator.phrase_prompt or ()) + sum(sorted(
+        len(tokenizer.text_ids(f", {p}")) for p in lists.pool)[-lists.most:]) if lists else 0
     sizes = [model.token_counts(math.ceil(length * SAMPLE_RATE), len(tokenizer.target(example)),
                                 len(collator.hypothesis_ids(example)) + listed)
              for length, example in zip(seconds, examples, strict=True)
