@@ -95,7 +95,7 @@ def test_errors_name_file_and_line(tmp_path: Path, tiny_run: Callable[..., Path]
     file = tmp_path / "names.txt"
     file.write_text("\ufeff# people\n\nAnna\n  Dawit   Isaak\r\nAnna\n", "utf-8")
     assert Phrases.of(file, 2.0) == Phrases(("Anna", "Dawit Isaak"), 2.0)
-    assert Phrases.of(file, 0.0) is Phrases.of([], 2.0) is Phrases.of("", 2.0) is None
+    assert Phrases.of([], 2.0) is Phrases.of("", 2.0) is None
     for text, wrong in (("Anna\n" + "a" * 201, "names.txt:2: .*200"), ("# a\n", "no phrase"),
                         ("Anna\n?!", "names.txt:2: "), ("a\n" * (MOST + 1), f":{MOST + 1}: more")):
         file.write_text(text)
@@ -119,6 +119,9 @@ def test_whisper_says_a_phrase_that_is_raised_enough(tmp_path: Path, build: Buil
     monkeypatch.setattr(phrase_module, "_RARE", 0.0)
     assert own(waves, "en", Phrases(("quetzalcoatlus",), 500.0)) == plain, "it is like nothing"
     monkeypatch.setattr(phrase_module, "_RARE", -99.0)
+    unraised = own(waves, "en", Phrases(("quetzalcoatlus",), 0.0))  # for a model that reads lists
+    assert [t.phrases for t in unraised] == [("quetzalcoatlus",)] * len(waves)
+    assert [t._replace(phrases=()) for t in unraised] == plain
     long = f"{SAID} we thank the european parliament"  # too long to be said four times
     forced = own(waves, "en", Phrases((long,), 500.0))
     assert all(long in t.text.lower() for t in forced)

@@ -314,15 +314,16 @@ class Engine:
                batch: Batch) -> Make:
         """What makes the processors of transcripts: what they are drawn to, then the grammar."""
         read = self._hypotheses(state)
-        raised = self.raised = self._raised(batch, state) if self.phrases else []
+        boost = self.phrases.boost if self.phrases else 0.0
+        raised = self.raised = self._raised(batch, state) if boost else []
         if read is not None:
             read = [self._kept(ids, loops=True).ids for ids in read]
 
         def make() -> list[Processor]:
             made, own = self._processors(requests, budgets), self.model.tokenizer
-            if self.phrases:
+            if boost:
                 ends = [*self._ids.values(), own.eos_id]
-                made.insert(0, PhraseBias(own.base, raised, self.phrases.boost, ends))
+                made.insert(0, PhraseBias(own.base, raised, boost, ends))
             if read is not None:
                 made.insert(0, HypothesisBias(own, read, self._bias, self.model.device))
             return made

@@ -50,8 +50,8 @@ class Phrases(NamedTuple):
     @classmethod
     def of(cls, given: Iterable[str] | os.PathLike[str] | None, boost: float) -> Phrases | None:
         """Of phrases, or of a file (a path, also as one string) with one a line, without empty
-        lines and those that begin with `#`; None: there is none, or no boost. Raises UserError:
-        over 10,000, one over 200 characters or without a letter or digit, no file to read."""
+        lines and those that begin with `#`; None: there is none. Raises UserError: over 10,000, one
+        over 200 characters or without a letter or digit, no file to read."""
         if not 0 <= boost <= 1e6:
             raise UserError(f"--phrase-boost: must be at least 0 nats, found {boost:g}")
         if given and isinstance(given, (str, os.PathLike)):
@@ -70,7 +70,7 @@ class Phrases(NamedTuple):
                 raise UserError(f"{place}: a phrase has a letter or digit, at most {LONGEST} "
                                 f"characters and no half ones, found {shorten(repr(text))}")
         texts = tuple(dict.fromkeys(" ".join(text.split()) for text in found.values()))
-        return cls(texts, boost) if texts and boost else None
+        return cls(texts, boost) if texts else None
 
     def like(self, hypothesis: str) -> tuple[str, ...]:
         """The phrases that resemble some stretch of a hypothesis, the most similar ones first:

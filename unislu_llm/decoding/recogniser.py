@@ -117,7 +117,7 @@ class WhisperRecogniser:
             logits = self._logits(frames, read)[:, len(prompt) - 1:].unbind(1)
             raised = phrases.maybe_said(tokenizer, [t.text for t in found],
                                         [len(ids) for ids, _ in said], logits)
-        if phrases and (rows := [i for i, some in enumerate(raised) if some]):
+        if phrases and phrases.boost and (rows := [i for i, some in enumerate(raised) if some]):
             again = self._decode(frames[rows], prompt, [bounds[i] for i in rows], bias=PhraseBias(
                 tokenizer, [raised[i] for i in rows], phrases.boost))
             for i, new in zip(rows, again, strict=True):
