@@ -206,8 +206,7 @@ def test_runs_of_a_system_are_scored_in_another_way(runner: ModuleType,
              "dev": ["${data}/made/dev.jsonl"], "tests": {}}
     asked = experiment(systems=[*SYSTEMS[:1], other, {"name": "again", "of": "beams", "dev": []}])
     fakes = [run(asked, "beams", fail="w-s2"), run(asked, "beams")]
-    assert [[*fake.trained()] for fake in fakes] == [["w-s1", "w-s2", "w-s3"],
-                                                                         ["w-s2"]]
+    assert [[*fake.trained()] for fake in fakes] == [["w-s1", "w-s2", "w-s3"], ["w-s2"]]
     assert "beams-s2: not scored: the run" in capsys.readouterr().err
     scored = sorted(c[2:] for fake in fakes for c in fake.commands if "beams" in c)
     dev = str(Path("corpora/made/dev.jsonl").resolve())

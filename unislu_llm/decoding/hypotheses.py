@@ -65,8 +65,9 @@ class ModelRecogniser:
             model, DecodeConfig(grammar=True, force_task=True, num_beams=num_beams), phrases)
         blanks = [Example(Utterance("", None, ""), None)] * len(waves)
         if engine is not None and model.reads_hypothesis:
-            blanks = [Example(replace(blanks[0].utterance, hypothesis=made.text, evidence=(
-                made.evidence), phrases=to_read(model, made.text, phrases, made.phrases)), None)
+            blanks = [Example(replace(
+                blanks[0].utterance, hypothesis=made.text, evidence=made.evidence,
+                phrases=to_read(model, made.text, phrases, made.phrases)), None)
                 for made in recogniser_of(model)(waves, language, phrases, num_beams)]
         batch = model.collator().from_waves(blanks, waves)
         if engine is None:  # no decoder runs
@@ -75,7 +76,7 @@ class ModelRecogniser:
         else:
             said = [(model.tokenizer.text_ids(a.transcript), a.evidence)
                     for a in engine.answer(batch, [()] * len(waves))]
-        raised = (engine and engine.raised) or [b.utterance.phrases for b in blanks]
+        raised = (engine and engine.raised) or [e.utterance.phrases for e in blanks]
         return [cut(ids, model.tokenizer.base, evidence)._replace(phrases=some)
                 for (ids, evidence), some in zip(said, raised, strict=True)]
 
