@@ -65,10 +65,9 @@ class ModelRecogniser:
             model, DecodeConfig(grammar=True, force_task=True, num_beams=num_beams), phrases)
         blanks = [Example(Utterance("", None, ""), None)] * len(waves)
         if engine is not None and model.reads_hypothesis:
-            blanks = [Example(replace(
-                blanks[0].utterance, hypothesis=made.text, evidence=made.evidence,
-                phrases=to_read(model, made.text, phrases, made.phrases)), None)
-                for made in recogniser_of(model)(waves, language, phrases, num_beams)]
+            blanks = [Example(Utterance("", None, "", hypothesis=t.text, evidence=t.evidence,
+                                        phrases=to_read(model, t.text, phrases, t.phrases)), None)
+                      for t in recogniser_of(model)(waves, language, phrases, num_beams)]
         batch = model.collator().from_waves(blanks, waves)
         if engine is None:  # no decoder runs
             said = [(ids, None if ids else Evidence(1.0))
