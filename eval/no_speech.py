@@ -24,12 +24,13 @@ from tabulate import tabulate
 from unislu_llm.config import DecodeConfig
 from unislu_llm.data.manifest import read_manifest
 from unislu_llm.decoding import no_speech
-from unislu_llm.decoding.hypotheses import fast_type, load_recogniser, recognise
+from unislu_llm.decoding.hypotheses import load_recogniser, recognise
 from unislu_llm.errors import reported
 from unislu_llm.io import portable, write_json
 from unislu_llm.run_folder import versions
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.utterance import Utterance
+from unislu_llm.weights import fast_type
 
 RATE = 16_000
 KINDS = ("silence", "faint noise", "white noise", "pink noise", "brown noise", "hum", "tone",

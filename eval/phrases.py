@@ -28,7 +28,7 @@ from tabulate import tabulate
 from unislu_llm.config import DecodeConfig
 from unislu_llm.data.frame_cache import load_clip
 from unislu_llm.data.manifest import read_manifest
-from unislu_llm.decoding.hypotheses import fast_type, load_recogniser
+from unislu_llm.decoding.hypotheses import load_recogniser
 from unislu_llm.decoding.phrases import Phrases
 from unislu_llm.errors import reported
 from unislu_llm.io import portable, write_json
@@ -37,6 +37,7 @@ from unislu_llm.scoring.text import normalise_phrase, places_of
 from unislu_llm.scoring.wer import corpus_wer
 from unislu_llm.tasks import Span, TaskRegistry
 from unislu_llm.utterance import Utterance
+from unislu_llm.weights import fast_type
 
 GROUP = 8  # clips at one time, which have a list in common
 

@@ -21,7 +21,7 @@ import torch
 import tyro
 from tabulate import tabulate
 
-from unislu_llm.decoding.hypotheses import fast_type, load_recogniser, recognise
+from unislu_llm.decoding.hypotheses import load_recogniser, recognise
 from unislu_llm.errors import reported
 from unislu_llm.io import portable, read_json_lines, write_json
 from unislu_llm.run_folder import versions
@@ -29,6 +29,7 @@ from unislu_llm.scoring.bootstrap import Counts, bootstrap, error_rate
 from unislu_llm.scoring.text import normalise_phrase, places_of
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.utterance import Utterance
+from unislu_llm.weights import fast_type
 
 
 @dataclass

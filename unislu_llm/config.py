@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from tyro.conf import arg
 
 from unislu_llm.errors import UserError
@@ -98,14 +98,6 @@ class ModelConfig(Section):
     """Language code of Whisper's prompt, for its decoder and where it makes hypotheses."""
     decoder_mode: Literal["full", "lora", "frozen"] = "full"
     """Whisper decoder only: what trains in it."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _of_older_files(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("pad_to_30s"), bool):
-            values = values | {"silence": 30.0 * values["pad_to_30s"]}
-            del values["pad_to_30s"]
-        return values
 
 
 class DataConfig(Section):

@@ -61,8 +61,7 @@ def write_card(path: Path, run: Run, saved: Description, results: Sequence[tuple
     """Write the card, YAML front matter and Markdown; raises as :func:`export`, which calls it.
 
     `note` says what the data is; the examples name `out`, the final folder, or the `published`
-    name; `facts` are what else
-    the template shows.
+    name; `facts` are what else the template shows.
     """
     if licence and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9.+-]*", licence):
         raise UserError(f"--licence '{licence}' is no SPDX identifier; give one such as Apache-2.0 "

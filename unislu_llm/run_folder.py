@@ -58,8 +58,7 @@ from unislu_llm.weights import fetch_model
 
 MODEL = "model"  # in place of `best` or `last`, of a folder that is a saved model and no run
 METRICS = "metrics.jsonl"
-_VERSIONS, _FINISHED = "versions.json", "finished.json"
-_LOCK, _HOLDER = ".lock", ".lock.json"
+_VERSIONS, _FINISHED, _LOCK, _HOLDER = "versions.json", "finished.json", ".lock", ".lock.json"
 
 log = logging.getLogger(__name__)
 

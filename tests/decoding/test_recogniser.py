@@ -19,7 +19,6 @@ from unislu_llm.decoding import hypotheses as module
 from unislu_llm.decoding import recogniser as whisper_module
 from unislu_llm.decoding.hypotheses import (
     ModelRecogniser,
-    fast_type,
     load_recogniser,
     recognise,
     recogniser_of,
@@ -31,6 +30,7 @@ from unislu_llm.errors import UserError
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import Example
 from unislu_llm.utterance import Utterance
+from unislu_llm.weights import fast_type
 
 REGISTRY = TaskRegistry()
 Write = Callable[..., list[Utterance]]
@@ -178,6 +178,16 @@ def test_models_get_the_hypotheses_that_they_lack(whisper: str, make_utterances:
         caplog.clear()
         with_hypotheses(model, given)
     assert "2 of 2 hypotheses repeated themselves" in caplog.text
+
+
+def test_a_recogniser_that_reads_gets_text_as_manifests_hold_it(
+        tiny_speech_llm: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, said = tiny_speech_llm(hypothesis="manifest"), []
+    for text in ("We  MET [NER]in Paris", "we met in paris", "we thank the european parliament"):
+        monkeypatch.setattr(module, "recogniser_of", lambda *_, text=text: (
+            lambda waves, *_: [Transcript(text)] * len(waves)))
+        said.append(ModelRecogniser(model)(noise(1), "en"))
+    assert said[0] == said[1] != said[2]
 
 
 def test_references_are_for_manifests(make_utterances: Write, tiny_speech_llm: Build) -> None:

@@ -17,7 +17,8 @@ import pytest
 from huggingface_hub import errors
 
 from unislu_llm.errors import UserError
-from unislu_llm.weights import Found, resolve, weights_hash, wheels
+from unislu_llm.weights import resolve, weights_hash, wheels
+from unislu_llm.weights.resolve import Found
 
 NAME = "openai/whisper-base"
 PARTS = {"data.bin.part1": b"first half, ", "data.bin.part2": b"second half"}

@@ -65,9 +65,10 @@ class ModelRecogniser:
             model, DecodeConfig(grammar=True, force_task=True, num_beams=num_beams), phrases)
         blanks = [Example(Utterance("", None, ""), None)] * len(waves)
         if engine is not None and model.reads_hypothesis:
-            blanks = [Example(Utterance("", None, "", hypothesis=t.text, evidence=t.evidence,
-                                        phrases=to_read(model, t.text, phrases, t.phrases)), None)
-                      for t in recogniser_of(model)(waves, language, phrases, num_beams)]
+            blanks = [Example(Utterance("", None, "", hypothesis=text, evidence=t.evidence,
+                                        phrases=to_read(model, text, phrases, t.phrases)), None)
+                      for t in recogniser_of(model)(waves, language, phrases, num_beams)
+                      for text in [clean(t.text, model.registry)]]
         batch = model.collator().from_waves(blanks, waves)
         if engine is None:  # no decoder runs
             said = [(ids, None if ids else Evidence(1.0))
@@ -118,16 +119,6 @@ def load_recogniser(name: str, source: str = "decoder", revision: str | None = N
     return WhisperRecogniser(name, revision, device, dtype)
 
 
-def fast_type(device: torch.device) -> torch.dtype:
-    """bf16 where the device multiplies it fast, in which Whisper errs no more; else fp32."""
-    if device.type == "cuda":
-        fast = torch.cuda.is_bf16_supported(including_emulation=False)
-    else:  # what torch uses may be less than what the processor has
-        fast = "AVX512" in torch.backends.cpu.get_cpu_capability() and (
-            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-    return torch.bfloat16 if fast else torch.float32
-
-
 def recogniser_of(model: SLUModel, device: torch.device | None = None,
                   name: str = "") -> Recogniser:
     """The recogniser of a `name`, default: that of the model's configuration, on `device` or the
@@ -142,7 +133,7 @@ def recogniser_of(model: SLUModel, device: torch.device | None = None,
     base = None if config.recogniser else model.bases.get("encoder")
     device = device or model.device
     return load_recogniser(config.recogniser or config.encoder, "decoder",
-                           base.revision if base else None, device, fast_type(device))
+                           base.revision if base else None, device, weights.fast_type(device))
 
 
 def recognise(recogniser: Recogniser, utterances: Sequence[Utterance], registry: TaskRegistry, *,
@@ -196,9 +187,8 @@ def with_hypotheses(model: SLUModel, utterances: Sequence[Utterance], progress: 
 
     Those of `model.hypothesis manifest` that are there stay; the model's recogniser makes the
     others. A model that reads phrases gets those of a list that may be said. What comes twice stays
-    one object. `progress` is the label of a progress bar, `device`
-    and `recogniser` are in place of the model's; `phrases` are raised in what is made, by
-    `num_beams` of the recogniser.
+    one object. `progress` is the label of a progress bar, `device` and `recogniser` are in place of
+    the model's; `phrases` are raised in what is made, by `num_beams` of the recogniser.
 
     Raises:
         UserError: a reference transcript or the recogniser is lacking.

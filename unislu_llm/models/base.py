@@ -315,7 +315,7 @@ class SLUModel(nn.Module, ABC):
     def _named_rows(self, saved: Tensor, own: Tensor, folder: str | os.PathLike[str],
                     partial: bool) -> Tensor:
         """Saved marker rows `(n, dim)` in the order of this model's markers."""
-        there = Description.read(folder).marker_names(folder)
+        there = Description.read(folder).markers
         rows, wanted = dict(zip(there, saved, strict=False)), list(self.tokenizer.marker_ids)
         if len(rows) != len(saved) or len(rows) != len(there):
             raise UserError(f"{Path(folder) / WEIGHTS_FILE} does not fit its config.json: it has "

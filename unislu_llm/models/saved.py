@@ -55,7 +55,7 @@ class Description(BaseModel):
     tasks: list[dict[str, Any]]  # the task registry as plain data
     bases: dict[str, Base] = {}  # by part: encoder, llm
     ctc_tokens: list[int] | None = None  # token ids that a `ctc` projector predicts
-    markers: list[str] | None = None  # whose rows were trained, in order; older files: the tasks'
+    markers: list[str]  # whose rows were trained, in order
 
     def write(self, folder: str | os.PathLike[str]) -> None:
         """Write the file into a folder, whole or not at all, with its hash where it has one."""
@@ -65,10 +65,6 @@ class Description(BaseModel):
     def registry(self, folder: str | os.PathLike[str]) -> TaskRegistry:
         """The tasks of the model in `folder`."""
         return TaskRegistry.from_dict(self.tasks, where=f"{Path(folder) / MODEL_FILE}: tasks")
-
-    def marker_names(self, folder: str | os.PathLike[str]) -> list[str]:
-        """The marker of each trained marker row of the model in `folder`, in order."""
-        return list(self.registry(folder).markers) if self.markers is None else self.markers
 
     @classmethod
     def read(cls, folder: str | os.PathLike[str]) -> Self:

@@ -168,7 +168,7 @@ def start_from(model: SLUModel, folder: Path) -> None:
     if lacking:
         log.warning("train.init: %s lacks %s; they start untrained", folder, ", ".join(
             f"{n} {group} parameters" for group, n in sorted(lacking.items())))
-    there, wanted = saved.marker_names(folder), list(model.registry.markers)
+    there, wanted = saved.markers, list(model.registry.markers)
     new, gone = ([m for m in some if m not in others]
                  for some, others in ((wanted, there), (there, wanted)))
     if new or gone:

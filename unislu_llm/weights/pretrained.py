@@ -6,8 +6,11 @@ compared with its weights before memory is taken.
 
 from __future__ import annotations
 
+import logging
 import os
+import platform
 import re
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,8 @@ _TEXT_MODEL = {r"^(model\.)?(language_model|text_model)\.(model\.)?(?!lm_head)":
                r"^(model\.)?(language_model|text_model)\.lm_head\.": "lm_head."}
 _INDEX = "model.safetensors.index.json"
 
+log = logging.getLogger(__name__)
+
 
 def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
     """`kind.from_pretrained(folder, **options)` for a class of transformers. Raises UserError: the
@@ -42,6 +47,7 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
             # Of pickled weights, in old checkpoints, torch reads the tensors and calls nothing.
             safe["weights_only"] = True
             options |= _fitting(kind, folder)
+            _warn_if_slow(options.get("dtype"))
             if "quantization_config" not in described:
                 _rehearse(kind, folder, options | safe)
         elif not (any(next(folder.glob(name), None) for name in _TOKENIZERS) or any(
@@ -59,6 +65,24 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
                             "run; take a model that transformers itself has") from error
         raise UserError(f"{_culprit(folder)} cannot be loaded as {kind.__name__}: "
                         f"{shorten(said, 200) or type(error).__name__}") from error
+
+
+def fast_type(device: torch.device) -> torch.dtype:
+    """bf16 where the device multiplies it fast, in which Whisper errs no more; else fp32."""
+    if device.type == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:  # what torch uses may be less than what the processor has
+        fast = "AVX512" in torch.backends.cpu.get_cpu_capability() and (
+            torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+    return torch.bfloat16 if fast else torch.float32
+
+
+@cache  # once a process
+def _warn_if_slow(dtype: torch.dtype | None) -> None:
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if dtype is torch.bfloat16 and platform.machine() in ("x86_64", "AMD64") and (
+            fast_type(device) is not dtype):
+        log.warning("bf16 can be 50 times slower than fp32 on this machine; use precision fp32")
 
 
 def _shapes(kind: Any, folder: Path, dtype: torch.dtype, attn_implementation: str | None = None,
