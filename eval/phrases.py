@@ -188,7 +188,8 @@ def main(options: Options) -> None:
     print(tabulate(rows, headers="keys", tablefmt="github", floatfmt=".2f"))
     if options.out:
         write_json(options.out, {
-            "model": options.model, "manifest": portable(options.manifest),
+            "model": portable(options.model) if Path(options.model).exists() else options.model,
+            "manifest": portable(options.manifest),
             "lists": table, "command": "python eval/phrases.py " + " ".join(
                 portable(a) if Path(a).exists() else a for a in sys.argv[1:]),
             "versions": {k: v for k, v in versions().items() if k != "command"}})
