@@ -204,10 +204,25 @@ def test_numbers_of_the_results_tables_are_those_of_the_files() -> None:
                     tasks["sa"]["macro_f1"]]
         assert [cell.split()[0] for cell in cells[1:7]] == [f"{x:.1f}" for x in expected], cells[0]
         short = [cells[1], cells[2], cells[4], cells[6]]
-        if cells[0] in ("whisper-uniform", "pipeline-text", "llm-all", "llm-open", "gemma-open"):
+        if cells[0] in ("whisper-uniform", "pipeline-text", "llm-all", "llm-open"):
             assert " | ".join(short) in README.read_text("utf-8").replace("**", ""), cells[0]
         rows += 1
     assert rows == 14
+
+
+def test_numbers_of_the_gemma_adapter_are_those_of_its_files() -> None:
+    one, read = (json.loads((ROOT / f"eval/results/listening/gemma-adapter-open{part}.json")
+                            .read_text("utf-8")) for part in ("", "-read"))
+    found, spans = one["scores"]["protocols"]["whisper"], one["intervals"]["whisper"]
+    cells = [f"{found['wer']['by_corpus'][f'voiced-{c}']['wer']:.1f}"
+             for c in ("sentiment", "voxpopuli")]
+    cells += [f"{value:.1f} [{spans[key]['low']:.1f}, {spans[key]['high']:.1f}]" for key, value in (
+        ("ner/f1", found["tasks"]["ner"]["entity"]["f1"]),
+        ("sa/macro_f1", found["tasks"]["sa"]["macro_f1"]))]
+    assert " | ".join(cells) in README.read_text("utf-8").replace("**", "")
+    wer = read["scores"]["protocols"]["whisper"]["wer"]["overall"]["wer"]
+    cells.insert(2, f"{wer:.1f}")
+    assert " | ".join(cells) in (ROOT / "docs" / "results.md").read_text("utf-8").replace("**", "")
 
 
 @pytest.mark.weights

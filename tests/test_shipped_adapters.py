@@ -11,6 +11,7 @@ from unislu_llm import load, understand
 from unislu_llm.config import DecodeConfig
 from unislu_llm.data.manifest import read_manifest
 from unislu_llm.decoding.predict import predict
+from unislu_llm.io import RECOGNISER, find_model
 from unislu_llm.models.saved import Description
 from unislu_llm.tokenizer import Example
 
@@ -21,12 +22,16 @@ ANSWERS = json.loads((ROOT / "tests/data_files/shipped_answers.json").read_text(
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_the_folder_is_small_and_complete(name: str) -> None:
-    files = {p.name: p.stat().st_size for p in (ADAPTERS / name).iterdir() if p.is_file()}
+    files = {p.relative_to(ADAPTERS / name).as_posix(): p.stat().st_size
+             for p in (ADAPTERS / name).rglob("*") if p.is_file()}
     assert {"README.md", "LICENSE", "config.json", "model.safetensors"} <= set(files)
     assert sum(files.values()) < 30e6
     saved = Description.read(ADAPTERS / name)
     assert saved.model.hypothesis == "manifest"
     assert set(saved.bases) == {"encoder", "llm"}
+    if saved.model.recogniser:
+        assert find_model(Path(saved.model.recogniser)) == ADAPTERS / name / RECOGNISER
+        assert {f"{RECOGNISER}/{file}" for file in ("README.md", "model.safetensors")} <= set(files)
     assert (saved.ctc_tokens is not None) == (saved.model.projector == "ctc")
 
 
@@ -49,8 +54,8 @@ def test_it_gives_the_answers_that_it_gave(name: str) -> None:
 
 
 @pytest.mark.weights
-def test_it_keeps_what_the_recogniser_hears() -> None:
-    answer, = understand(load(ADAPTERS / "whisper-base--smollm2-135m"),
-                         [MINI / "audio" / "iv_dev_001.opus"])
+@pytest.mark.parametrize("name", ANSWERS)
+def test_it_keeps_what_the_recogniser_hears(name: str) -> None:
+    answer, = understand(load(ADAPTERS / name), [MINI / "audio" / "iv_dev_001.opus"])
     assert answer.transcript == answer.hypothesis
     assert answer.outputs == {"ner": (), "sa": "Positive"}

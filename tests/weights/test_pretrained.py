@@ -10,6 +10,7 @@ import torch
 from transformers import WhisperForConditionalGeneration
 
 from tests.tiny import make_whisper
+from unislu_llm.models.lora import quantization
 from unislu_llm.weights import fast_type, from_pretrained, pretrained
 
 
@@ -31,3 +32,4 @@ def test_slow_bf16_is_told_once(machine: str, torch_uses: str, instructions: boo
         from_pretrained(WhisperForConditionalGeneration, tmp_path, dtype=dtype)
     assert len([r for r in caplog.records if "bf16" in r.message]) == (fast is False)
     assert fast_type(torch.device("cpu")) is (torch.bfloat16 if fast else torch.float32)
+    assert quantization("4bit")["quantization_config"].bnb_4bit_compute_dtype is fast_type()

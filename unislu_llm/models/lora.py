@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 
 from unislu_llm.config import LoraConfig
 from unislu_llm.errors import UserError
+from unislu_llm.weights import fast_type
 
 _LLAMA = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -102,8 +103,7 @@ def quantization(kind: Literal["none", "8bit", "4bit"]) -> dict[str, Any]:
     # QLoRA's settings (arXiv 2305.14314): normal floats, whose scales are quantised as well.
     return {"quantization_config": BitsAndBytesConfig(load_in_8bit=True) if kind == "8bit" else
             BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
-                               bnb_4bit_use_double_quant=True,
-                               bnb_4bit_compute_dtype=torch.bfloat16)}
+                               bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=fast_type())}
 
 
 @torch.no_grad()

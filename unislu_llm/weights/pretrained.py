@@ -67,9 +67,10 @@ def from_pretrained(kind: Any, folder: Path, **options: Any) -> Any:
                         f"{shorten(said, 200) or type(error).__name__}") from error
 
 
-def fast_type(device: torch.device) -> torch.dtype:
-    """bf16 where the device multiplies it fast, in which Whisper errs no more; else fp32."""
-    if device.type == "cuda":
+def fast_type(device: torch.device | None = None) -> torch.dtype:
+    """bf16 where the device multiplies it fast, in which Whisper errs no more; else fp32. Default:
+    the GPU where there is one."""
+    if device.type == "cuda" if device else torch.cuda.is_available():
         fast = torch.cuda.is_bf16_supported(including_emulation=False)
     else:  # what torch uses may be less than what the processor has
         fast = "AVX512" in torch.backends.cpu.get_cpu_capability() and (
@@ -79,9 +80,8 @@ def fast_type(device: torch.device) -> torch.dtype:
 
 @cache  # once a process
 def _warn_if_slow(dtype: torch.dtype | None) -> None:
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if dtype is torch.bfloat16 and platform.machine() in ("x86_64", "AMD64") and (
-            fast_type(device) is not dtype):
+            fast_type() is not dtype):
         log.warning("bf16 can be 50 times slower than fp32 on this machine; use precision fp32")
 
 
