@@ -26,10 +26,9 @@ from transformers.utils.logging import enable_progress_bar
 
 from tests.hub import Hub, connected
 from tests.test_docs import PAGES, PROGRAMS, README, ROOT, blocks, command_lines, name_of
-from unislu_llm import cli
+from unislu_llm import cli, models
 from unislu_llm.config import ModelConfig
 from unislu_llm.io import write_text
-from unislu_llm.models.speech_llm import SpeechLLM
 from unislu_llm.tasks import TaskRegistry
 
 MINI, COMMIT = Path("recipes/data/mini"), "0" * 40
@@ -104,10 +103,11 @@ def checkout(tmp_path_factory: Any, tiny_checkpoints: dict[str, str]) -> Path:
         (files / "chat_template.jinja").write_text(llms.get(name, ""))
         write_text(place / "refs" / "main", COMMIT)
     with inside(world) as patch:
-        for file in (ROOT / "adapters").glob("*/config.json"):
+        for file in (ROOT / "adapters").rglob("config.json"):
             saved = json.loads(file.read_text("utf-8"))
-            model = SpeechLLM.build(ModelConfig(**saved["model"]), TaskRegistry(),
-                                    ctc_tokens=saved["ctc_tokens"] and range(3, 300))
+            model = models.KINDS[saved["model_type"]].build(
+                ModelConfig(**saved["model"]), TaskRegistry.from_dict(saved["tasks"]),
+                ctc_tokens=saved["ctc_tokens"] and range(3, 300))
             model.save_pretrained(world / file.parent.relative_to(ROOT))
         for _, line in command_lines(blocks(RUNS)[0][1])[:2]:
             run(line, patch)
