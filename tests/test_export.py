@@ -185,6 +185,26 @@ def test_a_share_of_lora_s_update_is_kept(run: Callable[..., Path],
         assert torch.equal(kept[name], value * (0.5 if ".lora_B." in name else 1))
 
 
+def test_the_largest_directions_of_lora_s_updates_are_kept(
+        run: Callable[..., Path], capsys: pytest.CaptureFixture[str]) -> None:
+    """A rank that is lower than the trained one gives the best update of that rank."""
+    best, args = run() / "best", [*ARGS, "--dtype", "fp32", "--lora-rank"]
+    trained, old = load(best).trained_state(), load(best).config.lora
+    assert main([*args, str(old.rank + 1)]) == 2
+    assert f"--lora-rank {old.rank + 1}: the model's is {old.rank}" in capsys.readouterr().err
+    assert main([*args, "1"]) == 0
+    assert "the 1 largest directions were kept" in (OUT / "README.md").read_text()
+    model = load(OUT)
+    kept, new = model.trained_state(), model.config.lora
+    assert (new.rank, new.alpha / new.rank) == (1, old.alpha / old.rank)
+    for name in (n for n in trained if ".lora_A." in n):
+        other = name.replace("lora_A", "lora_B")
+        update, left = trained[other] @ trained[name], kept[other] @ kept[name]
+        assert left.any() and torch.linalg.matrix_rank(left) == 1
+        lost = torch.linalg.svdvals(update)[1:].norm()
+        torch.testing.assert_close((update - left).norm(), lost, rtol=1e-3, atol=1e-6)
+
+
 def test_a_model_that_makes_the_hypotheses_goes_with_it(
         hub: Hub, run: Callable[..., Path], tmp_path: Path) -> None:
     """Moved or published, it says what the run says."""

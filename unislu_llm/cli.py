@@ -262,8 +262,9 @@ def export(run: Annotated[str, tyro.conf.arg(metavar="RUN")], /, out: Path,
            dtype: Literal["fp32", "bf16", "fp16"] = "bf16", licence: str = "",
            results: tuple[Path, ...] = (), data_note: Path | None = None, encoder: str = "",
            llm: str = "", recogniser: str = "", no_check: bool = False, lora_scale: float = 1.0,
-           push: Annotated[str, tyro.conf.arg(metavar="USER/MODEL")] = "", private: bool = False,
-           revision: str = "", merged: bool = False, manifest: tuple[Path, ...] = ()) -> None:
+           lora_rank: int = 0, push: Annotated[str, tyro.conf.arg(metavar="USER/MODEL")] = "",
+           private: bool = False, revision: str = "", merged: bool = False,
+           manifest: tuple[Path, ...] = ()) -> None:
     """Write a folder with the trained weights of a run, its configuration and a model card.
 
     It is used like any saved model. An earlier export in the folder is replaced.
@@ -285,11 +286,12 @@ def export(run: Annotated[str, tyro.conf.arg(metavar="RUN")], /, out: Path,
         merged: Write LLM or Whisper, LoRA merged, as a plain checkpoint for servers and recipes.
         manifest: With --merged: rows whose hypotheses are parity prompts; default: the mini corpus.
         lora_scale: Share of LoRA's update that is kept; below 1, less of the base is forgotten.
+        lora_rank: Directions of each LoRA update that are kept, for smaller files; 0: all.
     """
     if (private or revision) and not push:
         raise UserError("--private and --revision are of what is published; add --push USER/MODEL")
     if manifest if not merged else any((
-            results, data_note, encoder, llm, recogniser, no_check, lora_scale != 1)):
+            results, data_note, encoder, llm, recogniser, no_check, lora_scale != 1, lora_rank)):
         raise UserError("--merged takes --out, --dtype, --licence, --push, and alone --manifest")
     from unislu_llm.export import PUBLISHED, export
     from unislu_llm.weights.publish import check_login, publish
@@ -306,7 +308,7 @@ def export(run: Annotated[str, tyro.conf.arg(metavar="RUN")], /, out: Path,
         size, difference = export(
             run, out, dtype=dtype, licence=licence, results=results, data_note=data_note,
             names={"encoder": encoder, "llm": llm, "recogniser": recogniser}, check=not no_check,
-            published=name, lora_scale=lora_scale)
+            published=name, lora_scale=lora_scale, lora_rank=lora_rank)
         print(f"{out}: {size / 1e6:.2f} MB in {dtype}")
         if difference is not None:
             print(f"largest difference of a token's loss from the original: {difference:.3g} nats "

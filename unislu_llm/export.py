@@ -10,7 +10,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
+from unislu_llm.config import LoraConfig
 from unislu_llm.errors import UserError
 from unislu_llm.io import (
     MODEL_FILE,
@@ -43,8 +45,8 @@ _TEXT = "the council met in paris on monday"
 
 def export(folder: str | Path, out: Path, *, names: Mapping[str, str], dtype: str = "bf16",
            licence: str = "", results: Sequence[Path] = (), data_note: Path | None = None,
-           check: bool = True, published: str = "", lora_scale: float = 1.0
-           ) -> tuple[int, float | None]:
+           check: bool = True, published: str = "", lora_scale: float = 1.0,
+           lora_rank: int = 0) -> tuple[int, float | None]:
     """Write a folder; an earlier export there is replaced when the new one is whole.
 
     Arguments are those of `unislu export`, with public names of `encoder`, `llm` and `recogniser`
@@ -71,24 +73,27 @@ def export(folder: str | Path, out: Path, *, names: Mapping[str, str], dtype: st
     if maker is not None:
         saved.model.recogniser = f"./{RECOGNISER}"
     _name_publicly(saved, names)
+    state, whole = _weights(run.model / WEIGHTS_FILE), lora_scale == 1 and not lora_rank
+    if not whole:
+        _reduce_lora(state, saved.model.lora, lora_scale, lora_rank)
     with new_folder(out) as new:
-        count = _write_weights(run.model / WEIGHTS_FILE, new / WEIGHTS_FILE, dtype, lora_scale)
+        count = _write_weights(state, new / WEIGHTS_FILE, dtype)
         write_json(new / MODEL_FILE, saved.model_dump())
         if (run.model / RATES_FILE).is_file():  # runs that start from the export take them up
             shutil.copyfile(run.model / RATES_FILE, new / RATES_FILE)
         write_sums(new, _HASHED)
         if maker is not None:
             _add_recogniser(maker, new / RECOGNISER, names, dtype, licence)
-        difference = _compare(run, new) if check and lora_scale == 1 else None
+        difference = _compare(run, new) if check and whole else None
         # Scores belong to weights, not to names: a score file is taken where its hash is one of
         # these two.
         hashes = {sha256(new / WEIGHTS_FILE): "these weights"}
-        if lora_scale == 1:
+        if whole:
             hashes.setdefault(sha256(run.model / WEIGHTS_FILE),
                               "the run's weights, not yet in this dtype")
         write_card(new / CARD, run, saved, read_results(results, hashes), note, out=out,
                    published=published, licence=licence, dtype=dtype, parameters=count,
-                   difference=difference, lora_scale=lora_scale)
+                   difference=difference, lora_scale=lora_scale, lora_rank=lora_rank)
         size = sum(path.stat().st_size for path in new.rglob("*") if path.is_file())
         for path in kept:
             path.rename(new / path.name)
@@ -141,23 +146,43 @@ def _add_recogniser(model: Path, new: Path, names: Mapping[str, str], dtype: str
         shutil.copyfile(path, new / path.name)
 
 
-def _write_weights(source: Path, target: Path, dtype: str, lora_scale: float) -> int:
-    """Copy weights in another dtype, LoRA's update scaled (WiSE-FT, Wortsman et al. 2022, arXiv
-    2109.01903); returns how many there are."""
+def _weights(path: Path) -> dict[str, Tensor]:
+    """Trained weights of a run, every value finite."""
     try:
-        original = load_file(source)
+        state = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{source} cannot be read ({error}); copy or train it again") from error
-    if not 0 < lora_scale <= 1 or (lora_scale < 1 and not any(".lora_B." in n for n in original)):
-        raise UserError(f"--lora-scale {lora_scale:g}: give a share over 0 up to 1, of a model "
+        raise UserError(f"{path} cannot be read ({error}); copy or train it again") from error
+    if bad := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise UserError(f"{path}: a value of '{bad[0]}' is not finite")
+    return state
+
+
+def _reduce_lora(state: dict[str, Tensor], lora: LoraConfig, scale: float, rank: int) -> None:
+    """Scale LoRA's updates (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903), and keep the `rank`
+    largest directions of each (its best approximation: Eckart and Young 1936)."""
+    adapters = [name for name in state if ".lora_A." in name]
+    if not 0 < scale <= 1 or not adapters:
+        raise UserError(f"--lora-scale {scale:g}: give a share over 0 up to 1, of a model "
                         "with LoRA")
-    state = {name: (value * lora_scale if ".lora_B." in name else value).to(
-        DTYPES[dtype]).contiguous() for name, value in original.items()}
-    for name, value in state.items():
-        if not value.isfinite().all():
-            why = (f"does not fit {dtype}; give --dtype bf16 or fp32"
-                   if original[name].isfinite().all() else "is not finite")
-            raise UserError(f"{source}: a value of '{name}' {why}")
+    if not 0 <= rank <= lora.rank:
+        raise UserError(f"--lora-rank {rank}: the model's is {lora.rank}; give 1 to {lora.rank}")
+    for name in adapters:
+        other = name.replace(".lora_A.", ".lora_B.")
+        state[other] = state[other] * scale
+        if rank:
+            # B A = Q (R A): the SVD of a product of two thin matrices is that of a small one.
+            q, r = torch.linalg.qr(state[other].float())
+            u, values, v = torch.linalg.svd(r @ state[name].float(), full_matrices=False)
+            state[other], state[name] = (q @ u * values)[:, :rank], v[:rank]
+    if rank:
+        lora.rank, lora.alpha = rank, lora.alpha * rank / lora.rank
+
+
+def _write_weights(state: Mapping[str, Tensor], target: Path, dtype: str) -> int:
+    """Write weights in a dtype; returns how many there are."""
+    state = {name: value.to(DTYPES[dtype]).contiguous() for name, value in state.items()}
+    if bad := [name for name, value in state.items() if not value.isfinite().all()]:
+        raise UserError(f"a value of '{bad[0]}' does not fit {dtype}; give --dtype bf16 or fp32")
     # One entry: safetensors writes several in any order, and equal exports should have one hash.
     save_file(state, target, metadata={"exported": dtype})
     target.chmod(0o644)  # safetensors leaves it to the owner alone
