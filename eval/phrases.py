@@ -24,6 +24,7 @@ from typing import Any
 import torch
 import tyro
 from tabulate import tabulate
+from tqdm import tqdm
 
 from unislu_llm.config import DecodeConfig
 from unislu_llm.data.frame_cache import load_clip
@@ -141,7 +142,7 @@ def measure(options: Options) -> dict[str, Any]:
     recogniser: Any = load_recogniser(options.model, dtype=fast_type(torch.device("cpu")))
     found: dict[str, Count] = {}
     ways = [(0, 0.0), *((size, boost) for boost in options.boosts for size in options.sizes)]
-    for start in range(0, len(clips), GROUP):
+    for start in tqdm(range(0, len(clips), GROUP), unit="group"):
         some = clips[start:start + GROUP]
         waves, said = [load_clip(u) for u in some], [plain(u.text) for u in some]
         own = list(dict.fromkeys(name for u in some for name in names_of(u, options)))
