@@ -84,8 +84,6 @@ class ModelConfig(Section):
     """Text before the hypothesis."""
     hypothesis_bias: Rate = 0.0
     """Nats by which decoding favours the next words of the hypothesis, else of the ctc text."""
-    phrases: Annotated[Count, Field(le=1000)] = 0
-    """Phrases of a list (decode.phrases) in the prompt at most, with which it trains; 0: none."""
     transcript: Literal["auto", "rewrite", "verbatim"] = "auto"
     """How a hypothesis becomes the transcript (docs/decoding.md); auto: validation chooses."""
     recogniser: FilePath = ""
@@ -306,8 +304,6 @@ def check_together(config: Sections, processes: int = 1) -> None:
          "there is nothing to keep; switch it off, or all of augment but time_masks, freq_masks"),
         (keeps and model.encoder_mode != "frozen", "data.frame_cache: frames can be kept of a "
          "frozen encoder alone; set model.encoder_mode frozen, or leave data.frame_cache empty"),
-        (model.phrases and model.hypothesis == "none", "model.phrases: are chosen by the "
-         "hypothesis; set model.hypothesis, or model.phrases 0"),
         (drops and model.hypothesis == "none", "train.hypothesis_dropout, train.hypothesis_word_"
          "dropout: the model reads no hypothesis; set model.hypothesis, or these to 0"),
         (train.hypothesis_dropout and model.projector in ("none", "decoder"), "train.hypothesis_"

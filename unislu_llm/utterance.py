@@ -40,7 +40,6 @@ class Utterance:
     samples: Tensor | None = field(default=None, compare=False, repr=False)
     # decoding.no_speech.Evidence of the recogniser that made the hypothesis.
     evidence: Any = field(default=None, compare=False, repr=False)
-    phrases: tuple[str, ...] = ()  # that may be said in it, for a model that reads some
 
     @cached_property
     def seconds(self) -> float:

@@ -17,12 +17,10 @@ from unislu_llm.data.augment import (
     HypothesisDropout,
     Key,
     Masks,
-    PhraseLists,
     add_noise,
     change_speed,
 )
 from unislu_llm.errors import UserError
-from unislu_llm.tasks import Span
 from unislu_llm.tokenizer import Example
 from unislu_llm.utterance import Utterance
 
@@ -225,19 +223,3 @@ def test_rows_without_audio_are_spoilt_by_15_percent_at_least() -> None:
     assert left(dropout(0, 0.05), text) == left(dropout(0, 0.15), speech)
     assert left(dropout(0, 0.4), text) == left(dropout(0, 0.4), speech)
     assert left(dropout(0, 0), text) == [LONG] * 400
-
-
-def test_lists_hold_three_of_four_own_phrases_among_others() -> None:
-    own = Example(Utterance("a", None, "anna met us", {"ner": (Span("PERSON", 0, 4),)}), "ner")
-    others = [Example(Utterance("b", None, f"name{i}", {"ner": (Span("ORG", 0, 5),)}), "ner")
-              for i in range(9)]
-    lists = PhraseLists(3, [own, *others, EXAMPLE])
-    found = [lists(own, Key(1, 0, i)).utterance.phrases for i in range(2000)]
-    assert {len(some) for some in found} == {0, 1, 2, 3}
-    assert all(len(set(some)) == len(some) for some in found)
-    assert 0.7 < sum("anna" in some for some in found) / 1000 < 0.8
-    assert {some.index("anna") for some in found if "anna" in some} == {0, 1, 2}
-    assert found[:99] == [lists(own, Key(1, 0, i)).utterance.phrases for i in range(99)]
-    assert any(lists(EXAMPLE, Key(1, 0, i)).utterance.phrases for i in range(9)), "of others"
-    with pytest.raises(UserError, match=r"model\.phrases: there is no span task"):
-        PhraseLists(3, [EXAMPLE])

@@ -25,7 +25,6 @@ from unislu_llm.decoding.recogniser import Transcript, WhisperRecogniser
 from unislu_llm.errors import UserError
 from unislu_llm.tasks import SEPARATOR
 from unislu_llm.tokenizer import UnifiedTokenizer
-from unislu_llm.utterance import Utterance
 
 SAID = "the council met in paris on monday"
 LIST = Phrases(("Paris", "anna voted", "European Parliament", "union", SAID), 3.0)
@@ -119,9 +118,7 @@ def test_whisper_says_a_phrase_that_is_raised_enough(tmp_path: Path, build: Buil
     monkeypatch.setattr(phrase_module, "_RARE", 0.0)
     assert own(waves, "en", Phrases(("quetzalcoatlus",), 500.0)) == plain, "it is like nothing"
     monkeypatch.setattr(phrase_module, "_RARE", -99.0)
-    unraised = own(waves, "en", Phrases(("quetzalcoatlus",), 0.0))  # for a model that reads lists
-    assert [t.phrases for t in unraised] == [("quetzalcoatlus",)] * len(waves)
-    assert [t._replace(phrases=()) for t in unraised] == plain
+    assert own(waves, "en", Phrases(("quetzalcoatlus",), 0.0)) == plain, "by no nats"
     long = f"{SAID} we thank the european parliament"  # too long to be said four times
     forced = own(waves, "en", Phrases((long,), 500.0))
     assert all(long in t.text.lower() for t in forced)
@@ -149,21 +146,6 @@ def test_an_llm_that_rewrites_is_drawn_to_phrases(build: Build, options: dict[st
     assert [(a.transcript, a.outputs) for a in alone] == [(a.transcript, a.outputs) for a in raised]
     forced = said(slice(3, 4), Phrases(("anna voted",), 500.0))[0].transcript.lower()
     assert ("anna voted" in forced) is ("transcript" not in options)
-
-
-def test_a_model_that_reads_phrases_gets_what_may_be_said(build: Build,
-                                                          monkeypatch: pytest.MonkeyPatch) -> None:
-    heard = Transcript("we met david isaac", phrases=("Giegold", "Dawit Isaak"))
-    monkeypatch.setattr(module, "recogniser_of", lambda *_: lambda *_, **asked: [heard])
-    clips = [Utterance("a", None, "", hypothesis="lat via and zurich and david isaac"),
-             Utterance("b", Path("b.wav"), "", samples=noise(1)[0], duration=1)]
-    listed = Phrases(("Latvia", "Dawit Isaak", "Zürich", "Giegold"), 2.0)
-    model = build("llm", hypothesis="manifest", phrases=2)
-    found = [u.phrases for u in module.with_hypotheses(model, clips, phrases=listed)]
-    assert found == [("Latvia", "Zürich"), ("Dawit Isaak", "Giegold")]
-    assert [u.phrases for u in module.with_hypotheses(model, clips[:1])] == [()]
-    made, = ModelRecogniser(model)(noise(1), "en", listed)  # as a recogniser it reads them as well
-    assert "Dawit Isaak" in made.phrases
 
 
 def test_phrases_reach_the_recogniser_of_every_window(build: Build,

@@ -31,14 +31,13 @@ SHORT = [ROWS[0], *ROWS[2:]]
 
 
 def inputs(rows: Sequence[Row] = ROWS, seed: int = 11,
-           hypotheses: Sequence[str | None] | None = None,
-           phrases: Sequence[tuple[str, ...]] | None = None) -> tuple[list[Example], list[Tensor]]:
+           hypotheses: Sequence[str | None] | None = None) -> tuple[list[Example], list[Tensor]]:
     draw = torch.Generator().manual_seed(seed)
     sizes = [int(row[0] * 16_000) for row in rows]
     waves = [0.2 * torch.randn(n, generator=draw) * torch.linspace(0.1, 1, n) for n in sizes]
-    return [Example(Utterance(str(i), None, text, labels, hypothesis=hypothesis, phrases=some),
-                    task) for i, ((_, text, labels, task), hypothesis, some) in enumerate(zip(
-        rows, hypotheses or [None] * len(rows), phrases or [()] * len(rows), strict=True))], waves
+    return [Example(Utterance(str(i), None, text, labels, hypothesis=hypothesis), task)
+            for i, ((_, text, labels, task), hypothesis)
+            in enumerate(zip(rows, hypotheses or [None] * len(rows), strict=True))], waves
 
 
 def make_batch(model: SLUModel, rows: Sequence[Row] = ROWS, **options: Any) -> Batch:

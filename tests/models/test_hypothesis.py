@@ -81,26 +81,6 @@ def test_with_the_projector_none_there_is_no_speech() -> None:
 
 @pytest.mark.parametrize("projector", ["mlp", "none"])
 @torch.no_grad()
-def test_a_list_of_phrases_is_read_behind_the_hypothesis(projector: str) -> None:
-    model, plain = build(projector=projector, phrases=4), build(projector=projector)
-    plain.load_state_dict(model.state_dict())
-    given: Any = {"hypotheses": ALL, "phrases": [("anna", "[paris"), (), ("council",), ()]}
-    batch, rows = make_batch(model, ROWS, **given), singles(model, ROWS, **given)
-    together = model.losses(batch)
-    for i, single in enumerate(rows):
-        alone = model.losses(single)[0]
-        torch.testing.assert_close(together[i, : len(alone)], alone, rtol=1e-4, atol=1e-4)
-    assert [*greedy(model, rows[0], 9), *greedy(model, rows[1], 9)] == greedy(model, batch, 9)[:2]
-    changed = (together - plain.losses(make_batch(plain, ROWS, **given))).abs().sum(-1)
-    assert [bool(c > 1e-3) for c in changed] == [True, False, True, False]
-    names = model.tokenizer.prompt_ids("\nNames:") + model.tokenizer.text_ids("anna,  paris")
-    assert rows[0].phrase_ids is not None
-    assert rows[0].phrase_ids.tolist() == [names]
-    assert model.prefill(batch).hypothesis == plain.prefill(batch).hypothesis
-
-
-@pytest.mark.parametrize("projector", ["mlp", "none"])
-@torch.no_grad()
 def test_batches_are_planned_by_what_the_llm_reads(projector: str,
                                                    monkeypatch: pytest.MonkeyPatch) -> None:
     model: Any = build(projector=projector)

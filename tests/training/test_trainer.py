@@ -237,7 +237,7 @@ def test_validation_chooses_what_becomes_of_hypotheses(
     write_manifest(tmp_path / "heard.jsonl", rows)
     data = {key: [str(tmp_path / "heard.jsonl")] for key in ("train", "dev")}
     run = fitted("speech_llm", tiny_config(data=data, train={"max_steps": 1}, model={
-        "hypothesis": "manifest", "transcript": asked, "phrases": 2})).run
+        "hypothesis": "manifest", "transcript": asked})).run
     assert {models.load(run / name).config.transcript for name in (BEST, LAST)} == {stored}
     assert ("WER on dev of the hypotheses" in capsys.readouterr().out) == (asked == "auto")
 

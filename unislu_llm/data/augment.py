@@ -1,6 +1,5 @@
 """What training does to its examples: speed, gain, noise, silence and SpecAugment masks of audio;
-hypotheses that are left out or spoilt, so that a model listens too; lists of phrases that may be
-said. Off by default.
+hypotheses that are left out or spoilt, so that a model listens too. Off by default.
 
 What happens to an example follows from its :class:`Key` alone. Each effect has random numbers of
 its own, so that switching one on leaves the others as they were.
@@ -22,7 +21,6 @@ from torch import Tensor
 from unislu_llm.config import AugmentConfig, Config, TrainConfig
 from unislu_llm.data import audio
 from unislu_llm.errors import UserError
-from unislu_llm.tasks import Span
 from unislu_llm.tokenizer import Example
 
 # Last number of a seed; never 0, which numpy ignores there. 208 is that of text_injection.py.
@@ -35,8 +33,6 @@ _TIME_SECONDS, _TIME_SHARE = 0.5, 0.1  # of a clip that a mask covers at most
 # The hypothesis of a row without audio is a copy of the transcript, and a model that reads nothing
 # but perfect hypotheses learns to trust them: at least about a recogniser's WER has to be wrong.
 _LEAST_WORDS_OF_TEXT = 0.15
-_LISTS = 209  # as those above
-_LISTED, _TOLD = 0.5, 0.75  # part of the samples with a list, and of their phrases that are on it
 
 
 class Key(NamedTuple):
@@ -198,35 +194,6 @@ class HypothesisDropout:
                 found = int(np.searchsorted(self._cumulative, place, side="right"))
                 left.append(self._vocabulary[found])
         return " ".join(left)
-
-
-class PhraseLists:
-    """Gives half of the samples a list of phrases that may be said, as many as `most`: three in
-    four of their own and, to be told from these, such of other samples, in any order."""
-
-    def __init__(self, most: int, examples: Sequence[Example]) -> None:
-        self.most, self.pool = most, sorted({p for e in examples for p in _phrases(e)})
-        if not self.pool:
-            raise UserError("model.phrases: there is no span task with phrases in data.train, of "
-                            "which lists could be made; set 0")
-
-    def __call__(self, example: Example, key: Key) -> Example:
-        """The example with its list, if it gets one."""
-        rng = key.rng(_LISTS)
-        if rng.random() >= _LISTED:
-            return example
-        own = [phrase for phrase in _phrases(example) if rng.random() < _TOLD][:self.most]
-        others = rng.integers(len(self.pool), size=rng.integers(self.most + 1 - len(own)))
-        some = list(dict.fromkeys([*own, *(self.pool[i] for i in others)]))
-        found = tuple(some[i] for i in rng.permutation(len(some)))
-        return Example(replace(example.utterance, phrases=found), example.task)
-
-
-def _phrases(example: Example) -> list[str]:
-    """Phrases of an utterance's span tasks, each once."""
-    u = example.utterance
-    return list(dict.fromkeys(u.text[s.start:s.end] for some in u.labels.values()
-                              if isinstance(some, tuple) for s in some if isinstance(s, Span)))
 
 
 def build_dropout(config: Config, examples: Sequence[Example]) -> HypothesisDropout | None:

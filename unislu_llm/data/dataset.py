@@ -12,7 +12,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import Dataset
 
 from unislu_llm.data import audio
-from unislu_llm.data.augment import Augmenter, HypothesisDropout, Key, Masks, PhraseLists
+from unislu_llm.data.augment import Augmenter, HypothesisDropout, Key, Masks
 from unislu_llm.data.batch import Batch, InputKind
 from unislu_llm.data.frame_cache import FrameCache, Frames, load_clip
 from unislu_llm.data.sampler import Draw, MicroBatch
@@ -47,7 +47,6 @@ class SpeechDataset(Dataset[Item]):
     injector: TextInjector | None = None  # posteriors in place of audio that is not there
     takes_text: bool = False  # whether the model can do without speech where there is none
     dropout: HypothesisDropout | None = None
-    lists: PhraseLists | None = None
     seed: int = 0
     epoch: int = 0
 
@@ -87,8 +86,6 @@ class SpeechDataset(Dataset[Item]):
         # Last: a clip made silent has an empty hypothesis, which may go as well.
         if self.dropout is not None:
             example = self.dropout(example, key)
-        if self.lists is not None:
-            example = self.lists(example, key)
         return Item(example, kind, found, masks)
 
     def __getitems__(self, batch: MicroBatch) -> list[Item]:
@@ -104,7 +101,6 @@ class Collator:
     n_mels: int = 80  # mel bins that the encoder takes
     silence: float = 0.0  # seconds of it that Whisper hears behind each clip, up to 30 s with it
     hypothesis_prompt: Sequence[int] | None = None  # ids before each hypothesis; None reads none
-    phrase_prompt: Sequence[int] | None = None  # ids before lists of phrases; None reads none
     listens: bool = True  # whether the model takes speech
     ctc_vocabulary: Any = None  # a CtcVocabulary, for the targets of objective `ctc`
     alignment: Any = None  # an Alignment, where Whisper's decoder reads the hypotheses as well
@@ -115,13 +111,6 @@ class Collator:
         if self.hypothesis_prompt is None or text is None:
             return []
         return [*self.hypothesis_prompt, *self.tokenizer.text_ids(text)]
-
-    def phrase_ids(self, example: Example) -> list[int]:
-        """Ids of an example's phrases after those of the prompt; none where there are none."""
-        if self.phrase_prompt is None or not example.utterance.phrases:
-            return []
-        return [*self.phrase_prompt,
-                *self.tokenizer.text_ids(", ".join(example.utterance.phrases).replace("[", " "))]
 
     def from_waves(self, examples: Sequence[Example], waves: Sequence[Tensor]) -> Batch:
         """A batch of samples `(S,)` at 16 kHz of each example, for decoding."""
@@ -140,7 +129,6 @@ class Collator:
         parts = [torch.tensor(target.parts if item.counted else [NO_PART] * len(target))
                  for item, target in zip(items, targets, strict=True)]
         read = [self.hypothesis_ids(e) for e in examples if self.hypothesis_prompt is not None]
-        listed = [self.phrase_ids(e) for e in examples if self.phrase_prompt is not None]
         vocabulary = self.ctc_vocabulary
         return Batch(
             examples, kind,
@@ -149,8 +137,6 @@ class Collator:
             target_lengths=tuple(map(len, targets)),
             hypothesis_ids=self._padded(read) if read else None,
             hypothesis_lengths=tuple(map(len, read)),
-            phrase_ids=self._padded(listed) if listed else None,
-            phrase_lengths=tuple(map(len, listed)),
             ctc_targets=tuple(tuple(vocabulary.classes(e.utterance.text)) for e in examples
                               if vocabulary is not None),
             counted=items[0].counted, **self._speech(kind, items),

@@ -66,7 +66,6 @@ class Engine:
         most = self.options.max_new_tokens
         self._transcript = self.options.transcript or model.config.transcript
         self._most = most if model.room is None else min(most, model.room)
-        self.raised: list[tuple[str, ...]] = []  # phrases of each row of the last batch
         self._plans = {name: self._plan(name) for name in (ASR, *model.registry.names)}
 
     def _plan(self, name: str) -> _Plan:
@@ -315,7 +314,7 @@ class Engine:
         """What makes the processors of transcripts: what they are drawn to, then the grammar."""
         read = self._hypotheses(state)
         boost = self.phrases.boost if self.phrases else 0.0
-        raised = self.raised = self._raised(batch, state) if boost else []
+        raised = self._raised(batch, state) if boost else []
         if read is not None:
             read = [self._kept(ids, loops=True).ids for ids in read]
 

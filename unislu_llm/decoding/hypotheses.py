@@ -65,10 +65,9 @@ class ModelRecogniser:
             model, DecodeConfig(grammar=True, force_task=True, num_beams=num_beams), phrases)
         blanks = [Example(Utterance("", None, ""), None)] * len(waves)
         if engine is not None and model.reads_hypothesis:
-            blanks = [Example(Utterance("", None, "", hypothesis=text, evidence=t.evidence,
-                                        phrases=to_read(model, text, phrases, t.phrases)), None)
-                      for t in recogniser_of(model)(waves, language, phrases, num_beams)
-                      for text in [clean(t.text, model.registry)]]
+            blanks = [Example(Utterance("", None, "", hypothesis=clean(t.text, model.registry),
+                                        evidence=t.evidence), None)
+                      for t in recogniser_of(model)(waves, language, phrases, num_beams)]
         batch = model.collator().from_waves(blanks, waves)
         if engine is None:  # no decoder runs
             said = [(ids, None if ids else Evidence(1.0))
@@ -76,18 +75,7 @@ class ModelRecogniser:
         else:
             said = [(model.tokenizer.text_ids(a.transcript), a.evidence)
                     for a in engine.answer(batch, [()] * len(waves))]
-        raised = (engine and engine.raised) or [e.utterance.phrases for e in blanks]
-        return [cut(ids, model.tokenizer.base, evidence)._replace(phrases=some)
-                for (ids, evidence), some in zip(said, raised, strict=True)]
-
-
-def to_read(model: SLUModel, hypothesis: str, phrases: Phrases | None,
-            raised: Sequence[str] = ()) -> tuple[str, ...]:
-    """The phrases of a list that a model reads beside a hypothesis: those that it resembles, then
-    those that were raised as it was made."""
-    if not phrases or not model.config.phrases:
-        return ()
-    return tuple(dict.fromkeys((*phrases.like(hypothesis), *raised)))[:model.config.phrases]
+        return [cut(ids, model.tokenizer.base, evidence) for ids, evidence in said]
 
 
 @lru_cache(maxsize=1)
@@ -186,9 +174,9 @@ def with_hypotheses(model: SLUModel, utterances: Sequence[Utterance], progress: 
     """Attach to utterances what a model needs before it decodes: hypotheses, where it reads them.
 
     Those of `model.hypothesis manifest` that are there stay; the model's recogniser makes the
-    others. A model that reads phrases gets those of a list that may be said. What comes twice stays
-    one object. `progress` is the label of a progress bar, `device` and `recogniser` are in place of
-    the model's; `phrases` are raised in what is made, by `num_beams` of the recogniser.
+    others. What comes twice stays one object. `progress` is the label of a progress bar, `device`
+    and `recogniser` are in place of the model's; `phrases` are raised in what is made, by
+    `num_beams` of the recogniser.
 
     Raises:
         UserError: a reference transcript or the recogniser is lacking.
@@ -209,14 +197,10 @@ def with_hypotheses(model: SLUModel, utterances: Sequence[Utterance], progress: 
         made = dict(recognise(recogniser_of(model, device, recogniser), list(lacking.values()),
                               model.registry, language=model.config.language,
                               progress=progress, phrases=phrases, num_beams=num_beams))
-        found |= {key: replace(u, hypothesis=made[i].text, evidence=made[i].evidence,
-                               phrases=made[i].phrases)
+        found |= {key: replace(u, hypothesis=made[i].text, evidence=made[i].evidence)
                   for i, (key, u) in enumerate(lacking.items())}
         if looped := sum(t.loop for t in made.values()):
             log.warning("%d of %d hypotheses repeated themselves and were cut", looped, len(made))
     if phrases and (given := len(found) - len(lacking)):
         log.warning("phrases change no given hypothesis: %d of %d are given", given, len(found))
-    if phrases and model.config.phrases:
-        found = {key: replace(u, phrases=to_read(model, u.hypothesis or "", phrases, u.phrases))
-                 for key, u in found.items()}
     return [found[id(u)] for u in utterances]

@@ -35,7 +35,6 @@ class Transcript(NamedTuple):
     text: str
     loop: bool = False  # whether it was cut
     evidence: Evidence | None = None  # of speech, where the recogniser has any
-    phrases: tuple[str, ...] = ()  # that were raised
 
 
 Recogniser = Callable[..., list[Transcript]]
@@ -112,12 +111,12 @@ class WhisperRecogniser:
             text = str(tokenizer.decode(ids, skip_special_tokens=True))
             found.append(cut(ids, tokenizer, evidence.of_words(sum(sure) / len(sure), text)))
         raised: list[tuple[str, ...]] = []
-        if phrases:
+        if phrases and phrases.boost:
             read = padded([[*prompt, *ids] for ids, _ in said], frames.device).clamp(min=0)
             logits = self._logits(frames, read)[:, len(prompt) - 1:].unbind(1)
             raised = phrases.maybe_said(tokenizer, [t.text for t in found],
                                         [len(ids) for ids, _ in said], logits)
-        if phrases and phrases.boost and (rows := [i for i, some in enumerate(raised) if some]):
+        if phrases and (rows := [i for i, some in enumerate(raised) if some]):
             again = self._decode(frames[rows], prompt, [bounds[i] for i in rows], bias=PhraseBias(
                 tokenizer, [raised[i] for i in rows], phrases.boost))
             for i, new in zip(rows, again, strict=True):
@@ -128,8 +127,7 @@ class WhisperRecogniser:
                                zip((said[i], new), both.gains(), strict=True))
                 made = cut(new[0], tokenizer, found[i].evidence)  # of speech: the first pass's
                 found[i] = made if better >= old and not made.loop else found[i]
-        return [t._replace(phrases=some) for t, some in zip(found, raised or [()] * len(found),
-                                                            strict=True)]
+        return found
 
     def _decode(self, frames: Tensor, prompt: Sequence[int], bounds: Sequence[int],
                 num_beams: int = 1, bias: PhraseBias | None = None

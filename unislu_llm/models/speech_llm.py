@@ -43,7 +43,6 @@ from unislu_llm.tokenizer import UnifiedTokenizer
 from unislu_llm.weights import from_pretrained
 
 _SPECIAL = re.compile(r"<\|[^|\s]+\|>|</?s>|<[a-z]+_of_[a-z]+>|</?think>|\[/?INST\]")
-_NAMES = "\nNames:"  # before a list of phrases in the prompt
 _POSITIONS = ("max_position_embeddings", "max_seq_len")  # where configurations have them
 _ATTENTION = {"flash": "flash_attention_2", "flex": "flex_attention"}  # transformers' names
 
@@ -184,9 +183,8 @@ class SpeechLLM(SLUModel):
 
     def collator(self) -> Collator:
         prompt = self.hypothesis_prompt if self.reads_hypothesis else None
-        names = self.tokenizer.prompt_ids(_NAMES) if self.config.phrases else None
         return Collator(self.tokenizer, self.n_mels, self.config.silence,
-                        hypothesis_prompt=prompt, phrase_prompt=names, listens=self.listens,
+                        hypothesis_prompt=prompt, listens=self.listens,
                         ctc_vocabulary=self.ctc_vocabulary, alignment=self.alignment)
 
     def token_counts(self, n_samples: int, n_target: int, n_hypothesis: int = 0) -> tuple[int, int]:
@@ -234,7 +232,7 @@ class SpeechLLM(SLUModel):
         return self._target_losses(hidden, starts, batch)
 
     def _prompt(self, batch: Batch, speech: Projected | None) -> list[Part]:
-        """`[prefix][speech][hypothesis][phrases][suffix]` of every row."""
+        """`[prefix][speech][hypothesis][suffix]` of every row."""
         embed = self.llm.get_input_embeddings()
         prefix, suffix = (
             embed(torch.tensor([ids], dtype=torch.long).to(self.device, non_blocking=True))
@@ -250,8 +248,6 @@ class SpeechLLM(SLUModel):
                 lengths = tuple(with_silence(n, self.config.silence) for n in lengths)
                 read = read + projector.listen(frames, lengths, ids, spans).to(read.dtype)
             parts.append((read, batch.hypothesis_lengths))
-        if batch.phrase_ids is not None:
-            parts.append((embed(batch.phrase_ids), batch.phrase_lengths))
         return [*parts, (suffix, [len(self.suffix)] * len(batch))]
 
     def hypotheses(self, batch: Batch) -> list[list[int]] | None:

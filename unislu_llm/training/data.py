@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 
 from unislu_llm.config import Config
 from unislu_llm.data.audio import ENCODER_RATE, SAMPLE_RATE
-from unislu_llm.data.augment import Augmenter, PhraseLists, build_dropout
+from unislu_llm.data.augment import Augmenter, build_dropout
 from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.data.frame_cache import FrameCache, encoder_settings
 from unislu_llm.data.mixture import build_mixture
@@ -79,12 +79,10 @@ def build_dataset(config: Config, model: SLUModel, examples: Sequence[Example],
         cache = FrameCache(Path(config.data.frame_cache),
                            encoder_settings(model.encoder, config.train.precision))
     augmenter = Augmenter(config.augment) if config.augment.active else None
-    most = model.config.phrases * (config.train.objective == "unified")
     return SpeechDataset(examples, listens=model.listens, frame_cache=cache, augmenter=augmenter,
                          takes_text=config.model.projector == "decoder",
                          injector=_build_injector(config, model, examples, fitted),
-                         dropout=build_dropout(config, examples), seed=config.train.seed,
-                         lists=PhraseLists(most, examples) if most else None)
+                         dropout=build_dropout(config, examples), seed=config.train.seed)
 
 
 def _build_injector(config: Config, model: SLUModel, examples: Sequence[Example],
@@ -119,11 +117,8 @@ def build_plan(config: Config, model: SLUModel, dataset: SpeechDataset, world: i
     bound = (model.positions or 4096) < 4096  # into so many, all of 30 s of speech fits
     # In tokens as this model reads them: projectors and tokenizers differ by factors.
     collator, tokenizer = model.collator(), model.tokenizer
-    lists = dataset.lists
-    listed = len(collator.phrase_prompt or ()) + sum(sorted(
-        len(tokenizer.text_ids(f", {p}")) for p in lists.pool)[-lists.most:]) if lists else 0
     sizes = [model.token_counts(math.ceil(length * SAMPLE_RATE), len(tokenizer.target(example)),
-                                len(collator.hypothesis_ids(example)) + listed)
+                                len(collator.hypothesis_ids(example)))
              for length, example in zip(seconds, examples, strict=True)
              if train.batch_tokens or bound]
     for example, size in zip(examples, sizes, strict=False):
