@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from importlib.resources import files
+from pathlib import Path
+from textwrap import fill
 from typing import Any, Literal
 
+import matplotlib.style
+from matplotlib.figure import Figure
 from pydantic import BaseModel, model_validator
 
 from unislu_llm.errors import UserError
@@ -12,7 +17,7 @@ from unislu_llm.io import find_model, read_json, read_json_lines, write_json, wr
 from unislu_llm.prediction_file import differences
 from unislu_llm.report import systems as read
 from unislu_llm.report.compare import compare, count_scores, score_rows
-from unislu_llm.report.plots import draw_forest
+from unislu_llm.report.plots import COLOURS
 from unislu_llm.report.text import drawn, shown
 from unislu_llm.run_folder import find_run, is_run
 from unislu_llm.scoring.predictions import spoken_once
@@ -124,6 +129,27 @@ def write_table(experiment: Any, jobs: Sequence[Any]) -> None:
     known = {name: some[0].decoding for name, some in sets[""].members.items() if some}
     text = "\n".join([text, *(f"{line}\n" for line in differences(known))])
     write_text(experiment.results / "table.md", text.rstrip("\n") + "\n")
+
+
+def draw_forest(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
+    """Write an SVG of a table of numbers with intervals: a line a system, a panel a column."""
+    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    style = str(files("unislu_llm.report") / "plots.mplstyle")
+    with matplotlib.style.context(["default", style, {"svg.hashsalt": path.stem}]):
+        figure = Figure(figsize=(3 + 1.5 * len(columns), 0.5 + 0.4 * len(rows)),
+                        layout="constrained")
+        for axes, column in zip(figure.subplots(1, len(columns), sharey=True, squeeze=False).flat,
+                                columns, strict=True):
+            axes.set(title=column, yticks=range(len(rows)),
+                     yticklabels=[fill(name, 44) for name in rows])
+            for y, row in enumerate(rows.values()):
+                cell = row.get(column, {"value": float("nan")})
+                x, *across = (cell["value"] if cell.get(key) is None else cell[key]
+                              for key in ("value", "low", "high"))
+                axes.plot(across, [y, y], color=COLOURS[0])
+                axes.plot(x, y, "o", color=COLOURS[0])
+            axes.yaxis.set_inverted(True)
+        figure.savefig(path, metadata={"Date": None}, facecolor="white")
 
 
 def _rows(experiment: Any, sets: Mapping[str, Scored], test: str,

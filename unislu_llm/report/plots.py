@@ -61,24 +61,6 @@ def draw_plot(kind: str, rows: Rows, systems: Sequence[str]) -> str:
         return _svg(figure, kind)
 
 
-def draw_forest(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
-    """Write an SVG of a table of numbers with intervals: a line a system, a panel a column."""
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
-    with matplotlib.style.context(["default", _STYLE, {"svg.hashsalt": path.stem}]):
-        figure = Figure(figsize=(3 + 1.5 * len(columns), 0.5 + 0.4 * len(rows)),
-                        layout="constrained")
-        for axes, column in zip(figure.subplots(1, len(columns), sharey=True, squeeze=False).flat,
-                                columns, strict=True):
-            axes.set(title=column, yticks=range(len(rows)),
-                     yticklabels=[fill(name, 44) for name in rows])
-            for y, row in enumerate(rows.values()):
-                x, *across = _span(row.get(column, float("nan")), (), 0.0)
-                axes.plot(across, [y, y], color=COLOURS[0])
-                axes.plot(x, y, "o", color=COLOURS[0])
-            axes.yaxis.set_inverted(True)
-        figure.savefig(path, metadata={"Date": None}, facecolor="white")
-
-
 def _draw_bars(axes: Axes, rows: Rows) -> None:
     """Numbers of the third column and those behind it, stacked; a bar a system."""
     left, most = [0] * len(rows), max(sum(list(row.values())[2:]) for row in rows)
