@@ -17,8 +17,7 @@ from jinja2 import Environment, PackageLoader
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from unislu_llm.config_file import shipped
-from unislu_llm.decoding.greedy import Greedy
-from unislu_llm.decoding.reading import feed
+from unislu_llm.decoding.greedy import Greedy, feed
 from unislu_llm.errors import UserError
 from unislu_llm.export import DTYPES
 from unislu_llm.io import new_folder, portable, read_json_lines, write_text

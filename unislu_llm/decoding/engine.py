@@ -13,12 +13,11 @@ from unislu_llm.config import DecodeConfig
 from unislu_llm.data.batch import Batch
 from unislu_llm.decoding.answer import Answer, fill
 from unislu_llm.decoding.grammar import GrammarProcessor, Request, grammar_of
-from unislu_llm.decoding.greedy import Greedy, Make
+from unislu_llm.decoding.greedy import Greedy, Make, feed
 from unislu_llm.decoding.hypothesis_bias import HypothesisBias
 from unislu_llm.decoding.loops import loop_start
 from unislu_llm.decoding.no_speech import evidence_of
 from unislu_llm.decoding.phrases import PhraseBias, Phrases
-from unislu_llm.decoding.reading import feed
 from unislu_llm.decoding.search import Decoded, Ends, Processor, beam_search, padded, score_labels
 from unislu_llm.decoding.vocabulary import vocabulary_of
 from unislu_llm.errors import UserError

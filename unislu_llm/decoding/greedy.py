@@ -1,4 +1,5 @@
-"""Greedy decoding and sampling, in as few passes of the LLM as a known hypothesis allows."""
+"""Greedy decoding and sampling, in as few passes of the LLM as a known hypothesis allows; and what
+is read and not decoded."""
 
 from __future__ import annotations
 
@@ -139,3 +140,16 @@ class Greedy:
             if not bool(going.any()):
                 break
         return torch.stack(tokens, 1), torch.stack(known, 1)
+
+
+def feed(model: SLUModel, state: State, texts: Sequence[Sequence[int]]) -> Tensor:
+    """Read ids of each row; hidden states `(rows, n, dim)` after them."""
+    ids = padded(texts, state.mask.device)
+    if not ids.shape[1]:
+        return state.hidden[:, None][:, :0]
+    valid = ids >= 0
+    hidden = model.step(state, ids.masked_fill(~valid, model.tokenizer.pad_id), valid)
+    last = valid.sum(-1)[:, None, None] - 1
+    behind = hidden.gather(1, last.clamp(min=0).expand(-1, 1, hidden.shape[2]))[:, 0]
+    state.hidden = torch.where(last[:, 0] < 0, state.hidden, behind)
+    return hidden
