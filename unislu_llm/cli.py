@@ -301,7 +301,6 @@ def export(run: Annotated[str, tyro.conf.arg(metavar="RUN")], /, out: Path,
         check_login(push)
     if merged:
         from unislu_llm.merge import merge
-
         print(merge(run, out, dtype=dtype, licence=licence, manifests=manifest, published=name),
               end="")
     else:
@@ -312,14 +311,13 @@ def export(run: Annotated[str, tyro.conf.arg(metavar="RUN")], /, out: Path,
         print(f"{out}: {size / 1e6:.2f} MB in {dtype}")
         if difference is not None:
             print(f"largest difference of a token's loss from the original: {difference:.3g} nats "
-                  "(fine: 0 in fp32, below 0.05 in fp16, below 0.5 in bf16; else give a finer "
-                  "--dtype)")
+                  "(fine: 0 in fp32, below 0.05 in fp16, 0.5 in bf16; else give a finer --dtype)")
     if not licence:
         print("the card names no licence, so nobody may use the weights; add --licence Apache-2.0")
     if push:
         files = ["*"] if merged else PUBLISHED
-        address = publish(out, push, files, private=private, branch=revision)
-        print(f"published as {name}: {address}")
+        print(f"published as {name}: "
+              f"{publish(out, push, files, private=private, branch=revision)}")
 
 
 if __name__ == "__main__":
