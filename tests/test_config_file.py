@@ -68,7 +68,8 @@ def saved_model(folder: Path, **settings: object) -> Path:
 
 def test_a_saved_model_brings_its_settings(files: tuple[Path, Path]) -> None:
     saved = saved_model(files[0].parent / "saved", lora={"rank": 5}, projector_options={"stack": 3},
-                        hypothesis="manifest", hypothesis_bias=2.0, transcript="verbatim")
+                        hypothesis="manifest", hypothesis_bias=2.0, transcript="verbatim",
+                        recogniser="./recogniser")
     files[0].write_text("train: {init: saved}\nmodel: {hypothesis_bias: 1}\n")
     config = load_config(["--model.language", "de"], *files, "")
     model = config.model
@@ -76,6 +77,7 @@ def test_a_saved_model_brings_its_settings(files: tuple[Path, Path]) -> None:
     assert (model.llm, model.projector, model.projector_options) == ("org/two", "ctc", {"stack": 3})
     assert (model.lora.rank, model.prompt_suffix, model.hypothesis) == (5, "", "manifest")
     assert (model.hypothesis_bias, model.language) == (1.0, "de"), "what may differ is the user's"
+    assert model.recogniser == str(saved / "recogniser"), "it lies in the saved model's folder"
     assert model.transcript == "auto", "what is trained further is validated anew"
     asked = load_config(["--model.transcript", "rewrite"], *files, "")
     assert asked.model.transcript == "rewrite"

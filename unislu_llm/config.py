@@ -9,12 +9,14 @@ file (`--config`), flags.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Annotated, Any, Literal
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 from tyro.conf import arg
 
 from unislu_llm.errors import UserError
+from unislu_llm.io import RECOGNISER
 from unislu_llm.setting_types import (
     JSON,
     Common,
@@ -96,6 +98,12 @@ class ModelConfig(Section):
     """Language code of Whisper's prompt, for its decoder and where it makes hypotheses."""
     decoder_mode: Literal["full", "lora", "frozen"] = "full"
     """Whisper decoder only: what trains in it."""
+
+    def read_from(self, folder: Path) -> Self:
+        """As a saved model's file in `folder` means it: a recogniser beside it gets its path."""
+        own = self.recogniser == f"./{RECOGNISER}"
+        return self.model_copy(update={"recogniser": str(folder.absolute() / RECOGNISER)}
+                               if own else {})
 
 
 class DataConfig(Section):

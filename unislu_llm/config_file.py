@@ -172,7 +172,7 @@ def inherited(values: Values) -> Values:
         return {}
     path = saved_model(init) / MODEL_FILE
     model = check(ModelConfig, read_json(path).get("model"),
-                  lambda place: f"{path}: {dotted(('model', *place))}")
+                  lambda place: f"{path}: {dotted(('model', *place))}").read_from(path.parent)
     # How its hypotheses become transcripts is measured anew once it is trained further.
     return {"model": model.model_dump() | {"transcript": "auto"}}
 

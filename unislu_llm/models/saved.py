@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from unislu_llm import weights
 from unislu_llm.config import ModelConfig
 from unislu_llm.errors import UserError, dotted, explain
-from unislu_llm.io import MODEL_FILE, RECOGNISER, check_saved, read_json, write_saved
+from unislu_llm.io import MODEL_FILE, check_saved, read_json, write_saved
 from unislu_llm.tasks import TaskRegistry
 
 Kind = Literal["speech_llm", "whisper_slu"]
@@ -82,6 +82,5 @@ class Description(BaseModel):
             found = cls.model_validate(read_json(path))
         except ValidationError as error:
             raise explain(error, cls, lambda place: f"{path}: {dotted(place)}") from None
-        if found.model.recogniser == f"./{RECOGNISER}":
-            found.model.recogniser = str(path.parent.absolute() / RECOGNISER)
+        found.model = found.model.read_from(path.parent)
         return found
