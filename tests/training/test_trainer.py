@@ -7,7 +7,6 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -86,16 +85,19 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize(("case", "stop"), [
-    *product(("unified", "ctc"), (1, 3, 4, 5)), ("mixture", 5), ("tokens", 5), ("workers", 5)])
-def test_a_stopped_and_resumed_run_equals_one_that_was_not(case: str, stop: int,
+@pytest.mark.parametrize(("case", "stops"), [
+    ("unified", (1, 3, 4, 5)), ("ctc", (1, 3, 4, 5)), ("mixture", (5,)), ("tokens", (5,)),
+    ("workers", (5,))])
+def test_a_stopped_and_resumed_run_equals_one_that_was_not(case: str, stops: tuple[int, ...],
                                                            tiny_config: Make) -> None:
-    """Stopped anywhere, with dropout at work: bit for bit, and its log and scores too."""
+    """Stopped again and again, with dropout at work: bit for bit, and its log and scores too."""
     sections = CASES[case] | {"train": CASES[case]["train"] | {"save_every": 1, "eval_every": 2}}
     whole = fitted("speech_llm", tiny_config("whole", **sections))
-    stop_after(Trainer("speech_llm", tiny_config("part", **sections)), stop)
-    resumed = Trainer("speech_llm", tiny_config("part", **sections, resume=True))
-    assert resumed.progress.step == stop
+    resumed = Trainer("speech_llm", tiny_config("part", **sections))
+    for stop in stops:
+        stop_after(resumed, stop)
+        resumed = Trainer("speech_llm", tiny_config("part", **sections, resume=True))
+        assert resumed.progress.step == stop
     resumed.fit()
     for name in (BEST, LAST):
         same(whole.run / name, resumed.run / name)
