@@ -63,7 +63,7 @@ def test_the_package_is_small() -> None:
 
 
 def test_the_tests_are_small() -> None:
-    assert sum(len(lines_of(p)) for p in TESTS) <= 18_493
+    assert sum(len(lines_of(p)) for p in TESTS) <= 18_494
 
 
 def test_no_line_is_over_100_characters() -> None:
