@@ -158,12 +158,12 @@ def _weights(path: Path) -> dict[str, Tensor]:
 
 
 def _reduce_lora(state: dict[str, Tensor], lora: LoraConfig, scale: float, rank: int) -> None:
-    """Scale LoRA's updates (WiSE-FT, Wortsman et al. 2022, arXiv 2109.01903), and keep the `rank`
-    largest directions of each (its best approximation: Eckart and Young 1936)."""
+    """Scale LoRA's updates `B (out, r) @ A (r, in)`, in place (WiSE-FT, arXiv 2109.01903), and keep
+    the `rank` largest directions of each, which come nearest (Eckart and Young 1936); 0: all."""
     adapters = [name for name in state if ".lora_A." in name]
     if not 0 < scale <= 1 or not adapters:
-        raise UserError(f"--lora-scale {scale:g}: give a share over 0 up to 1, of a model "
-                        "with LoRA")
+        raise UserError(f"--lora-scale {scale:g}, --lora-rank {rank}: give a share over 0 up to 1, "
+                        "of a model with LoRA")
     if not 0 <= rank <= lora.rank:
         raise UserError(f"--lora-rank {rank}: the model's is {lora.rank}; give 1 to {lora.rank}")
     for name in adapters:
