@@ -47,7 +47,7 @@ class WhisperRecogniser:
     same frames, greedily; the better text stands.
 
     It was trained on clips padded to 30 s. Less silence saves time of the encoder and costs words
-    (docs/results.md); at its natural length a clip makes it repeat itself.
+    (docs/results_decoding.md); at its natural length a clip makes it repeat itself.
 
     Args:
         checkpoint: a name (of some `revision`) or a folder.
