@@ -21,10 +21,8 @@ from transformers import (
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from unislu_llm.config import Config, ModelConfig
-from unislu_llm.models.decoder_projector import Alignment
 from unislu_llm.models.projectors import NONE
 from unislu_llm.models.speech_llm import SpeechLLM
-from unislu_llm.models.whisper_decoder import whisper_prompt
 from unislu_llm.models.whisper_slu import WhisperSLU
 from unislu_llm.tasks import Span, Task, TaskRegistry
 from unislu_llm.unified import encode
@@ -147,17 +145,13 @@ def make_speech_llm(*, arch: str = "llama", tied: bool = True, seed: int = 0,
                     ctc_tokens: Sequence[int] | None = None, **settings: Any) -> SpeechLLM:
     """A tiny :class:`SpeechLLM` in eval mode; other arguments are of its :class:`ModelConfig`."""
     tokenizer, config = tokenizer or make_tokenizer(), model_config(**settings)
-    encoder = whisper_decoder = None
+    encoder = None
     if config.projector != NONE:
-        whisper, words = make_whisper(seed=seed, **whisper_options or {})
-        encoder = whisper.model.encoder
-    if config.projector == "decoder":
-        prompt = tuple(whisper_prompt(whisper, words, config.language))
-        whisper_decoder = whisper.model.decoder, Alignment(words, prompt, 448)
+        encoder = make_whisper(seed=seed, **whisper_options or {})[0].model.encoder
     llm = make_llm(arch, tokenizer, tied=tied, seed=seed, **llm_options or {})
     torch.manual_seed(seed)
-    return SpeechLLM(config, registry or TaskRegistry(), encoder, llm, tokenizer, ctc_tokens,
-                     whisper_decoder).eval()
+    return SpeechLLM(config, registry or TaskRegistry(), encoder, llm, tokenizer,
+                     ctc_tokens).eval()
 
 
 def make_whisper_slu(*, seed: int = 0, whisper_options: dict[str, Any] | None = None,

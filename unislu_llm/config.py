@@ -314,9 +314,8 @@ def check_together(config: Sections, processes: int = 1) -> None:
          "frozen encoder alone; set model.encoder_mode frozen, or leave data.frame_cache empty"),
         (drops and model.hypothesis == "none", "train.hypothesis_dropout, train.hypothesis_word_"
          "dropout: the model reads no hypothesis; set model.hypothesis, or these to 0"),
-        (train.hypothesis_dropout and model.projector in ("none", "decoder"), "train.hypothesis_"
-         f"dropout: without a hypothesis and by model.projector {model.projector} there is nothing "
-         "to go by; set 0")))
+        (train.hypothesis_dropout and model.projector == "none", "train.hypothesis_dropout: "
+         "without a hypothesis and by model.projector none there is nothing to go by; set 0")))
     check_decoding(config.decode)
 
 

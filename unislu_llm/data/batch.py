@@ -34,8 +34,6 @@ class Batch:
     posterior_shares: Tensor | None = None  # (batch, T_ctc, 3) fp32; a class may come twice
     hypothesis_ids: Tensor | None = None  # (batch, L_hyp) with their prompt, pad id; None: unread
     hypothesis_lengths: tuple[int, ...] = ()  # 0 for an example without a hypothesis
-    decoder_ids: Tensor | None = None  # (batch, L_w) Whisper's ids of hypotheses, filled with 0
-    decoder_spans: Tensor | None = None  # (batch, L_hyp, 2): which of them are at each of the LLM's
     ctc_targets: tuple[tuple[int, ...], ...] = ()  # classes of transcripts, for objective `ctc`
     counted: bool = True  # False: only keeps a process company; targets belong to no part
 

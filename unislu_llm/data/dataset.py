@@ -45,7 +45,6 @@ class SpeechDataset(Dataset[Item]):
     frame_cache: FrameCache | None = None  # frames in place of audio
     augmenter: Augmenter | None = None
     injector: TextInjector | None = None  # posteriors in place of audio that is not there
-    takes_text: bool = False  # whether the model can do without speech where there is none
     dropout: HypothesisDropout | None = None
     seed: int = 0
     epoch: int = 0
@@ -56,8 +55,6 @@ class SpeechDataset(Dataset[Item]):
             return "text"
         if example.utterance.audio is None and self.injector is not None:
             return "posteriors"
-        if example.utterance.audio is None and self.takes_text:
-            return "text"
         return "audio" if self.frame_cache is None else "frames"
 
     def seconds(self, example: Example) -> float:
@@ -103,7 +100,6 @@ class Collator:
     hypothesis_prompt: Sequence[int] | None = None  # ids before each hypothesis; None reads none
     listens: bool = True  # whether the model takes speech
     ctc_vocabulary: Any = None  # a CtcVocabulary, for the targets of objective `ctc`
-    alignment: Any = None  # an Alignment, where Whisper's decoder reads the hypotheses as well
 
     def hypothesis_ids(self, example: Example) -> list[int]:
         """Ids of an example's hypothesis after those of the prompt; none where there is none."""
@@ -139,24 +135,7 @@ class Collator:
             hypothesis_lengths=tuple(map(len, read)),
             ctc_targets=tuple(tuple(vocabulary.classes(e.utterance.text)) for e in examples
                               if vocabulary is not None),
-            counted=items[0].counted, **self._speech(kind, items),
-            **self._decoder_inputs(kind, examples, read))
-
-    def _decoder_inputs(self, kind: InputKind, examples: Sequence[Example],
-                        own: Sequence[Sequence[int]]) -> dict[str, Any]:
-        """Hypotheses, whose `own` ids the LLM reads behind their prompt, as Whisper's decoder reads
-        them, where it hears something."""
-        if self.alignment is None or kind == "text":
-            return {}
-        read, spans = list[list[int]](), list[list[tuple[int, int]]]()
-        prompt = len(self.hypothesis_prompt or ())
-        for example, ids in zip(examples, own, strict=True):
-            read.append(self.alignment.read(example.utterance.hypothesis or ""))
-            spans.append([(0, 0)] * len(ids[:prompt]) + self.alignment.spans(
-                read[-1], ids[prompt:], self.tokenizer))
-        return {"decoder_ids": pad_sequence([torch.tensor(ids or [0]) for ids in read], True),
-                "decoder_spans": pad_sequence([torch.tensor(row, dtype=torch.long).view(-1, 2)
-                                               for row in spans], True)}
+            counted=items[0].counted, **self._speech(kind, items))
 
     def _speech(self, kind: InputKind, items: Sequence[Item]) -> dict[str, Any]:
         """The fields of a batch that depend on its kind."""

@@ -18,7 +18,6 @@ from torch.nn import functional as F
 
 from unislu_llm.errors import UserError, dotted, explain, hint
 from unislu_llm.models.ctc import CTCProjector
-from unislu_llm.models.decoder_projector import DecoderProjector
 from unislu_llm.models.encoder import valid_mask
 from unislu_llm.models.projector_base import Projector, ceil_div, stack_frames
 from unislu_llm.setting_types import Few, Width
@@ -131,7 +130,7 @@ NONE = "none"
 
 PROJECTORS: dict[str, type[Projector]] = {
     "linear": LinearProjector, "mlp": MLPProjector, "conv": ConvProjector,
-    "qformer": QFormerProjector, "ctc": CTCProjector, "decoder": DecoderProjector}
+    "qformer": QFormerProjector, "ctc": CTCProjector}
 
 
 def check_projector(name: str, options: Mapping[str, Any]) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from transformers import WhisperForConditionalGeneration as Whisper
 from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
 from unislu_llm.config import ModelConfig
-from unislu_llm.data.audio import encoder_length, mel_length, with_silence
+from unislu_llm.data.audio import encoder_length, mel_length
 from unislu_llm.data.batch import Batch
 from unislu_llm.data.dataset import Collator
 from unislu_llm.data.text_injection import densify
@@ -28,7 +28,6 @@ from unislu_llm.errors import UserError
 from unislu_llm.models.base import Objective, SLUModel
 from unislu_llm.models.ctc import CTCProjector, CtcVocabulary
 from unislu_llm.models.ctc_loss import SAMPLES, ctc_loss
-from unislu_llm.models.decoder_projector import Alignment, DecoderProjector
 from unislu_llm.models.encoder import SpeechEncoder, valid_mask
 from unislu_llm.models.kv_cache import NoCache, State
 from unislu_llm.models.lora import inject_lora, quantization
@@ -37,7 +36,6 @@ from unislu_llm.models.probe import probe
 from unislu_llm.models.projector_base import Projected, Projector
 from unislu_llm.models.projectors import NONE, build_projector
 from unislu_llm.models.saved import Base
-from unislu_llm.models.whisper_decoder import whisper_prompt
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import UnifiedTokenizer
 from unislu_llm.weights import from_pretrained
@@ -54,17 +52,17 @@ same, and how many positions of each row count."""
 class SpeechLLM(SLUModel):
     """Speech in, unified text out, by a causal LLM.
 
-    `whisper` is the encoder of a Whisper model; None with the projector `none`. For the projector
-    `decoder`, `whisper_decoder` is its decoder. The LLM, as transformers loads it, gets markers and
-    LoRA here, its tokenizer the markers. Settings that do not fit each other are a `UserError`.
+    `whisper` is the encoder of a Whisper model; None with the projector `none`. The LLM, as
+    transformers loads it, gets markers and LoRA here, its tokenizer the markers. Settings that do
+    not fit each other are a `UserError`.
     """
 
     kind = "speech_llm"
     rewinds = True  # whether the LLM's cache can be cut and shared; else all is read again
 
     def __init__(self, config: ModelConfig, registry: TaskRegistry, whisper: WhisperEncoder | None,
-                 llm: Any, tokenizer: Tokenizer, ctc_tokens: Sequence[int] | None = None,
-                 whisper_decoder: tuple[Any, Alignment] | None = None) -> None:
+                 llm: Any, tokenizer: Tokenizer,
+                 ctc_tokens: Sequence[int] | None = None) -> None:
         super().__init__(config, UnifiedTokenizer(tokenizer, registry))
         self.listens = whisper is not None
         self.reads_hypothesis = config.hypothesis != "none"
@@ -90,17 +88,12 @@ class SpeechLLM(SLUModel):
         install_markers(llm, self.tokenizer)
         if ctc_tokens:
             self._attach(ctc_tokens)
-        self.whisper_decoder: Any = whisper_decoder[0] if whisper_decoder else None
-        self.alignment = whisper_decoder[1] if whisper_decoder else None
-        if whisper_decoder is not None and isinstance(self.projector, DecoderProjector):
-            self.projector.attach(*whisper_decoder, embeddings, self.tokenizer)
-            self._frozen += whisper_decoder[:1]
         self.prefix = self.tokenizer.prompt_ids(config.prompt_prefix, first=True)
         self.suffix = self.tokenizer.prompt_ids(config.prompt_suffix)
         self.hypothesis_prompt = self.tokenizer.prompt_ids(config.hypothesis_prompt)
-        if config.projector in (NONE, "decoder") and not self.reads_hypothesis:
-            raise UserError(f"model.projector {config.projector} leaves nothing to go by without a "
-                            "hypothesis; set model.hypothesis too")
+        if not (self.listens or self.reads_hypothesis):
+            raise UserError("model.projector none leaves nothing to go by without a hypothesis; "
+                            "set model.hypothesis too")
         if not (self.listens or self.prefix or self.suffix or self.hypothesis_prompt):
             raise UserError("model.projector none needs some prompt before an answer; set "
                             "model.hypothesis_prompt")
@@ -116,17 +109,11 @@ class SpeechLLM(SLUModel):
               bases: Mapping[str, Base] | None = None) -> Self:
         stored, found = bases or {}, dict(bases or {})
         whisper: Any = None
-        whisper_decoder: tuple[Any, Alignment] | None = None
         if config.projector != NONE:
             path, found["encoder"] = Base.resolve("encoder", config.encoder, stored.get("encoder"))
-            full = from_pretrained(Whisper, path, dtype=torch.float32, attn_implementation="sdpa")
-            whisper = full.model.encoder
+            whisper = from_pretrained(Whisper, path, dtype=torch.float32,
+                                      attn_implementation="sdpa").model.encoder
             whisper = whisper.to(dtype if config.encoder_mode == "frozen" else torch.float32)
-            if config.projector == "decoder":
-                words = from_pretrained(AutoTokenizer, path)
-                whisper_decoder = full.model.decoder.to(dtype), Alignment(
-                    words, tuple(whisper_prompt(full, words, config.language)),
-                    int(full.config.max_target_positions))
         path, found["llm"] = Base.resolve("LLM", config.llm, stored.get("llm"))
         tokenizer = from_pretrained(AutoTokenizer, path)  # of the two the one that is soon read
         options = quantization(config.quantization)
@@ -136,7 +123,7 @@ class SpeechLLM(SLUModel):
         # For CPUs bitsandbytes packs 4 bits anew when it first infers; then no gradient passes.
         for layer in [m for m in llm.modules() if hasattr(m, "support_avx512bf16_for_cpu")]:
             layer.support_avx512bf16_for_cpu = False
-        model = cls(config, registry, whisper, llm, tokenizer, ctc_tokens, whisper_decoder)
+        model = cls(config, registry, whisper, llm, tokenizer, ctc_tokens)
         model.bases = found
         return model
 
@@ -185,7 +172,7 @@ class SpeechLLM(SLUModel):
         prompt = self.hypothesis_prompt if self.reads_hypothesis else None
         return Collator(self.tokenizer, self.n_mels, self.config.silence,
                         hypothesis_prompt=prompt, listens=self.listens,
-                        ctc_vocabulary=self.ctc_vocabulary, alignment=self.alignment)
+                        ctc_vocabulary=self.ctc_vocabulary)
 
     def token_counts(self, n_samples: int, n_target: int, n_hypothesis: int = 0) -> tuple[int, int]:
         frames = encoder_length(mel_length(n_samples))
@@ -201,7 +188,7 @@ class SpeechLLM(SLUModel):
 
         With `transcribe` a `ctc` projector also gives its greedy transcript.
         """
-        if self.projector is None or batch.kind == "text" or self.whisper_decoder is not None:
+        if self.projector is None or batch.kind == "text":
             return None
         if batch.posterior_classes is None or batch.posterior_shares is None:
             return self.projector(*self._frames(batch), transcribe=transcribe)
@@ -241,13 +228,7 @@ class SpeechLLM(SLUModel):
         if speech is not None:
             parts.append((speech.embeddings.to(prefix.dtype), speech.lengths))
         if batch.hypothesis_ids is not None:
-            read = embed(batch.hypothesis_ids)
-            projector, ids, spans = self.projector, batch.decoder_ids, batch.decoder_spans
-            if isinstance(projector, DecoderProjector) and ids is not None and spans is not None:
-                frames, lengths = super()._frames(batch)
-                lengths = tuple(with_silence(n, self.config.silence) for n in lengths)
-                read = read + projector.listen(frames, lengths, ids, spans).to(read.dtype)
-            parts.append((read, batch.hypothesis_lengths))
+            parts.append((embed(batch.hypothesis_ids), batch.hypothesis_lengths))
         return [*parts, (suffix, [len(self.suffix)] * len(batch))]
 
     def hypotheses(self, batch: Batch) -> list[list[int]] | None:

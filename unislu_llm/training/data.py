@@ -80,7 +80,6 @@ def build_dataset(config: Config, model: SLUModel, examples: Sequence[Example],
                            encoder_settings(model.encoder, config.train.precision))
     augmenter = Augmenter(config.augment) if config.augment.active else None
     return SpeechDataset(examples, listens=model.listens, frame_cache=cache, augmenter=augmenter,
-                         takes_text=config.model.projector == "decoder",
                          injector=_build_injector(config, model, examples, fitted),
                          dropout=build_dropout(config, examples), seed=config.train.seed)
 
@@ -89,15 +88,15 @@ def _build_injector(config: Config, model: SLUModel, examples: Sequence[Example]
                     fitted: SimulationRates | None) -> TextInjector | None:
     """What stands for the audio of examples without; None where nothing has to."""
     silent = [e.utterance for e in examples if e.utterance.audio is None]
-    if not silent or not model.listens or model.config.projector == "decoder":
-        return None  # the decoder projector reads text as it is
+    if not silent or not model.listens:
+        return None
     vocabulary = model.ctc_vocabulary if isinstance(model, SpeechLLM) else None
     if vocabulary is None:
         raise UserError(
             f"{silent[0].where}: field 'audio': the row has no audio ({len(silent)} examples have "
             "none); only an LLM with the projector ctc, or one that reads hypotheses without "
             "speech, trains on text: set model.projector ctc, or model.hypothesis manifest and "
-            "model.projector decoder or none")
+            "model.projector none")
     projector: Any = model.projector
     return TextInjector(
         (fitted or SimulationRates()).override(config.data.text_injection),
