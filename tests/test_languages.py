@@ -18,7 +18,8 @@ from unislu_llm.cli import main
 from unislu_llm.data.loading import load_examples
 from unislu_llm.data.manifest import read_manifest
 from unislu_llm.data.phrases import place_phrases
-from unislu_llm.decoding.long_form import Stitched, occurrences
+from unislu_llm.decoding.answer import Answer
+from unislu_llm.decoding.long_form import join, occurrences
 from unislu_llm.errors import UserError
 from unislu_llm.evaluate import evaluate
 from unislu_llm.io import read_json_lines
@@ -26,6 +27,7 @@ from unislu_llm.report.compare import compare
 from unislu_llm.scoring.score import score_predictions
 from unislu_llm.scoring.text import PROTOCOLS, normalise_phrase, normalise_transcript
 from unislu_llm.tasks import Span
+from unislu_llm.utterance import Utterance
 
 ZH, DE = "我在北京工作。", "um zwölf Uhr wohnt Änne in Zürich"
 ROWS = [("zh", "zh-CN", ZH, [["PLACE", 2, 4]]), ("zh", "zh", "你好世界", []),
@@ -83,9 +85,9 @@ def test_phrases_are_characters_and_of_the_rows_language(tmp_path: Path) -> None
 
 
 def test_windows_of_characters_are_joined() -> None:
-    parts = ["我们今天在北京工作很", "在北京工作很忙谢谢"]
-    assert Stitched(parts, [(0.6, 0.6)]).text == "我们今天在北京工作很忙谢谢"
-    assert Stitched(["他来了。", "我走了"]).text == "他来了。我走了"
+    answers = [Answer(said, 20.0, {"ner": ()}) for said in ("他来了。", "我走了", "ok", "", "ja")]
+    parts = [Utterance("a", None, "", end=20.0)] * len(answers)
+    assert join(REGISTRY, parts, answers).transcript == "他来了。我走了 ok ja"
     assert occurrences("北京", "北京。我爱北京人") == [(0, 2), (5, 7)]
 
 

@@ -82,7 +82,7 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
                                                       help_behavior_hint="")], /,
             tasks: tuple[str, ...] = ("all",), out: Path | None = None,
             as_json: Annotated[bool, tyro.conf.arg(name="json")] = False,
-            overlap: float = 0.0, language: str = "", recogniser: str = "", no_speech: float = 0.6,
+            language: str = "", recogniser: str = "", no_speech: float = 0.6,
             n_best: int = 1, num_beams: int = 1, phrases: str = "", phrase_boost: float = 2.0,
             transcript: Literal["rewrite", "verbatim"] | None = None,
             grounded: bool = False, no_grammar: bool = False, confidences: bool = False,
@@ -97,7 +97,6 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
         tasks: Tasks to answer; without names: transcripts alone.
         out: Write JSON lines into this new file, in place of printing.
         as_json: Print one JSON object a file, with all that is known.
-        overlap: Seconds by which windows overlap.
         language: Whisper language code for the recogniser; default: the model's own.
         recogniser: Makes hypotheses: Whisper, a saved model, `ctranslate2:WHISPER`, a server's URL.
         no_speech: Probability of no speech above which nothing is answered; 1 answers all.
@@ -133,7 +132,7 @@ def predict(model: Annotated[str, tyro.conf.arg(metavar="MODEL")],
         "phrases": phrases, "phrase_boost": phrase_boost, "grammar": not no_grammar},
         lambda place: f"--{place[0]}".replace("_", "-"))
     load, paths = partial(load_model, run, precision), list(files.find_files(audio))
-    answers = files.answer_files(load, paths, names, options, n_best=n_best, overlap=overlap,
+    answers = files.answer_files(load, paths, names, options, n_best=n_best,
                                  language=language or None, recogniser=recogniser)
     show = partial(files.as_json, confidences=confidences) if as_json or out else files.as_text
     return 2 if files.write_answers(answers, len(paths), show, out) else 0

@@ -77,9 +77,8 @@ def understand(model: SLUModel, inputs: One, *rest: Any, **how: Any) -> Answer: 
 def understand(model: SLUModel, inputs: Iterable[One], *rest: Any, **how: Any) -> list[Answer]: ...
 def understand(model: SLUModel, inputs: One | Iterable[One],
                tasks: str | Sequence[str] | None = None, options: DecodeConfig | None = None, *,
-               n_best: int = 1, long_form: bool = True, overlap: float = 0.0,
-               language: str | None = None, phrases: Iterable[str] | None = None,
-               recogniser: str = "") -> Any:
+               n_best: int = 1, long_form: bool = True, language: str | None = None,
+               phrases: Iterable[str] | None = None, recogniser: str = "") -> Any:
     """Transcript and annotations of speech: an answer for one input, a list for several.
 
     Args:
@@ -91,7 +90,6 @@ def understand(model: SLUModel, inputs: One | Iterable[One],
         n_best: answers to each task; needs as many beams.
         long_form: cut what is over 30 s at pauses into windows, and join their answers; False
             refuses it.
-        overlap: seconds by which windows overlap.
         language: Whisper language code for the model's recogniser; default: the model's own.
         phrases: names and terms that are raised; default: those of the file `options.phrases`.
         recogniser: what makes hypotheses in place of the model's own
@@ -126,7 +124,7 @@ def understand(model: SLUModel, inputs: One | Iterable[One],
     # Frozen weights may be in half precision, in which what was trained beside them is not.
     half = any(p.dtype == torch.bfloat16 for p in model.parameters())
     with torch.autocast(model.device.type, torch.bfloat16, enabled=half):
-        answers = _understand(engine, whole, names, n_best, long_form, overlap, recogniser)
+        answers = _understand(engine, whole, names, n_best, long_form, recogniser)
     return answers[0] if one else answers
 
 
@@ -140,8 +138,8 @@ def stream(model: SLUModel, inputs: One | Iterable[One], tasks: str | Sequence[s
 
 
 def _understand(engine: Engine, whole: Sequence[Utterance], tasks: Sequence[str], n_best: int,
-                long_form: bool, overlap: float, recogniser: str) -> list[Answer]:
-    parts = [windows(u, overlap) if long_form else [u] for u in whole]
+                long_form: bool, recogniser: str) -> list[Answer]:
+    parts = [windows(u) if long_form else [u] for u in whole]
     every = with_hypotheses(engine.model, [u for p in parts for u in p], phrases=engine.phrases,
                             recogniser=recogniser, num_beams=engine.options.num_beams)
     found: dict[int, Answer] = {}

@@ -82,7 +82,6 @@ class Understanding(BaseModel, extra="forbid"):
     transcript: Literal["rewrite", "verbatim"] | None = None
     grounded: bool = False
     no_speech: Annotated[float, Field(ge=0, le=1)] = 0.6
-    overlap: Annotated[float, Field(ge=0, le=10)] = 0.0
     confidences: bool = False
     phrases: Annotated[list[str], AfterValidator(_phrases)] = []
     phrase_boost: Annotated[float, Field(ge=0, le=1e6)] = 2.0
@@ -169,7 +168,7 @@ class Service:
         answers = await self._answers(
             request, ask, ask.model_dump(include={
                 "num_beams", "transcript", "grounded", "no_speech", "phrase_boost"}),
-            tasks=names, **ask.model_dump(include={"n_best", "overlap", "phrases"}))
+            tasks=names, **ask.model_dump(include={"n_best", "phrases"}))
         return {"answers": [json.loads(as_json(file.filename or "", answer, ask.confidences))
                             for file, answer in zip(ask.file, answers, strict=True)]}
 
