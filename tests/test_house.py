@@ -86,7 +86,7 @@ def test_no_function_is_over_60_lines() -> None:
 def test_results_are_small() -> None:
     files = {name_of(p): p.stat().st_size for p in (ROOT / "eval" / "results").rglob("*")
              if p.is_file()}
-    assert sum(files.values()) < 2_000_000
+    assert sum(files.values()) < 2_300_000
     assert not {name: size for name, size in files.items() if size > 100_000}
 
 
