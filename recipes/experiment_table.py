@@ -116,11 +116,11 @@ def write_table(experiment: Any, jobs: Sequence[Any]) -> None:
     for protocol in ("whisper", "slue"):
         rows = [row for test in ([*reversed(sets)] if experiment.published else [""])
                 for row in _rows(experiment, sets, test, protocol)]
-        seen = {f"{row['system']} {row.get('set', '')}".strip(): {
-            title: cell for title, cell in row.items() if isinstance(cell, Mapping)
-            and (title.startswith("WER") or title in ("NER F1", "SA macro-F1"))} for row, _ in rows}
-        if protocol == "whisper" and any(seen.values()):
-            draw_forest(experiment.results / "table.svg", {k: v for k, v in seen.items() if v})
+        seen = [(f"{row['system']} {row.get('set', '')}".strip(), {
+            column: cell for column, cell in row.items() if isinstance(cell, Mapping)
+            and (column[:3] == "WER" or column in ("NER F1", "SA macro-F1"))}) for row, _ in rows]
+        if protocol == "whisper" and any(cells for _, cells in seen):
+            draw_forest(experiment.results / "table.svg", [some for some in seen if some[1]])
         for said, some in zip(("", "\nDifferences to the first system of a set\n\n"),
                               zip(*rows, strict=True), strict=True):
             if columns := list(dict.fromkeys(c for row in some for c in row if row[c] is not None)):
@@ -131,9 +131,10 @@ def write_table(experiment: Any, jobs: Sequence[Any]) -> None:
     write_text(experiment.results / "table.md", text.rstrip("\n") + "\n")
 
 
-def draw_forest(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
+def draw_forest(path: Path, rows: Sequence[tuple[str, Mapping[str, Any]]]) -> None:
     """Write an SVG of a table of numbers with intervals: a line a system, a panel a column."""
-    columns = list(dict.fromkeys(column for row in rows.values() for column in row))
+    # Two systems may have one title: "the same, ...".
+    columns = list(dict.fromkeys(column for _, row in rows for column in row))
     style = str(files("unislu_llm.report") / "plots.mplstyle")
     with matplotlib.style.context(["default", style, {"svg.hashsalt": path.stem}]):
         figure = Figure(figsize=(3 + 1.5 * len(columns), 0.5 + 0.4 * len(rows)),
@@ -141,8 +142,8 @@ def draw_forest(path: Path, rows: Mapping[str, Mapping[str, Any]]) -> None:
         for axes, column in zip(figure.subplots(1, len(columns), sharey=True, squeeze=False).flat,
                                 columns, strict=True):
             axes.set(title=column, yticks=range(len(rows)),
-                     yticklabels=[fill(name, 44) for name in rows])
-            for y, row in enumerate(rows.values()):
+                     yticklabels=[fill(name, 44) for name, _ in rows])
+            for y, (_, row) in enumerate(rows):
                 cell = row.get(column, {"value": float("nan")})
                 x, *across = (cell["value"] if cell.get(key) is None else cell[key]
                               for key in ("value", "low", "high"))

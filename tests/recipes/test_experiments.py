@@ -176,6 +176,9 @@ def test_the_table_has_a_row_a_system(experiment: Callable[..., Any],
     assert set(rows["x (not run)"].values()) == {"x (not run)", "-"}
     run(asked)
     assert rows_of(asked.results, "slue")["x"]["minutes"] == "4.0"  # with the run it starts from
+    asked.systems[-1].title = "Whisper"  # a title may come twice
+    run(asked)
+    assert (asked.results / "table.svg").read_text().count(">Whisper<") == 2
 
 
 def test_published_numbers_and_parts_have_rows(experiment: Callable[..., Any],
