@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from unislu_llm import cli
 from unislu_llm.config import Config
+from unislu_llm.io import read_json
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -212,8 +213,8 @@ def test_numbers_of_the_results_tables_are_those_of_the_files() -> None:
 
 @pytest.mark.parametrize("name", ["gemma-adapter-open*", "smollm2-open-s1*"])
 def test_numbers_of_an_adapter_are_those_of_its_files(name: str) -> None:
-    files = map(Path.read_text, (ROOT / "eval" / "results" / "listening").glob(f"{name}.json"))
-    one, read = sorted(map(json.loads, files), key=lambda scores: "asr" in scores["samples"])
+    files = (ROOT / "eval" / "results" / "listening").glob(f"{name}.json")
+    one, read = sorted(map(read_json, files), key=lambda scores: "asr" in scores["samples"])
     found, spans = one["scores"]["protocols"]["whisper"], one["intervals"]["whisper"]
     cells = [f"{found['wer']['by_corpus'][f'voiced-{c}']['wer']:.1f}"
              for c in ("sentiment", "voxpopuli")]

@@ -145,13 +145,11 @@ def make_speech_llm(*, arch: str = "llama", tied: bool = True, seed: int = 0,
                     ctc_tokens: Sequence[int] | None = None, **settings: Any) -> SpeechLLM:
     """A tiny :class:`SpeechLLM` in eval mode; other arguments are of its :class:`ModelConfig`."""
     tokenizer, config = tokenizer or make_tokenizer(), model_config(**settings)
-    encoder = None
-    if config.projector != NONE:
-        encoder = make_whisper(seed=seed, **whisper_options or {})[0].model.encoder
+    encoder = None if config.projector == NONE else make_whisper(
+        seed=seed, **whisper_options or {})[0].model.encoder
     llm = make_llm(arch, tokenizer, tied=tied, seed=seed, **llm_options or {})
     torch.manual_seed(seed)
-    return SpeechLLM(config, registry or TaskRegistry(), encoder, llm, tokenizer,
-                     ctc_tokens).eval()
+    return SpeechLLM(config, registry or TaskRegistry(), encoder, llm, tokenizer, ctc_tokens).eval()
 
 
 def make_whisper_slu(*, seed: int = 0, whisper_options: dict[str, Any] | None = None,

@@ -85,9 +85,8 @@ def test_ctc_trains_on_cached_frames_and_masks_them(tiny_config: Make, tmp_path:
 def test_text_trains_beside_speech_and_resumes_exactly(
         cache: bool, tiny_config: Make, rewritten: Callable[..., list[str]],
         tmp_path: Path) -> None:
-    data: dict[str, Any] = {"train": rewritten(silent=2), "dev": []}
-    if cache:
-        data["frame_cache"] = str(tmp_path / "frames")
+    data = {"train": rewritten(silent=2), "dev": [],
+            "frame_cache": str(tmp_path / "frames") if cache else ""}
 
     def make(name: str, *, more: dict[str, Any] | None = None, **top: Any) -> Config:
         return tiny_config(name, model=CTC, data=data | (more or {}), **top,

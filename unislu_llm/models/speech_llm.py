@@ -61,8 +61,7 @@ class SpeechLLM(SLUModel):
     rewinds = True  # whether the LLM's cache can be cut and shared; else all is read again
 
     def __init__(self, config: ModelConfig, registry: TaskRegistry, whisper: WhisperEncoder | None,
-                 llm: Any, tokenizer: Tokenizer,
-                 ctc_tokens: Sequence[int] | None = None) -> None:
+                 llm: Any, tokenizer: Tokenizer, ctc_tokens: Sequence[int] | None = None) -> None:
         super().__init__(config, UnifiedTokenizer(tokenizer, registry))
         self.listens = whisper is not None
         self.reads_hypothesis = config.hypothesis != "none"
