@@ -261,6 +261,15 @@ def test_help_shows_the_settings_and_an_unknown_flag_the_nearest(
     assert all(text in printed for text in shown)
 
 
+def test_a_manifest_behind_a_link_keeps_its_folder_and_name(tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/8f3a").touch()
+    (tmp_path / "voxpopuli.jsonl").symlink_to(tmp_path / "blobs/8f3a")
+    file = tmp_path / "config.yaml"
+    file.write_text("data: {train: [voxpopuli.jsonl]}\n")
+    assert config_from_file(file).data.train == [str(tmp_path / "voxpopuli.jsonl")]
+
+
 def test_what_is_written_is_read_again(tmp_path: Path) -> None:
     file = tmp_path / "config.yaml"
     file.write_text("output: '1e5'\ndata: {train: [a.jsonl], weights: {a: 1}}\n"

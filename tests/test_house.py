@@ -59,11 +59,11 @@ def parsed(path: Path) -> ast.Module:
 
 
 def test_the_package_is_small() -> None:
-    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 20_219
+    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 20_310
 
 
 def test_the_tests_are_small() -> None:
-    assert sum(len(lines_of(p)) for p in TESTS) <= 18_222
+    assert sum(len(lines_of(p)) for p in TESTS) <= 18_460
 
 
 def test_no_line_is_over_100_characters() -> None:

@@ -1,12 +1,12 @@
 """Config files, presets and flags to one checked :class:`Config`; later ones win.
 
-Every source is checked by itself before they are laid over each other, so that a message can name
-the file and line, or the flag, that is at fault.
+Every source is checked by itself first, so that a message can name its file and line, or its flag.
 """
 
 from __future__ import annotations
 
 import argparse
+import os
 import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -339,12 +339,12 @@ class YamlFile:
 
 
 def _resolve_paths(values: Values, folder: Path) -> None:
+    folder = folder.resolve()  # no link beyond it: a manifest's place and name mean something
     for name, keys in _PATHS.items():
         section = values.get(name, {})
         for key in keys:
-            value = section.get(key)
-            if isinstance(value, list):
-                section[key] = [str((folder / item).resolve()) for item in value]
+            if isinstance(value := section.get(key), list):
+                section[key] = [os.path.abspath(folder / item) for item in value]
             elif value and not (key == "init" and is_hub_name(value, folder)) and (
                     name != "model" or (folder / value).is_dir()):
-                section[key] = str((folder / value).resolve())
+                section[key] = os.path.abspath(folder / value)

@@ -246,8 +246,9 @@ def _check(task: Task, known: TaskRegistry, where: str) -> None:
         raise UserError(f"{where}: a name is lower-case letters, digits and _{taken}; rename it")
     if task.name in known:
         raise UserError(f"{where} is registered twice; rename one")
-    # Scores are flat: `<task>_f1`, `<task>_label_f1`.
-    if task.name.removesuffix("_label") in known or f"{task.name}_label" in known:
+    # Scores are flat: `<task>_f1`, `<task>_label_f1`, `<task>_position_f1`.
+    if any(task.name.removesuffix(part) in known or task.name + part in known
+           for part in ("_label", "_position")):
         raise UserError(f"{where}: its scores would be called as another task's; rename it")
     if not task.labels or len(set(task.labels)) != len(task.labels):
         raise UserError(f"{where}: labels must be given and differ from each other")

@@ -77,6 +77,21 @@ def test_blank_lines_crlf_and_byte_order_mark_are_no_problem(tmp_path: Path) -> 
     assert [u.source.rpartition(":")[2] for u in read_manifest(path, REGISTRY)] == ["1", "3", "5"]
 
 
+def test_a_stretch_may_be_given_by_its_length(tmp_path: Path) -> None:
+    path = write(tmp_path, row(start=5, duration=3), row(id="b", start=0, duration=3),
+                 row(id="c", duration=3))
+    assert [(u.start, u.end, u.seconds) for u in read_manifest(path, REGISTRY)] == [
+        (5.0, 8.0, 3.0), (0.0, 3.0, 3.0), (0.0, None, 3.0)]
+
+
+def test_a_path_is_no_text(tmp_path: Path) -> None:
+    """Marks stay as the file system has them, and letters of the text are composed."""
+    (tmp_path / (name := "u\u0308ber.wav")).touch()
+    path = write(tmp_path, row(audio=name, text=None), row(id="b", audio=name, text="u\u0308ber"))
+    rows = iter_rows(path, REGISTRY, check_audio=True, without_text=True)
+    assert [u.text for r in rows if (u := r.utterance)] == ["", "\u00fcber"]
+
+
 def test_a_lookalike_beside_the_field_itself_is_metadata(tmp_path: Path) -> None:
     text = "l'été [applause] 你好 5\u00a0[ner] x]"
     (u,) = read_manifest(write(tmp_path, row(
@@ -256,7 +271,8 @@ def utterances(draw: st.DrawFn) -> Utterance:
     segments = [{"start": 0.0, "end": 9.5, "text": "the", "ner": [["ORG", 0, 3]]}]
     start = draw(st.just(0.0) | st.floats(0, 1e4))
     end = draw(st.none() | st.floats(0.01, 30).map(lambda length: start + length))
-    duration = end - start if end is not None else draw(st.none() | st.floats(0.01, 30))
+    duration = (end - start if end is not None else  # or it says where the stretch ends
+                None if start else draw(st.none() | st.floats(0.01, 30)))
     word = st.none() | st.text(st.characters(exclude_categories=("C", "Zl", "Zp")), min_size=1)
     names = ["lists/a.wav", "lists/wav/ü b.flac", "other/a.ogg", "/data/a.mp3", "lists/..a"]
     return Utterance(

@@ -15,7 +15,7 @@ import soundfile
 
 from unislu_llm.cli import main
 from unislu_llm.data.corpora import SOURCES, prepare
-from unislu_llm.data.corpora.own_data import Conll, Hub, Table
+from unislu_llm.data.corpora.own_data import Conll, Hub, Table, save_clip
 from unislu_llm.data.corpora.source import Source, read_objects, tidy
 from unislu_llm.data.manifest import iter_rows, read_manifest
 from unislu_llm.data.validate import validate
@@ -149,6 +149,25 @@ def test_data_sets_in_folders(how: str, tmp_path: Path) -> None:
     assert (u.text, u.labels, u.seconds) == ("so it is", {"sa": "Positive"}, 5.0)
 
 
+def test_splits_of_a_folder_with_one_table(tmp_path: Path) -> None:
+    for split in ("train", "test"):
+        clips(tmp_path / "set" / split, "a.wav")
+    write(tmp_path / "set/metadata.jsonl", *({"file_name": f"{split}/a.wav", "text": f"in {split}"}
+                                             for split in ("train", "test")))
+    for split in ("train", "test"):
+        assert [u.text for u in made(Hub(str(tmp_path / "set"), split))[0]] == [f"in {split}"]
+    with pytest.raises(UserError, match="of one split, 'train'"):
+        made(Hub(str(tmp_path / "set"), "dev"))
+
+
+def test_a_clip_of_the_hub_has_a_file_of_its_own(tmp_path: Path) -> None:
+    """Ids may look alike in a file name, and come again; sizes may be equal."""
+    for first, second in (("東京 1", "北京 1"), ("a/1", "a-1"), ("7", "7")):
+        files = {save_clip({"bytes": content, "path": "x.wav"}, tmp_path, name)
+                 for name, content in ((first, b"one"), (second, b"two"))}
+        assert sorted(Path(str(file)).read_bytes() for file in files) == [b"one", b"two"]
+
+
 def test_a_data_set_of_the_hub_is_streamed_by_its_name(
         tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     clips(tmp_path / "wav", "a.wav")
@@ -189,7 +208,7 @@ def test_kaldi(tmp_path: Path) -> None:
     write(tmp_path / "d/utt2lang", "u1 de")
     rows, page = made(source("kaldi", tmp_path / "d", tmp_path), language="en")
     assert [(u.text, u.start, u.end, u.speaker, u.language) for u in rows] == [
-        ("the council met", 0.5, 2.0, "anna", "de"), ("in paris", 2.0, None, None, "en")]
+        ("the council met", 0.5, 2.0, "anna", "de"), ("in paris", 2.0, 5.0, None, "en")]
     assert f"1 row dropped: no line in text\n           {tmp_path}/d/segments:3" in page
     write(wav, "r sox r.flac -t wav - |")
     with pytest.raises(UserError, match=r"wav\.scp:1: a command is not run"):
@@ -203,8 +222,10 @@ def test_nemo_common_voice_and_librispeech(tmp_path: Path) -> None:
     clips(tmp_path, "a.wav", "c_1.mp3")
     file = write(tmp_path / "n.json", {"audio_filepath": "a.wav", "duration": 2.0, "offset": 1.5,
                                        "text": "so it is", "lang": "en"},
-                 {"audio_filepath": "a.wav", "duration": 5.0, "text": "all", "pred_text": "al"})
-    a, b = made(source("nemo", file))[0]
+                 {"audio_filepath": "a.wav", "duration": 5.0, "text": "all", "pred_text": "al"},
+                 {"audio_filepath": "a.wav", "duration": 2.0, "offset": 0.0, "text": "so"})
+    a, b, c = made(source("nemo", file))[0]
+    assert (c.start, c.end, c.seconds) == (0.0, 2.0, 2.0)
     assert (a.id, a.start, a.end, a.language) == ("n-1", 1.5, 3.5, "en")
     assert (b.start, b.end, b.hypothesis) == (0.0, None, "al")
     file = write(tmp_path / "cv/dev.tsv", "client_id\tpath\tsentence\tup_votes\tlocale",
@@ -243,6 +264,12 @@ def test_annotation_tools(tmp_path: Path) -> None:
         {"id": 2, "utterance": "fine", "sentiment": {"choices": ["Neutral"]}, "lead_time": 3.1}])
     assert [u.labels for u in made(source("label-studio", file))[0]] == [
         {"ner": (Span("ORG", 6, 13),), "sa": "Positive"}, {"sa": "Neutral"}]
+    # Where nothing but transcripts was asked for, nobody looked for spans.
+    said = {"type": "textarea", "value": {"text": ["hello there"]}}
+    file = write(tmp_path / "asr.json", [{"data": {"audio": "a.wav"},
+                                          "annotations": [{"result": [said]}]}])
+    assert [(u.text, u.labels) for u in made(source("label-studio", file))[0]] == [
+        ("hello there", {})]
     region = {"type": "hypertextlabels", "value": {
         "start": "/p[1]/text()[1]", "text": "council", "hypertextlabels": ["ORG"],
         "globalOffsets": {"start": 9, "end": 16}}}

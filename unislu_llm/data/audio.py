@@ -145,7 +145,8 @@ def open_audio(name: str | Path, content: bytes | None = None) -> soundfile.Soun
                         f"{name}: audio file does not exist; correct the path (in a manifest: from "
                         "its folder)")
     try:
-        sound = soundfile.SoundFile(name if content is None else io.BytesIO(content))
+        # As bytes: a name may be none of UTF-8.
+        sound = soundfile.SoundFile(os.fsencode(name) if content is None else io.BytesIO(content))
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: headerless .raw
         raise UserError(f"{name}: cannot be read as audio ({getattr(error, 'error_string', error)})"
                         "; convert it to WAV, FLAC or Ogg/Opus") from error

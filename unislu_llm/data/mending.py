@@ -92,8 +92,8 @@ def _changed(value: Any, keys: Collection[str], span: Change,
         return [change(part, said=said) for part in value]
     if not isinstance(value, dict) or depth > 9:
         return value
-    if "text" in value:  # a row or a segment, whose start and end are times
-        return {key: change(part, said=value["text"]) if key in keys else part
+    if "text" in value or not depth:  # a row or a segment, whose start and end are times
+        return {key: change(part, said=value.get("text")) if key in keys else part
                 for key, part in value.items()}
     ends: Any = [value.get(key) for key in ("start", "end")]
     if isinstance(said, str) and [type(end) for end in ends] == [int, int]:

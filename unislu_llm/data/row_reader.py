@@ -185,8 +185,11 @@ class RowReader:
             return None, problems
         labels = {task.name: value for task in self.registry
                   if (value := getattr(found, f"task_{task.name}")) is not None}
+        end = found.end
+        if end is None and found.duration is not None and "start" in values:
+            end = found.start + found.duration
         return Utterance(
-            found.id, path, "" if unheard else found.text, labels, found.start, found.end,
+            found.id, path, "" if unheard else found.text, labels, found.start, end,
             found.speaker, found.language or self.language or None,
             found.corpus or self.corpus, found.duration, source,
             None if found.hypothesis is None else " ".join(found.hypothesis.split()),

@@ -86,9 +86,16 @@ class LabelStudio(_Export):
                 dropped[f"annotation dropped: '{kind}' is no span of the text"].append(where)
         audio = next((value for value in data.values() if re.search(
             r"\.(wav|flac|ogg|opus|mp3)$", str(value).lower())), None)
-        # Labels alone do not say that spans were looked for.
-        return (text, spans if spans or not labels else None, labels or None,
+        return (text, spans if spans or (self._spans and not labels) else None, labels or None,
                 audio) if done else None
+
+    @cached_property
+    def _spans(self) -> bool:
+        """Whether spans were looked for: no export says so but by the spans that were found."""
+        found = (region for _, row in source.read_objects(self.file)
+                 for a in row.get("annotations", [{"result": [*_minimal(row, self.label_task)]}])
+                 for region in a.get("result", ()))
+        return any(region.get("type") in _SPANS for region in found)
 
 
 def _minimal(row: dict[str, Any], label_task: str) -> Iterator[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -90,8 +91,9 @@ def renamed(cells: Mapping[str, Any], names: Mapping[str, str], registry: TaskRe
     if isinstance(row.get("text"), str) and not spans:
         row["text"] = " ".join(row["text"].split())
     # Other tools give start and length of a stretch, manifests its start and end.
-    if row.get("start") and "end" not in row and isinstance(row.get("duration"), int | float):
-        row["end"] = row["start"] + row["duration"]
+    times = [row.get(key) for key in ("start", "duration")]
+    if row.get("end") is None and all(isinstance(seconds, int | float) for seconds in times):
+        row["end"] = sum(times)
     return row
 
 
@@ -229,8 +231,14 @@ class Hub(Source):
         metadata = [path for ending in ("csv", "jsonl") for part in (self.split, "")
                     if (path := Path(self.name, part, f"metadata.{ending}")).is_file()]
         if metadata:
-            yield from Table(metadata[0], columns=("audio=file_name", *self.columns)).rows(
-                registry, dropped, clips)
+            folder = Path(self.name, self.split)
+            if metadata[0].parent != folder and not folder.is_dir() and self.split != "train":
+                raise UserError(f"{metadata[0]} is of one split, 'train', as there is no folder "
+                                f"{folder}; give --split train")
+            for where, row in Table(metadata[0], columns=("audio=file_name", *self.columns)).rows(
+                    registry, dropped, clips):
+                if not folder.is_dir() or Path(row.get("audio", folder)).is_relative_to(folder):
+                    yield where, row
             return
         names = {"audio": "audio", **column_names(self.columns, registry)}
         for i, cells in enumerate(load_split(self.name, self.config, self.split)):
@@ -266,12 +274,15 @@ def load_split(name: str, config: str, split: str) -> Iterator[dict[str, Any]]:
 
 
 def save_clip(audio: Mapping[str, Any], folder: Path, name: str) -> str | None:
-    """File of an undecoded audio field `{"bytes", "path"}`: its own, or its bytes in `folder`."""
+    """File of an undecoded audio field `{"bytes", "path"}`: its own, or its bytes in `folder`, by a
+    name that no other clip has."""
     data, path = audio.get("bytes"), audio.get("path")
     if data is None:
         return path or None
-    target = folder / (re.sub(r"[^A-Za-z0-9._-]+", "-", name) + Path(path or "").suffix)
-    if not (target.is_file() and target.stat().st_size == len(data)):  # by an earlier call
+    mark = hashlib.sha256(name.encode() + b"\0" + data).hexdigest()[:12]
+    target = folder / (re.sub(r"[^A-Za-z0-9._-]+", "-", name)[:80] + f"-{mark}"
+                       + Path(path or "").suffix)
+    if not target.is_file():  # by an earlier call
         with atomic(target, "wb") as handle:
             handle.write(data)
     return str(target)
