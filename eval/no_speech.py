@@ -30,7 +30,6 @@ from unislu_llm.io import portable, write_json
 from unislu_llm.run_folder import versions
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.utterance import Utterance
-from unislu_llm.weights import fast_type
 
 RATE = 16_000
 KINDS = ("silence", "faint noise", "white noise", "pink noise", "brown noise", "hum", "tone",
@@ -123,9 +122,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--threshold", type=float, default=DecodeConfig().no_speech)
     parser.add_argument("--out", type=Path, help="file of the result")
     args = parser.parse_args(argv)
-    registry, dtype = TaskRegistry(), fast_type(torch.device("cpu"))
-    recogniser = load_recogniser(args.model, args.source, dtype=(
-        dtype if args.source == "decoder" else torch.float32))
+    registry = TaskRegistry()
+    recogniser = load_recogniser(args.model, args.source)
     rows: list[tuple[str, no_speech.Evidence | None]] = []
     sets = [("", list(sounds(args.sounds))), *(
         (f"{path.parent.name}/{path.stem}", read_manifest(path, registry))

@@ -21,7 +21,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import tyro
 from tabulate import tabulate
 from tqdm import tqdm
@@ -38,7 +37,6 @@ from unislu_llm.scoring.text import normalise_phrase, places_of
 from unislu_llm.scoring.wer import corpus_wer
 from unislu_llm.tasks import Span, TaskRegistry
 from unislu_llm.utterance import Utterance
-from unislu_llm.weights import fast_type
 
 GROUP = 8  # clips at one time, which have a list in common
 
@@ -139,7 +137,7 @@ def listed(own: Sequence[str], said: Sequence[str], pools: Sequence[Sequence[str
 def measure(options: Options) -> dict[str, Any]:
     """Rows of the table by name."""
     clips, *pools = chosen(options)
-    recogniser: Any = load_recogniser(options.model, dtype=fast_type(torch.device("cpu")))
+    recogniser: Any = load_recogniser(options.model)
     found: dict[str, Count] = {}
     ways = [(0, 0.0), *((size, boost) for boost in options.boosts for size in options.sizes)]
     for start in tqdm(range(0, len(clips), GROUP), unit="group"):

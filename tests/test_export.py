@@ -138,6 +138,9 @@ def test_an_export_is_replaced_whole_and_keeps_what_others_put_there(run: Callab
     assert [(OUT / name).read_text() for name in ("LICENSE", "NOTICE")] == [
         "own LICENSE", "own NOTICE"]
     assert [p.name for p in OUT.parent.iterdir()] == [OUT.name]
+    (old := OUT.with_name(f"{OUT.name}.old")).mkdir()  # somebody's, which nobody may remove
+    export(RUN, OUT, names=NAMES, check=False)
+    assert old.is_dir()
     with pytest.raises(UserError, match="scores of other weights"):
         export(RUN, OUT, dtype="fp16", results=(results,), names=NAMES, check=False)
     with pytest.raises(UserError, match="is not empty and no export"):
@@ -229,6 +232,58 @@ def test_a_model_that_makes_the_hypotheses_goes_with_it(
         load_recogniser.cache_clear()
         assert understand(load(name), clip).to_dict() == said
     load_recogniser.cache_clear()
+
+
+def test_names_of_a_recogniser_are_its_own(run: Callable[..., Path], tmp_path: Path) -> None:
+    """It is of another Whisper than the model, and has a recogniser itself."""
+    best, maker = run() / "best", tmp_path / "maker"
+    shutil.copytree("tiny/whisper", "tiny/other")
+
+    def changed(folder: Path, encoder: str, **model: Any) -> None:
+        saved = json.loads((folder / "config.json").read_text())
+        saved["model"] |= {"hypothesis": "manifest", "encoder": encoder, **model}
+        saved["bases"]["encoder"]["name"] = encoder
+        (folder / "config.json").write_text(json.dumps(saved))
+        write_sums(folder)
+
+    shutil.copytree(best, inner := tmp_path / "inner")
+    shutil.copytree(best, inner / "recogniser")
+    shutil.copytree(RUN, maker)
+    changed(maker / "best", "tiny/other", recogniser=str(inner))
+    changed(best, str(Path("tiny/whisper").absolute()), recogniser=str(maker))
+    with pytest.raises(UserError, match=r"model\.encoder 'tiny/other' is a folder"):
+        export(RUN, OUT, names=NAMES | {"encoder": "me/whisper"}, check=False)
+    shutil.move("tiny/other", tmp_path / "gone")  # now a name on the hub
+    export(RUN, OUT, names=NAMES | {"encoder": "me/whisper"}, check=False)
+    names = [json.loads((OUT / part / "config.json").read_text())["bases"]["encoder"]["name"]
+             for part in ("", "recogniser")]
+    assert names == ["me/whisper", "tiny/other"]
+    assert (OUT / "recogniser" / "recogniser" / "recogniser" / "config.json").is_file()
+
+
+@pytest.mark.parametrize(("settings", "flags", "refused"), [
+    ({"recogniser": "ctranslate2:openai/whisper-base"}, {}, ""),
+    ({"encoder": "tiny/whisper"}, {}, r"model\.encoder 'tiny/whisper' is a folder"),
+    ({"encoder": "tiny/whisper"}, {"encoder": "openai/whisper-base"}, ""),
+])
+def test_a_model_that_only_reads_names_who_hears_for_it(
+        settings: dict[str, str], flags: dict[str, str], refused: str,
+        run: Callable[..., Path]) -> None:
+    path = run() / "best" / "config.json"
+    saved = json.loads(path.read_text())
+    saved["model"] |= {"hypothesis": "manifest", "projector": "none",
+                       "encoder": "openai/whisper-base", **settings}
+    del saved["bases"]["encoder"]
+    path.write_text(json.dumps(saved))
+    write_sums(path.parent)
+    flags = {"llm": NAMES["llm"], **flags}
+    if refused:
+        with pytest.raises(UserError, match=refused):
+            export(RUN, OUT, names=flags, check=False)
+        return
+    export(RUN, OUT, names=flags, check=False)
+    assert json.loads((OUT / "config.json").read_text())["model"]["encoder"] == (
+        "openai/whisper-base")
 
 
 @pytest.fixture

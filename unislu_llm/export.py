@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from unislu_llm.config import LoraConfig
+from unislu_llm.decoding.other_recognisers import CTRANSLATE2
 from unislu_llm.errors import UserError
 from unislu_llm.io import (
     MODEL_FILE,
@@ -72,6 +73,9 @@ def export(folder: str | Path, out: Path, *, names: Mapping[str, str], dtype: st
     maker = None if named else find_model(Path(saved.model.recogniser))
     if maker is not None:
         saved.model.recogniser = f"./{RECOGNISER}"
+    bases = Description.read(maker).bases if maker else {}
+    passed = {part: names.get(part, "") for part, base in bases.items()
+              if base.name == getattr(saved.model, part)}  # another one may have another name
     _name_publicly(saved, names)
     state, whole = _weights(run.model / WEIGHTS_FILE), lora_scale == 1 and not lora_rank
     if not whole:
@@ -83,7 +87,7 @@ def export(folder: str | Path, out: Path, *, names: Mapping[str, str], dtype: st
             shutil.copyfile(run.model / RATES_FILE, new / RATES_FILE)
         write_sums(new, _HASHED)
         if maker is not None:
-            _add_recogniser(maker, new / RECOGNISER, names, dtype, licence)
+            _add_recogniser(maker, new / RECOGNISER, passed, dtype, licence)
         difference = _compare(run, new) if check and whole else None
         # Scores belong to weights, not to names: a score file is taken where its hash is one of
         # these two.
@@ -119,7 +123,7 @@ def _name_publicly(saved: Description, names: Mapping[str, str]) -> None:
     """Give a model's base checkpoints names that hold on any machine."""
     for key in ("encoder", "llm", "recogniser"):
         given, name = names.get(key, ""), getattr(saved.model, key)
-        used = key in saved.bases or key == "recogniser"
+        used = key in saved.bases or key != "llm"  # Whisper may hear for an LLM that only reads
         if given and not used:
             raise UserError(f"--{key} {given}: the model has none")
         if given:
@@ -128,7 +132,8 @@ def _name_publicly(saved: Description, names: Mapping[str, str]) -> None:
                 saved.bases[key].name, saved.bases[key].revision = given, None
         # What resolves to a folder here is one, even where it looks like a name.
         elif used and name and name != f"./{RECOGNISER}" and (
-                Path(name).exists() or not re.fullmatch(r"[\w.-]+(/[\w.-]+(@[\w./-]+)?)?", name)):
+                Path(plain := name.removeprefix(CTRANSLATE2)).exists()
+                or not re.fullmatch(r"[\w.-]+(/[\w.-]+)?(@[\w./-]+)?", plain)):
             raise UserError(f"model.{key} '{name}' is a folder of this machine; say what it is "
                             f"elsewhere by --{key} NAME, e.g. a name on the Hugging Face hub")
 
@@ -137,13 +142,13 @@ def _add_recogniser(model: Path, new: Path, names: Mapping[str, str], dtype: str
                     licence: str) -> None:
     """Export the model that makes hypotheses, with a card; what is an export is copied."""
     if find_run(model).config is not None:
-        export(model, new, names={part: names.get(part, "") for part in
-                                  Description.read(model).bases}, dtype=dtype, licence=licence,
-               check=False)
+        export(model, new, names=names, dtype=dtype, licence=licence, check=False)
         return
     new.mkdir()
     for path in filter(Path.is_file, model.iterdir()):
         shutil.copyfile(path, new / path.name)
+    if (own := model / RECOGNISER).is_dir():  # it reads hypotheses as well
+        _add_recogniser(own, new / RECOGNISER, names, dtype, licence)
 
 
 def _weights(path: Path) -> dict[str, Tensor]:

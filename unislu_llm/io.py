@@ -137,18 +137,17 @@ def sha256(path: str | Path) -> str:
 def new_folder(final: Path) -> Iterator[Path]:
     """A folder to write, which takes the place of `final` when the block ends, and only then."""
     final.parent.mkdir(parents=True, exist_ok=True)
-    new = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
-    old = final.with_name(final.name + ".old")
+    room = Path(tempfile.mkdtemp(prefix=f".{final.name}.", dir=final.parent))
+    new, old = room / "new", room / "old"
     try:
-        new.chmod(0o755)  # temporary folders are their owner's alone, and this one is passed on
+        new.mkdir()
         yield new
-        shutil.rmtree(old, ignore_errors=True)
         if final.exists():
             final.rename(old)  # no system exchanges two folders at once
         new.rename(final)
-        shutil.rmtree(old, ignore_errors=True)
     finally:
-        shutil.rmtree(new, ignore_errors=True)
+        if final.exists() or not old.exists():
+            shutil.rmtree(room, ignore_errors=True)
 
 
 def write_sums(folder: Path, names: Sequence[str] = ()) -> None:
@@ -157,6 +156,12 @@ def write_sums(folder: Path, names: Sequence[str] = ()) -> None:
     files = [folder / name for name in names] or sorted(folder.rglob("*"))
     _write_sums(folder, {path.relative_to(folder).as_posix(): [sha256(path)] for path in files
                          if path.is_file() and path.name not in (SUMS_FILE, TRAINER_FILE)})
+
+
+def renew_sums(folder: Path) -> None:
+    """Write `SHA256SUMS` anew of the files that it lists, if there is one."""
+    if sums := _read_sums(folder):
+        write_sums(folder, [*sums])
 
 
 def _write_sums(folder: Path, sums: Mapping[str, Sequence[str]]) -> None:
@@ -283,10 +288,15 @@ def is_hub_name(text: str, folder: str | Path = ".") -> bool:
             and not (Path(folder) / text.partition("/")[0]).exists())
 
 
+def is_shown(c: str) -> bool:
+    """Whether a character is a part of text: also the joiners inside words of some scripts."""
+    return c.isprintable() or c in "\u200c\u200d"
+
+
 def printable(text: str) -> str:
     """A text as a terminal may show it."""
     # Byte-level models can emit any character, and some of them steer a terminal.
-    return "".join(c if c.isprintable() else "\ufffd" for c in text)
+    return "".join(c if is_shown(c) else "\ufffd" for c in text)
 
 
 def portable(path: str | Path) -> str:

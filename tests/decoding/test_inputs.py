@@ -18,6 +18,7 @@ from unislu_llm import understand
 from unislu_llm.config import DecodeConfig
 from unislu_llm.data import audio
 from unislu_llm.data.validate import validate
+from unislu_llm.decoding.hypotheses import ModelRecogniser
 from unislu_llm.decoding.inputs import expand, utterances_of
 from unislu_llm.errors import UserError
 from unislu_llm.models.speech_llm import SpeechLLM
@@ -182,7 +183,8 @@ def test_the_recogniser_is_told_the_language(build: Build, clip: Path,
         told.append(language)
         return [Transcript("anna met the council")] * len(waves)
 
-    monkeypatch.setattr("unislu_llm.decoding.hypotheses.recogniser_of", lambda *_: recogniser)
+    monkeypatch.setattr("unislu_llm.decoding.hypotheses.recogniser_of", lambda *_, **__: recogniser)
+    monkeypatch.setattr("unislu_llm.decoding.predict.recogniser_of", lambda *_, **__: recogniser)
     model = build("llm", projector="none", hypothesis="manifest", transcript="verbatim")
     assert understand(model, clip, "sa", SHORT, language="de").hypothesis == "anna met the council"
     understand(model, clip, "sa", SHORT)
@@ -194,6 +196,11 @@ def test_the_recogniser_is_told_the_language(build: Build, clip: Path,
     assert (answer.transcript, answer.outputs) == ("anna met the council", {})
     with pytest.raises(UserError, match="language 'de': no recogniser"):
         understand(build("llm"), clip, language="de")
+    # A trained model was told its language in training.
+    maker = ModelRecogniser(build("whisper"))
+    monkeypatch.setattr("unislu_llm.decoding.predict.recogniser_of", lambda *_, **__: maker)
+    with pytest.raises(UserError, match=r"language 'de': what makes hypotheses .* on 'en'"):
+        understand(model, clip, language="de")
 
 
 def test_names_on_the_command_line_stand_for_files(clip: Path, monkeypatch: pytest.MonkeyPatch,
@@ -207,6 +214,9 @@ def test_names_on_the_command_line_stand_for_files(clip: Path, monkeypatch: pyte
     assert list(expand("audio")) == list(expand("audio/")) == ["audio/deep/x.M4A", *inside]
     assert list(expand("audio/u[12].wav")) == inside[1:3]
     assert list(expand("**/*.wav")) == [*inside, "clip.wav"]
+    assert list(expand("audio/**")) == ["audio/deep/x.M4A", *inside, "audio/note.txt"]
+    Path("notes").mkdir()
+    assert list(expand("*")) == ["audio/deep/x.M4A", *inside, "clip.wav"], "none is lost for notes"
     assert list(expand("gone.wav")) == ["gone.wav"]  # it is refused when it is read
     os.rename("clip.wav", "[clip].wav")
     assert list(expand("[clip].wav")) == ["[clip].wav"]

@@ -19,6 +19,7 @@ from unislu_llm.decoding import hypotheses as module
 from unislu_llm.decoding import recogniser as whisper_module
 from unislu_llm.decoding.hypotheses import (
     ModelRecogniser,
+    clean,
     load_recogniser,
     recognise,
     recogniser_of,
@@ -63,6 +64,21 @@ def ctc_model(tiny_speech_llm: Build, **options: Any) -> Any:
                             whisper_options={"init_std": 0.3}, **options)
     model.learn_vocabulary(["the council met", "we thank anna"])  # type: ignore[operator]
     return model
+
+
+def test_joiners_inside_words_stay() -> None:
+    said = "می\u200cخواهم ශ්\u200dරී \u202e\x07"
+    assert clean(said, REGISTRY) == said[:-3]
+
+
+def test_another_language_than_a_models_own_is_told(
+        tiny_speech_llm: Build, make_utterances: Write,
+        caplog: pytest.LogCaptureFixture) -> None:
+    maker = ModelRecogniser(tiny_speech_llm(whisper_options={"init_std": 0.3}))
+    rows = [dataclasses.replace(u, language=code) for u, code in
+            zip(make_utterances(), ("de_DE", "fr", None, "en-US"), strict=False)]
+    list(recognise(maker, rows, REGISTRY))
+    assert "clips of language de, fr are taken for en" in caplog.text
 
 
 def test_transcripts_are_the_same_alone_and_in_a_batch(whisper: str,

@@ -274,6 +274,8 @@ def test_eager_attention_changes_no_loss() -> None:
     ("whisper", {"decoder_mode": "lora", "lora": None}, r"model\.lora\.rank"),
     ("whisper", {"language": "xx"}, "language 'xx' is not one of Whisper's"),
     ("whisper", {"hypothesis": "manifest"}, r"model\.hypothesis"),
+    ("whisper", {"quantization": "4bit"}, r"model\.quantization: is for an LLM"),
+    ("whisper", {"transcript": "verbatim"}, r"model\.transcript: is for an LLM"),
     ("whisper", {"projector": "none"}, r"model\.projector none .* for an LLM \(kind speech_llm\)"),
     ("llama", {"projector": "mpl"}, "did you mean 'mlp'"),
     ("llama", {"projector": "none"}, r"set model\.hypothesis too"),

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from tests.models.common import LORA, SHORT, make_batch
 from tests.tiny import make_llm, make_tokenizer, model_config, save_wide_llm
 from unislu_llm.errors import UserError
+from unislu_llm.io import write_sums
 from unislu_llm.models import KINDS, load
 from unislu_llm.models.base import SLUModel
 from unislu_llm.tasks import NER, SA, LabelTask, SpanTask, TaskRegistry
@@ -91,6 +92,28 @@ def test_a_saved_model_holds_what_was_trained_and_comes_back_as_it_was(
     assert loaded.tokenizer.marker_ids == model.tokenizer.marker_ids
     assert (loaded.config, loaded.bases) == (model.config, model.bases)
     assert loaded.registry.to_dict() == model.registry.to_dict()
+
+
+def test_a_folder_with_hashes_is_saved_over(make: Make, tmp_path: Path) -> None:
+    model = make()
+    model.save_pretrained(tmp_path)
+    write_sums(tmp_path)
+    next(p for p in model.parameters() if p.requires_grad).data.add_(1)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(losses(load(tmp_path)), losses(model))
+    assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_frozen_weights_have_the_dtype_that_was_asked_for(make: Make, tmp_path: Path,
+                                                          kind: str) -> None:
+    model = make(kind, **({"decoder_mode": "lora"} if kind == "whisper_slu" else {}))
+    model.save_pretrained(tmp_path)
+    half = load(tmp_path, dtype=torch.bfloat16)
+    assert {p.dtype for p in half.parameters() if not p.requires_grad} == {torch.bfloat16}
+    assert {p.dtype for p in half.parameters() if p.requires_grad} == {torch.float32}
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(losses(half), losses(model), rtol=0.05, atol=0.05)
 
 
 def test_weights_gathered_elsewhere_are_saved_instead(make: Make, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from unislu_llm.errors import UserError
@@ -163,6 +164,15 @@ def test_a_foreign_checkpoint_is_read_or_refused(name: str, folder: Path,
     assert not message or str(folder) in said
     assert "\n" not in said
     assert not list(folder.rglob("ran"))
+
+
+def test_masks_among_the_weights_of_older_models_are_left_out(folder: Path) -> None:
+    """As GPT-Neo has them, `masked_bias` and `bias`, which transformers no longer knows."""
+    state = load_file(folder / "model.safetensors")
+    for name in ("bias", "masked_bias"):
+        state[f"transformer.h.0.attn.attention.{name}"] = torch.ones(1)
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    from_pretrained(AutoModelForCausalLM, folder)
 
 
 def test_weights_that_are_a_pipe_are_not_hashed(folder: Path) -> None:

@@ -8,6 +8,7 @@ recogniser is plain Whisper, one of our models, the greedy text of a `ctc` proje
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -32,7 +33,7 @@ from unislu_llm.decoding.other_recognisers import (
 from unislu_llm.decoding.phrases import Phrases
 from unislu_llm.decoding.recogniser import Recogniser, Transcript, WhisperRecogniser, cut
 from unislu_llm.errors import UserError
-from unislu_llm.io import find_model, is_saved_model
+from unislu_llm.io import find_model, is_saved_model, is_shown
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.ctc import CTCProjector
 from unislu_llm.tasks import TaskRegistry
@@ -55,6 +56,7 @@ class ModelRecogniser:
         if source == "ctc" and not isinstance(getattr(model, "projector", None), CTCProjector):
             raise UserError("hypotheses by `ctc` need a model with the projector 'ctc'")
         self._model: Any = model
+        self.language = model.config.language
         self._ctc = source == "ctc"
 
     @torch.inference_mode()
@@ -81,12 +83,13 @@ class ModelRecogniser:
 @lru_cache(maxsize=1)
 def load_recogniser(name: str, source: str = "decoder", revision: str | None = None,
                     device: torch.device | str = "cpu",
-                    dtype: torch.dtype = torch.float32) -> Recogniser:
+                    dtype: torch.dtype | None = None) -> Recogniser:
     """The recogniser that a saved model or a run's best is (see :class:`ModelRecogniser` for
     `source`), or a plain Whisper, by folder or name on the hub (of some `revision`); the last one
     is kept.
 
-    A saved model has `dtype` for its frozen weights, and needs autocast around its calls then.
+    A saved model has `dtype` for its frozen weights, and needs autocast around its calls then; by
+    default it is fp32, and a plain Whisper of the type that the device is fast at.
     `ctranslate2:NAME` and the URL of a server are recognisers too
     (:mod:`unislu_llm.decoding.other_recognisers`).
 
@@ -97,13 +100,14 @@ def load_recogniser(name: str, source: str = "decoder", revision: str | None = N
     other = name.startswith((*URLS, CTRANSLATE2))
     if not other and is_saved_model(
             found := find_model(name) or weights.resolve(name, revision).path):
-        return ModelRecogniser(models.load(found, dtype=dtype).to(device), source)
+        return ModelRecogniser(models.load(found, dtype=dtype or torch.float32).to(device), source)
     if source == "ctc":
         raise UserError(f"{name}: hypotheses by `ctc` need a saved model with the projector 'ctc'")
     if name.startswith(URLS):
         return RemoteRecogniser(name)
     if other:
         return CTranslate2Recogniser(name.removeprefix(CTRANSLATE2), revision, device)
+    dtype = dtype or weights.fast_type(torch.device(device))
     return WhisperRecogniser(name, revision, device, dtype)
 
 
@@ -121,7 +125,7 @@ def recogniser_of(model: SLUModel, device: torch.device | None = None,
     base = None if config.recogniser else model.bases.get("encoder")
     device = device or model.device
     return load_recogniser(config.recogniser or config.encoder, "decoder",
-                           base.revision if base else None, device, weights.fast_type(device))
+                           base.revision if base else None, device)
 
 
 def recognise(recogniser: Recogniser, utterances: Sequence[Utterance], registry: TaskRegistry, *,
@@ -145,7 +149,10 @@ def recognise(recogniser: Recogniser, utterances: Sequence[Utterance], registry:
     """
     asked: dict[str, Any] = {"phrases": phrases} if phrases else {}
     asked |= {"num_beams": num_beams} if num_beams > 1 else {}
-    codes = [(u.language or language).lower().split("-")[0] for u in utterances]
+    codes = [re.split("[-_]", u.language or language)[0].lower() for u in utterances]
+    if isinstance(recogniser, ModelRecogniser) and (others := {*codes} - {recogniser.language}):
+        log.warning("clips of language %s are taken for %s, on which the recogniser was trained",
+                    ", ".join(sorted(others)), recogniser.language)
     # The longest first: what does not fit into memory fails at once.
     order = sorted(range(len(codes)), key=lambda i: (codes[i], -utterances[i].seconds))
     with tqdm(total=len(order), desc=progress, unit="clip", disable=not progress) as bar:
@@ -164,7 +171,7 @@ def clean(text: str, registry: TaskRegistry) -> str:
     """A transcript as a manifest may hold it: no marker, no control character, lower case."""
     for marker in registry.markers:
         text = text.replace(marker, " ")
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split()).lower()
+    return " ".join("".join(c if is_shown(c) else " " for c in text).split()).lower()
 
 
 def with_hypotheses(model: SLUModel, utterances: Sequence[Utterance], progress: str = "",

@@ -127,14 +127,15 @@ def expand(name: str) -> Iterator[str]:
         UserError: there are none.
     """
     pattern = glob.has_magic(name) and "://" not in name  # an address is refused when it is opened
-    found = sorted(glob.glob(name, recursive=True)) if pattern else []
     # A file may have such characters in its name.
-    for path in [name] if os.path.exists(name) or not pattern else found:
-        if not os.path.isdir(path):
-            yield path
-        elif files := audio.files_below(Path(path), _OTHER_AUDIO):
-            yield from map(str, files)
-        else:
-            raise UserError(f"{path}: no audio file is in this folder, or below it")
-    if pattern and not found and not os.path.exists(name):
-        raise UserError(f"{name}: no file is named like this")
+    found = (sorted(glob.glob(name, recursive=True)) if pattern and not os.path.exists(name)
+             else [name])
+    files: dict[str, str] = {}  # `**` matches folders, and what is in them
+    for path in found:
+        below = [path] if not os.path.isdir(path) else map(
+            str, audio.files_below(Path(path), _OTHER_AUDIO))
+        files |= {os.path.normpath(file): file for file in below}
+    if not files:
+        raise UserError(f"{name}: no audio file is in this folder, or below it" if found else
+                        f"{name}: no file is named like this")
+    yield from files.values()

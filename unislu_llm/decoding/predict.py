@@ -16,7 +16,7 @@ from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.data.sampler import sorted_batches
 from unislu_llm.decoding.answer import Answer, prediction
 from unislu_llm.decoding.engine import Engine
-from unislu_llm.decoding.hypotheses import with_hypotheses
+from unislu_llm.decoding.hypotheses import recogniser_of, with_hypotheses
 from unislu_llm.decoding.inputs import One, utterances_of
 from unislu_llm.decoding.long_form import join, windows
 from unislu_llm.decoding.no_speech import Evidence, judge, silent
@@ -116,6 +116,10 @@ def understand(model: SLUModel, inputs: One | Iterable[One],
             not model.reads_hypothesis or model.config.recogniser == "ctc"):
         raise UserError(f"language '{language}': no recogniser makes hypotheses for this model, to "
                         "which it could be told; leave it out")
+    own = getattr(recogniser_of(model, name=recogniser), "language", "") if language else ""
+    if language and own not in ("", language.lower().split("-")[0]):
+        raise UserError(f"language '{language}': what makes hypotheses for this model was trained "
+                        f"on '{own}'; leave it out, or name a Whisper as recogniser")
     given, one = utterances_of(inputs, language)
     whole = list(given)
     if not long_form and (long := next((u for u in whole if u.seconds > MAX_SECONDS), None)):

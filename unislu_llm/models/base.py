@@ -23,7 +23,7 @@ from unislu_llm.config import ModelConfig
 from unislu_llm.data.batch import Batch
 from unislu_llm.data.dataset import Collator
 from unislu_llm.errors import UserError, hint
-from unislu_llm.io import WEIGHTS_FILE, check_saved, find_model, is_hub_name
+from unislu_llm.io import WEIGHTS_FILE, check_saved, find_model, is_hub_name, renew_sums
 from unislu_llm.models.encoder import SpeechEncoder
 from unislu_llm.models.head import logits_of, places, token_losses
 from unislu_llm.models.kv_cache import State
@@ -259,12 +259,14 @@ class SLUModel(nn.Module, ABC):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         weights = self.trained_state() if state is None else dict(state)
-        save_file(weights, folder / WEIGHTS_FILE, metadata={"format": "pt"})
+        save_file(weights, partial := folder / f".{WEIGHTS_FILE}", metadata={"format": "pt"})
+        partial.replace(folder / WEIGHTS_FILE)
         Description(
             model_type=self.kind, model=self.config, tasks=self.registry.to_dict(),
             bases=self.bases, ctc_tokens=list(self.ctc_tokens or ()) or None,
             markers=list(self.tokenizer.marker_ids)).write(folder)
         self.tokenizer.base.save_pretrained(folder)
+        renew_sums(folder)
 
     @classmethod
     def from_pretrained(cls, model: str | os.PathLike[str],

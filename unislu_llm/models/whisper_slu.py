@@ -42,6 +42,10 @@ class WhisperSLU(SLUModel):
         if config.hypothesis != "none" or config.projector == NONE:
             raise UserError("model.hypothesis and model.projector none are for an LLM (kind "
                             "speech_llm): Whisper's decoder listens, and reads no hypothesis")
+        usual = ModelConfig()
+        for name in ("quantization", "attention", "prompt_prefix", "hypothesis_bias", "transcript"):
+            if getattr(config, name) != getattr(usual, name):
+                raise UserError(f"model.{name}: is for an LLM (kind speech_llm); leave it out")
         self.n_mels = int(whisper.config.num_mel_bins)
         self.whisper = whisper
         whisper.requires_grad_(config.decoder_mode == "full")
@@ -68,6 +72,9 @@ class WhisperSLU(SLUModel):
         whisper = from_pretrained(Whisper, path, dtype=torch.float32, attn_implementation="sdpa")
         model = cls(config, registry, whisper, from_pretrained(AutoTokenizer, path))
         model.bases = {"encoder": base}
+        for parameter in model.parameters():
+            if not parameter.requires_grad:  # what trains keeps all of its digits
+                parameter.data = parameter.data.to(dtype)
         return model
 
     @property

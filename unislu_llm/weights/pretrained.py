@@ -170,6 +170,9 @@ def _rehearse(kind: Any, folder: Path, options: dict[str, Any]) -> None:
     # transformers draws what is missing at random, and says so among warnings.
     if "key_mapping" in options or kind is not AutoModelForCausalLM:
         found["unexpected_keys"] = []  # of a part that is left out
+    # Masks that GPT-Neo, GPT-J and CodeGen once kept among their weights.
+    found["unexpected_keys"] = [key for key in found["unexpected_keys"] if not re.search(
+        r"\.(attn|attention)\.(bias|masked_bias|causal_mask)$", key)]
     for keys, fault in (("missing_keys", "lack"), ("mismatched_keys", "have another shape of"),
                         ("unexpected_keys", "have, beyond what fits,")):
         if wrong := sorted(map(str, found[keys])):
