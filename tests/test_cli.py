@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import logging
+import os
 import re
 import shutil
 import subprocess
@@ -82,10 +83,12 @@ def test_people_see_entities_and_labels(unislu: Run, tiny_run: Callable[..., Pat
                       {"ner": (("PERSON", "anna"), ("ORG", "council")), "sa": "Neutral"}),
                Answer("\x1b[2J", 1.0, {"ner": (), "sa": None}, {"sa": ("no_end",)})]
     monkeypatch.setattr("unislu_llm.decoding.files.understand", lambda *_, **__: answers)
-    _, out, _ = unislu("predict", tiny_run(), *files[:2])
+    odd = files[1].with_name(os.fsdecode(b"caf\xe9.wav"))  # a name that is none of UTF-8
+    shutil.copyfile(files[1], odd)
+    _, out, _ = unislu("predict", tiny_run(), files[0], odd)
     assert out.splitlines() == [
         str(files[0]), "  text: anna met the council", "  ner: PERSON: anna; ORG: council",
-        "  sa: Neutral", str(files[1]), "  text: \ufffd[2J", "  ner: none",
+        "  sa: Neutral", str(odd.with_name("caf\ufffd.wav")), "  text: \ufffd[2J", "  ner: none",
         "  sa: no usable answer", "  malformed: no_end"]
 
 

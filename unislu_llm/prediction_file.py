@@ -18,6 +18,7 @@ from unislu_llm.config_file import config_from_file
 from unislu_llm.errors import UserError
 from unislu_llm.io import (
     MODEL_FILE,
+    WEIGHTS_FILE,
     append_json,
     find_model,
     read_json,
@@ -84,7 +85,11 @@ def dev_predictions(run: Run) -> Path | None:
     """A run's predictions of its dev manifests by `unislu evaluate`, else by the validation of its
     checkpoint, which is told; None: neither is there."""
     file = run.folder / "predictions" / f"{run.checkpoint}-dev.jsonl"
-    if file.is_file():
+    meta = read_json(about) if (about := file.with_suffix(".meta.json")).is_file() else {}
+    # Training that went on may have found another best since.
+    if file.is_file() and meta.get("weights") in (None, sha256(run.model / WEIGHTS_FILE)):
+        if limit := meta.get("limit"):
+            print(f"{run.label}: predictions of {limit} rows of each manifest (--limit)")
         return file
     # The best of stages is that of the last finished one.
     stages = [run.folder / stage["name"] for stage in (run.config.stages if run.config else [])]

@@ -7,16 +7,22 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from tests.test_evaluate import options
+from unislu_llm.config import Config
 from unislu_llm.errors import UserError
 from unislu_llm.evaluate import evaluate
 from unislu_llm.evaluate_options import DecodeFlags
 from unislu_llm.io import read_json_lines
 from unislu_llm.report.compare import compare
+from unislu_llm.report.details import training_phrases
+from unislu_llm.report.systems import Member
+from unislu_llm.tasks import TaskRegistry
 
 A, B = Path("runs/tiny"), Path("runs/perfect")
 FILE = Path("predictions/best-dev.jsonl")
@@ -111,6 +117,16 @@ def test_a_fresh_run_is_compared_by_the_validation_of_its_best(
     assert "warning" not in compare([A, B])
     assert evaluate(options(B, decode=DecodeFlags(transcript="verbatim"))) == 0
     assert 'decode.transcript is "rewrite" in tiny, "verbatim" in perfect' in compare([A, B])
+    # A few of them are said to be; of a model that is gone they are left alone.
+    assert evaluate(options(A, B, limit=1)) == 0
+    capsys.readouterr()
+    compare([A, B])
+    assert "perfect: predictions of 1 rows of each manifest (--limit)" in capsys.readouterr().out
+    state = load_file(B / "best" / "model.safetensors")
+    save_file({name: value + 1 for name, value in state.items()}, B / "best" / "model.safetensors")
+    assert evaluate(options(A)) == 0
+    compare([A, B])
+    assert "perfect: predictions of its validation" in capsys.readouterr().out
     # Of stages the last finished one made the best; a file of it is known as well.
     monkeypatch.chdir(A)
     shutil.copytree(".", "adapt", ignore=shutil.ignore_patterns("adapt"))
@@ -124,6 +140,14 @@ def test_a_fresh_run_is_compared_by_the_validation_of_its_best(
     config.write_text(config.read_text().replace("objective: unified", "objective: ctc"))
     compare([Path("."), Path("adapt")])
     assert Path("adapt/predictions/best-dev.jsonl").is_file()
+
+
+def test_training_phrases_are_normalised_by_the_models_language(tmp_path: Path) -> None:
+    (file := tmp_path / "train.jsonl").write_text(json.dumps(
+        {"id": "a", "text": "frau müller sprach", "ner": [["PERSON", 5, 11]]}) + "\n")
+    config = Config.model_validate({"data": {"train": [str(file)]}, "model": {"language": "de"}})
+    member = Member("a", None, None, {}, SimpleNamespace(config=config))  # type: ignore[arg-type]
+    assert training_phrases(member, TaskRegistry(), "whisper") ["ner"] == {"müller": 1}
 
 
 def test_other_data_is_refused(systems: list[Path], capsys: pytest.CaptureFixture[str]) -> None:

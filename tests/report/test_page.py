@@ -14,6 +14,7 @@ from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import soundfile
 
 from unislu_llm.report import page
 from unislu_llm.report.page import write_page
@@ -112,6 +113,11 @@ def test_clips_lie_beside_the_page(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert [attrs["src"] for tag, attrs in elements(path) if tag == "audio"] == [
         f"audio/{clip.name}"]
     assert text_of(path).count("No audio: ") == 1
+    report["examples"][0]["crop"] = [1.0, 1.5]  # a stretch of a recording
+    write_page(report, tmp_path / "c")
+    [clip] = (tmp_path / "c" / "audio").iterdir()
+    assert (clip.suffix, soundfile.info(clip).duration) == (".wav", 0.5)
+    del report["examples"][0]["crop"]
     monkeypatch.setattr(page, "_MOST_BYTES", 1000)
     assert text_of(write_page(report, tmp_path / "b")).count("No audio: ") == 2
 

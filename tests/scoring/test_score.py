@@ -104,6 +104,12 @@ def test_utterance_counts_give_the_same_scores(protocol: Protocol) -> None:
     assert all(span["low"] <= counts[name].value <= span["high"] for name, span in found.items())
 
 
+def test_a_task_of_several_words_has_its_interval() -> None:
+    for task, kind in (("medical_terms", "f1"), ("my_task", "accuracy"), ("a_b", "label_f1"),
+                       ("a_b_c", "slu_f1"), ("ner", "position_f1")):
+        assert scoring.interval_of(f"{task}_{kind}", {f"{task}/{kind}"}) == f"{task}/{kind}"
+
+
 def test_slue_scores_are_compared_corpus_by_corpus() -> None:
     """A corpus without a SLUE task has no part in it."""
     worse = [{**r, "hyp_text": f"{r['hyp_text']} more"} for r in ROWS]
@@ -138,6 +144,8 @@ def test_table_has_a_row_for_each_run_and_a_part_for_each_protocol() -> None:
     ({"ref": [["ORG", "eu", 4]]}, r"field 'ref': task 'ner' needs a list of \[label, phrase"),
     ({"task": "sa"}, "field 'ref': task 'sa' needs a label or null"),
     ({"task": "acts", "ref": "ask"}, "field 'ref': task 'acts' needs a list of labels or null"),
+    ({"hyp": [{"label": "ORG", "phrase": "eu"}]}, r"field 'hyp': must be a list of \[label, phr"),
+    ({"hyp": [["ORG"]]}, "field 'hyp': must be"), ({"hyp": 5}, "field 'hyp': must be"),
     ({}, "prediction 2: utterance 'p1' of corpus 'people' has a prediction of task 'ner' already"),
 ])
 def test_bad_predictions_are_refused(change: dict[str, Any], message: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
@@ -54,7 +55,8 @@ def answer_files(load: Callable[[], SLUModel], files: Sequence[str | UserError],
         model = model or (load() if good else None)
         answers = iter(understand(model, good, tasks, options, **how) if model and good else ())
         for file, found in zip(some, read, strict=True):
-            yield str(file), found if isinstance(found, UserError) else next(answers)
+            name = os.fsencode(str(file)).decode("utf-8", "replace")  # which may be none of UTF-8
+            yield name, found if isinstance(found, UserError) else next(answers)
 
 
 def _read(file: str | UserError) -> One | UserError:

@@ -129,6 +129,7 @@ def most_different(systems: Systems, registry: TaskRegistry, protocol: Protocol,
     return [{"id": key[1], "corpus": key[0], "reference": baseline[0].ref_text,
              # A report is shared: the way to a folder of this machine is none of it.
              "audio": (audio := facts.get(key, {}).get("audio")) and os.path.relpath(audio),
+             "crop": [facts.get(key, {}).get("start", 0.0), facts.get(key, {}).get("end")],
              "reference_outputs": {p.task: p.ref if isinstance(p.ref, str) else [
                  e if isinstance(e, str) else list(e[:2]) for e in p.ref]
                  for p in baseline if p.ref is not None},

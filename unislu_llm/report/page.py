@@ -14,6 +14,8 @@ import soundfile
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from unislu_llm.data import audio
+from unislu_llm.errors import UserError
 from unislu_llm.io import write_text
 from unislu_llm.report.plots import draw_plot
 
@@ -60,11 +62,17 @@ def _copy_clip(example: Mapping[str, Any], number: int, folder: Path) -> str | N
     try:
         # A manifest may name any file of this machine, and the page is passed on: audio alone.
         soundfile.info(source)
-        if source.suffix.lower() not in _PLAYED or source.stat().st_size > _MOST_BYTES:
+        whole = (crop := example.get("crop", [0.0, None])) == [0.0, None]
+        if source.suffix.lower() not in _PLAYED or (
+                whole and source.stat().st_size > _MOST_BYTES):
             return None
         folder.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / name)
-    except (OSError, soundfile.SoundFileError):
+        if whole:
+            shutil.copyfile(source, folder / name)
+        else:
+            name = Path(name).with_suffix(".wav").name
+            soundfile.write(folder / name, audio.load(source, *crop), audio.SAMPLE_RATE)
+    except (OSError, UserError, soundfile.SoundFileError):
         return None
     return f"audio/{name}"
 

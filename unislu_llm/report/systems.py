@@ -59,14 +59,15 @@ class Member:
             files = [Path(name) for key, value in settings(self.run.config)
                      if key.endswith(f"data.{part}") for name in value or ()]
         for path in dict.fromkeys(files) if all(file.is_file() for file in files) else ():
-            for row in iter_rows(path, registry, corpus=manifest_name(path)):
+            language = self.run.config.model.language if self.run and self.run.config else ""
+            for row in iter_rows(path, registry, corpus=manifest_name(path), language=language):
                 if row.utterance is not None:
                     yield row.utterance, row.content
 
     def facts(self, registry: TaskRegistry) -> dict[Key, dict[str, Any]]:
         """What its dev manifests say of utterances."""
-        return {(u.corpus, u.id): {"audio": u.audio, "speaker": u.speaker,
-                                   "condition": content.get("condition")}
+        return {(u.corpus, u.id): {"audio": u.audio, "start": u.start, "end": u.end,
+                                   "speaker": u.speaker, "condition": content.get("condition")}
                 for u, content in self.rows("dev", registry)}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError, field_validator
 
 from unislu_llm.errors import UserError, dotted, explain
 from unislu_llm.tasks import ASR, SpanTask, Task, TaskRegistry
@@ -37,6 +37,16 @@ class Prediction(BaseModel):
     no_speech: bool = False  # whether use would answer nothing
     language: str = ""  # code; English where there is none
     duration: float | None = None  # seconds of audio
+
+    @field_validator("hyp")
+    @classmethod
+    def _answers(cls, value: Any) -> Any:
+        for part in value if isinstance(value, list | tuple) else [value]:
+            pair = part[:2] if isinstance(part, list | tuple) and len(part) > 1 else [part or ""]
+            if not all(isinstance(each, str) for each in pair):
+                raise ValueError("must be a list of [label, phrase], a list of labels, a label or "
+                                 "null")
+        return value
 
     @property
     def utterance(self) -> tuple[str, str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
@@ -96,7 +97,8 @@ def flat_scores(results: Mapping[str, Any], protocol: Protocol = "whisper") -> d
 
 def interval_of(key: str, known: Container[str]) -> str | None:
     """What a metric of :func:`flat_scores` is called in :func:`utterance_counts`, where it is."""
-    names = (key, key.replace("_", "/", 1), key.replace("_f1", "/macro_f1"), f"{key}_score")
+    names = (key, key.replace("_", "/", 1), key.replace("_f1", "/macro_f1"), f"{key}_score",
+             re.sub(r"_(?=((label|position|word|char|slu)_)?(f1|accuracy)$)", "/", key, count=1))
     return next((name for name in names if name in known), None)
 
 
