@@ -221,9 +221,10 @@ def _laid_over(files: Sequence[YamlFile]) -> Values:
     if len(files) == 1:
         return values
     base = _laid_over(files[1:])
-    systems = {entry["name"]: entry for entry in base["systems"]}
-    for entry in values.pop("systems", []):
-        systems[entry["name"]] = merge(systems.get(entry["name"], {}), entry)
+    systems = {entry.get("name"): entry for entry in base.get("systems") or []}
+    for entry in values.pop("systems", None) or []:
+        name = entry.get("name")
+        systems[name] = merge(systems.get(name, {}), entry)
     return merge(base, values) | {"systems": list(systems.values())}
 
 

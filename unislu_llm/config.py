@@ -71,7 +71,7 @@ class ModelConfig(Section):
     llm: Annotated[Name, arg(aliases=["--llm"]), Common] = "HuggingFaceTB/SmolLM2-135M-Instruct"
     """Causal LM, any of transformers: a folder or a name."""
     projector: Annotated[Name, arg(aliases=["--projector"]), Common] = "mlp"
-    """linear, mlp, conv, qformer, ctc, decoder; or none: the LLM reads and does not listen."""
+    """linear, mlp, conv, qformer, ctc; or none: the LLM reads and does not listen."""
     projector_options: Options = {}
     """Keyword arguments of the projector, e.g. {"stack": 4}."""
     lora: LoraConfig = LoraConfig()
@@ -171,7 +171,7 @@ class TrainConfig(Section):
     """Optimisation."""
 
     objective: Literal["unified", "ctc"] = "unified"
-    """unified: transcript and task outputs. ctc: transcripts by the ctc projector alone."""
+    """unified: transcript and task outputs. ctc: transcripts by the ctc projector, without LLM."""
     loss: Annotated[Literal["dynamic", "fixed", "uniform"], Common] = "dynamic"
     """dynamic (the paper's), fixed or uniform."""
     init: Annotated[FilePath, Common] = ""
@@ -312,6 +312,8 @@ def check_together(config: Sections, processes: int = 1) -> None:
          "there is nothing to keep; switch it off, or all of augment but time_masks, freq_masks"),
         (keeps and model.encoder_mode != "frozen", "data.frame_cache: frames can be kept of a "
          "frozen encoder alone; set model.encoder_mode frozen, or leave data.frame_cache empty"),
+        (model.projector == "none" and model.encoder_mode != "frozen", "model.encoder_mode: by "
+         "model.projector none no encoder is heard, and none trains; leave it frozen"),
         (drops and model.hypothesis == "none", "train.hypothesis_dropout, train.hypothesis_word_"
          "dropout: the model reads no hypothesis; set model.hypothesis, or these to 0"),
         (train.hypothesis_dropout and model.projector == "none", "train.hypothesis_dropout: "

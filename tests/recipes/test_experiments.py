@@ -313,6 +313,7 @@ def test_every_run_of_a_shipped_experiment_can_be_configured(path: Path, runner:
     ({"systems": []}, "lists no systems"),
     ({"systems": [{"name": "a", "recipe": "train"}]}, r"exp.yaml:\d+: systems\[0\].recipe"),
     ({"systems": [{"name": "a"}]}, "system 'a'.recipe: is missing"),
+    ({"systems": [{"title": "a"}]}, r"exp.yaml:\d+: systems\[0\].name: is missing"),
     ({"systems": [{"name": "a", "recipe": "train_llm"}] * 2}, "system 'a' is there twice"),
     ({"systems": [{"name": "a", "like": "b"}]}, "like: there is no 'b'"),
     ({"systems": [{"name": "a", "recipe": "train_llm", "prepare": ["mad"]}]}, "mean 'made'"),

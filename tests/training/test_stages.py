@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -56,7 +57,8 @@ def test_a_warning_that_all_stages_have_is_given_once(
     assert capsys.readouterr().err.count("warning: data.dev: 12 of 12 clips are in data.train") == 1
 
 
-def test_a_stopped_run_keeps_finished_stages(tiny_config: Make) -> None:
+def test_a_stopped_run_keeps_finished_stages(tiny_config: Make,
+                                             capsys: pytest.CaptureFixture[str]) -> None:
     run = train("speech_llm", tiny_config(stages=[ALIGN, ADAPT]))
     saved = run / "align" / "last" / "model.safetensors"
     before = saved.stat().st_mtime_ns
@@ -64,6 +66,12 @@ def test_a_stopped_run_keeps_finished_stages(tiny_config: Make) -> None:
     train("speech_llm", tiny_config(stages=[ALIGN, ADAPT], resume=True))
     assert saved.stat().st_mtime_ns == before
     assert read_finished(run / "adapt")["step"] == 1
+    # Stopped between the end of the last stage and the copy of its best.
+    shutil.rmtree(run / "best")
+    shutil.copytree(run / "align" / "best", run / "best")
+    train("speech_llm", tiny_config(stages=[ALIGN, ADAPT], resume=True))
+    assert changed(weights(run / "best"), weights(run / "adapt" / "best")) == set()
+    assert "stage align is finished, and stays as it is" in capsys.readouterr().out
     # A stage that stopped before anything of it could be used makes way.
     for name in ("finished.json", "last/trainer.json"):
         (run / "adapt" / name).unlink()
@@ -94,6 +102,17 @@ def test_bad_stages_are_named_before_anything_is_written(
     with pytest.raises(UserError, match=message):
         train("speech_llm", config)
     assert not Path(config.output).exists()
+
+
+def test_the_encoder_may_train_by_ctc(tiny_config: Make) -> None:
+    model = CTC | {"encoder_mode": "lora"}
+    run = train("speech_llm", tiny_config(model=model, stages=[
+        CTC_STAGE, {"name": "adapt", "train": {"max_steps": 1, "groups": ["lora"]}}]))
+    before = fresh(tiny_config("other", model=model), texts=["so it is"]).trained_state()
+    ctc, adapt = weights(run / "ctc" / "best"), weights(run / "adapt" / "last")
+    assert changed({n: ctc[n] for n in ctc if n.startswith("encoder")}, before)
+    assert not changed({n: ctc[n] for n in ctc if n.startswith("llm")}, before)
+    assert {n.split(".")[0] for n in changed(adapt, ctc)} == {"llm"}
 
 
 def test_stages_ctc_then_adapt(tiny_config: Make) -> None:

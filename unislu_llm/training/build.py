@@ -79,7 +79,8 @@ def build_model(kind: str, config: Config, registry: TaskRegistry,
         model.learn_vocabulary(dict.fromkeys(texts))
     if train.init:
         start_from(model, saved_model(train.init))
-    model.select_groups(["projector"] if train.objective == "ctc" else train.groups)
+    listens = [name for name in ("projector", "encoder") if name in model.trainable_groups()]
+    model.select_groups(listens if train.objective == "ctc" else train.groups)
     if half:
         leave_casts_to_autocast(model)
     if train.gradient_checkpointing:

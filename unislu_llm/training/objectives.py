@@ -187,7 +187,7 @@ class UnifiedObjective(Objective):
 
 
 class CTCObjective(Objective):
-    """Transcripts by CTC: the projector `ctc` alone, over a frozen encoder, without the LLM.
+    """Transcripts by CTC: the projector `ctc`, and what trains in the encoder, without the LLM.
 
     A transcript with more tokens than its frames hold counts with a loss of zero. `score` is the
     word accuracy of the greedy text.
@@ -201,9 +201,6 @@ class CTCObjective(Objective):
         if model.projector != "ctc":
             raise UserError("train.objective ctc trains the projector 'ctc' of an LLM; set "
                             "model.projector ctc")
-        if model.encoder_mode != "frozen":
-            raise UserError("train.objective ctc trains the projector over a frozen encoder; set "
-                            "model.encoder_mode frozen in this stage")
 
     def examples(self, loaded: Sequence[Example], *, training: bool) -> list[Example]:
         # Each clip once, however many tasks it is annotated for.

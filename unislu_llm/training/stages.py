@@ -95,16 +95,18 @@ def _train_stages(kind: str, config: Config, name: str, started: float) -> Path:
     from_main(lambda: held.append(lock_run(run)))
     stages = stage_configs(config, run)
     main, said = processes().is_main_process, set[str]()
-    for stage, own in stages:
+    finished = [bool(read_finished(Path(own.output))) for _, own in stages]
+    for i, (stage, own) in enumerate(stages):
         folder = Path(own.output)
-        if read_finished(folder):
-            continue
-        own.resume = from_main(partial(_resumable, folder))
+        if not finished[i]:
+            own.resume = from_main(partial(_resumable, folder))
         if main:
-            say(run, f"stage {stage}")
-        Trainer(kind, own, stage, started, said, run).fit()
-        if main:
-            # After each stage: a run that stops in a later one has a model.
+            say(run, f"stage {stage}" + " is finished, and stays as it is" * finished[i])
+        if not finished[i]:
+            Trainer(kind, own, stage, started, said, run).fit()
+        if main and not any(finished[i + 1:]):
+            # After each stage: a run that stops in a later one has a model. After a finished one,
+            # too: it may have been stopped just before this.
             source = find_model(folder)
             assert source is not None  # a finished run has saved one
             copy_model(source, run / BEST, read_progress(source))
