@@ -98,11 +98,10 @@ def _train_stages(kind: str, config: Config, name: str, started: float) -> Path:
     finished = [bool(read_finished(Path(own.output))) for _, own in stages]
     for i, (stage, own) in enumerate(stages):
         folder = Path(own.output)
-        if not finished[i]:
-            own.resume = from_main(partial(_resumable, folder))
         if main:
             say(run, f"stage {stage}" + " is finished, and stays as it is" * finished[i])
         if not finished[i]:
+            own.resume = from_main(partial(_resumable, folder))
             Trainer(kind, own, stage, started, said, run).fit()
         if main and not any(finished[i + 1:]):
             # After each stage: a run that stops in a later one has a model. After a finished one,
