@@ -59,7 +59,7 @@ def parsed(path: Path) -> ast.Module:
 
 
 def test_the_package_is_small() -> None:
-    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 20_311
+    assert sum(len(lines_of(p)) for p in PACKAGE.rglob("*.py")) <= 20_312
 
 
 def test_the_tests_are_small() -> None:

@@ -183,8 +183,7 @@ def test_the_recogniser_is_told_the_language(build: Build, clip: Path,
         told.append(language)
         return [Transcript("anna met the council")] * len(waves)
 
-    monkeypatch.setattr("unislu_llm.decoding.hypotheses.recogniser_of", lambda *_, **__: recogniser)
-    monkeypatch.setattr("unislu_llm.decoding.predict.recogniser_of", lambda *_, **__: recogniser)
+    monkeypatch.setattr("unislu_llm.decoding.hypotheses.recogniser_of", lambda *_: recogniser)
     model = build("llm", projector="none", hypothesis="manifest", transcript="verbatim")
     assert understand(model, clip, "sa", SHORT, language="de").hypothesis == "anna met the council"
     understand(model, clip, "sa", SHORT)
@@ -198,7 +197,7 @@ def test_the_recogniser_is_told_the_language(build: Build, clip: Path,
         understand(build("llm"), clip, language="de")
     # A trained model was told its language in training.
     maker = ModelRecogniser(build("whisper"))
-    monkeypatch.setattr("unislu_llm.decoding.predict.recogniser_of", lambda *_, **__: maker)
+    monkeypatch.setattr("unislu_llm.decoding.hypotheses.recogniser_of", lambda *_: maker)
     with pytest.raises(UserError, match=r"language 'de': what makes hypotheses .* on 'en'"):
         understand(model, clip, language="de")
 

@@ -28,7 +28,7 @@ def batch_of(model: SLUModel, config: Config) -> Any:
 
 @pytest.mark.parametrize("kind", ["speech_llm", "whisper_slu"])
 def test_counted_flops_and_bytes_are_those_of_the_model(kind: str, tiny_config: Make) -> None:
-    config = tiny_config(model={"attention": "eager"})
+    config = tiny_config(model={"attention": "eager"} if kind == "speech_llm" else {})
     with shapes_alone():
         shapes = build_model(kind, config, TaskRegistry())
     assert all(p.is_meta for p in shapes.parameters())

@@ -14,9 +14,10 @@ from unislu_llm.config import DecodeConfig
 from unislu_llm.data.audio import MAX_SECONDS
 from unislu_llm.data.dataset import SpeechDataset
 from unislu_llm.data.sampler import sorted_batches
+from unislu_llm.decoding import hypotheses
 from unislu_llm.decoding.answer import Answer, prediction
 from unislu_llm.decoding.engine import Engine
-from unislu_llm.decoding.hypotheses import recogniser_of, with_hypotheses
+from unislu_llm.decoding.hypotheses import with_hypotheses
 from unislu_llm.decoding.inputs import One, utterances_of
 from unislu_llm.decoding.long_form import join, windows
 from unislu_llm.decoding.no_speech import Evidence, judge, silent
@@ -116,7 +117,7 @@ def understand(model: SLUModel, inputs: One | Iterable[One],
             not model.reads_hypothesis or model.config.recogniser == "ctc"):
         raise UserError(f"language '{language}': no recogniser makes hypotheses for this model, to "
                         "which it could be told; leave it out")
-    own = getattr(recogniser_of(model, name=recogniser), "language", "") if language else ""
+    own = language and getattr(hypotheses.recogniser_of(model, None, recogniser), "language", "")
     if language and own not in ("", language.lower().split("-")[0]):
         raise UserError(f"language '{language}': what makes hypotheses for this model was trained "
                         f"on '{own}'; leave it out, or name a Whisper as recogniser")
