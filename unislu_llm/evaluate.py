@@ -222,7 +222,7 @@ def _decode(job: Job, examples: list[Example], file: PredictionFile) -> tuple[Ro
     audio = sum({(row["corpus"], row["id"]): row["duration"] for row in rows}.values())
     memory = (torch.cuda.max_memory_allocated() if model.device.type == "cuda" else
               psutil.Process().memory_info().rss)  # no peak, which not every system counts
-    meta = {"model": portable(job.run.model), "weights": job.key()["weights"],
+    meta = {"model": portable(job.run.model), "weights": sha256(job.run.model / WEIGHTS_FILE),
             "limit": job.limit, "manifests": [portable(p) for p in job.manifests],
             "seconds": round(seconds, 3), "audio_seconds": round(audio, 3),
             "rtf": seconds / audio if audio else 0.0, "memory_gib": round(memory / 2**30, 3),

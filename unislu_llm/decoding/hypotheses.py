@@ -8,7 +8,6 @@ recogniser is plain Whisper, one of our models, the greedy text of a `ctc` proje
 from __future__ import annotations
 
 import logging
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -36,6 +35,7 @@ from unislu_llm.errors import UserError
 from unislu_llm.io import find_model, is_saved_model, is_shown
 from unislu_llm.models.base import SLUModel
 from unislu_llm.models.ctc import CTCProjector
+from unislu_llm.scoring.text import language_code
 from unislu_llm.tasks import TaskRegistry
 from unislu_llm.tokenizer import Example
 from unislu_llm.utterance import Utterance
@@ -149,7 +149,7 @@ def recognise(recogniser: Recogniser, utterances: Sequence[Utterance], registry:
     """
     asked: dict[str, Any] = {"phrases": phrases} if phrases else {}
     asked |= {"num_beams": num_beams} if num_beams > 1 else {}
-    codes = [re.split("[-_]", u.language or language)[0].lower() for u in utterances]
+    codes = [language_code(u.language or language) for u in utterances]
     if isinstance(recogniser, ModelRecogniser) and (others := {*codes} - {recogniser.language}):
         log.warning("clips of language %s are taken for %s, on which the recogniser was trained",
                     ", ".join(sorted(others)), recogniser.language)

@@ -17,13 +17,13 @@ from unislu_llm.data.sampler import sorted_batches
 from unislu_llm.decoding import hypotheses
 from unislu_llm.decoding.answer import Answer, prediction
 from unislu_llm.decoding.engine import Engine
-from unislu_llm.decoding.hypotheses import with_hypotheses
 from unislu_llm.decoding.inputs import One, utterances_of
 from unislu_llm.decoding.long_form import join, windows
 from unislu_llm.decoding.no_speech import Evidence, judge, silent
 from unislu_llm.decoding.phrases import Phrases
 from unislu_llm.errors import UserError
 from unislu_llm.models.base import SLUModel
+from unislu_llm.scoring.text import language_code
 from unislu_llm.tokenizer import Example
 from unislu_llm.utterance import Utterance
 
@@ -57,9 +57,9 @@ def predict(model: SLUModel, examples: Sequence[Example], options: DecodeConfig 
         # The transcript alone is a request of its own: it ends where others have [T/L].
         groups.setdefault((id(example.utterance), example.task is None), []).append(i)
     members = list(groups.values())
-    utterances = with_hypotheses(model, [examples[some[0]].utterance for some in members],
-                                 progress=progress and f"{progress}: hypotheses",
-                                 phrases=engine.phrases, num_beams=engine.options.num_beams)
+    utterances = hypotheses.with_hypotheses(
+        model, [examples[some[0]].utterance for some in members], phrases=engine.phrases,
+        progress=progress and f"{progress}: hypotheses", num_beams=engine.options.num_beams)
     tasks = [[task for i in some if (task := examples[i].task) is not None] for some in members]
     predictions: Predictions = [{} for _ in examples]
     for indices, answers in _batches(engine, utterances, tasks, progress=progress):
@@ -118,7 +118,7 @@ def understand(model: SLUModel, inputs: One | Iterable[One],
         raise UserError(f"language '{language}': no recogniser makes hypotheses for this model, to "
                         "which it could be told; leave it out")
     own = language and getattr(hypotheses.recogniser_of(model, None, recogniser), "language", "")
-    if language and own not in ("", language.lower().split("-")[0]):
+    if language and own not in ("", language_code(language)):
         raise UserError(f"language '{language}': what makes hypotheses for this model was trained "
                         f"on '{own}'; leave it out, or name a Whisper as recogniser")
     given, one = utterances_of(inputs, language)
@@ -145,8 +145,9 @@ def stream(model: SLUModel, inputs: One | Iterable[One], tasks: str | Sequence[s
 def _understand(engine: Engine, whole: Sequence[Utterance], tasks: Sequence[str], n_best: int,
                 long_form: bool, recogniser: str) -> list[Answer]:
     parts = [windows(u) if long_form else [u] for u in whole]
-    every = with_hypotheses(engine.model, [u for p in parts for u in p], phrases=engine.phrases,
-                            recogniser=recogniser, num_beams=engine.options.num_beams)
+    every = hypotheses.with_hypotheses(
+        engine.model, [u for p in parts for u in p], phrases=engine.phrases, recogniser=recogniser,
+        num_beams=engine.options.num_beams)
     found: dict[int, Answer] = {}
     for indices, done in _batches(engine, every, [tasks] * len(every), n_best=n_best):
         found |= zip(indices, (a.refused(engine.model.registry) if a.no_speech else a

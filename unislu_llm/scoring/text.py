@@ -49,7 +49,7 @@ class Token(NamedTuple):
 
 def written_in_characters(language: str) -> bool:
     """Whether a language (a code such as `ja` or `zh-CN`) is written without blanks."""
-    return _code(language) in _UNSPACED
+    return language_code(language) in _UNSPACED
 
 
 def is_letter(char: str) -> bool:
@@ -63,7 +63,7 @@ def normalise_transcript(text: str, protocol: Protocol, language: str = "") -> s
     """Transcript as its words are counted, which single blanks separate; English by default."""
     text = unicodedata.normalize("NFC", text)
     if protocol == "whisper":
-        return _whisper(text, _code(language))
+        return _whisper(text, language_code(language))
     words = (text.lower() if protocol == "slurp" else re.sub(f"[{_ENDS}]", "", text)).split()
     characters = written_in_characters(language)
     return " ".join(regex.findall(r"\X", "".join(words)) if characters else words)
@@ -74,7 +74,7 @@ def normalise_phrase(text: str, protocol: Protocol, language: str = "") -> str:
     text = unicodedata.normalize("NFC", text)
     if protocol == "slurp":
         return normalise_transcript(_CLITIC.sub(" ", text.lower()), protocol, language)
-    return ner_text(text) if protocol == "slue" else _whisper(text, _code(language))
+    return ner_text(text) if protocol == "slue" else _whisper(text, language_code(language))
 
 
 def word_spans(text: str) -> Iterator[tuple[int, int]]:
@@ -120,7 +120,7 @@ def ner_text(text: str) -> str:
     return " ".join(token.text for token in ner_tokens(text))
 
 
-def _code(language: str) -> str:
+def language_code(language: str) -> str:
     """The first part of a code: `zh` of `zh-CN`, `cmn` of `cmn_hans_cn`; English where none is."""
     code = re.split("[-_]", language.lower())[0]
     return "en" if code in ("", "eng", "english") else code

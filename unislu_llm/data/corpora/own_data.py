@@ -274,8 +274,7 @@ def load_split(name: str, config: str, split: str) -> Iterator[dict[str, Any]]:
 
 
 def save_clip(audio: Mapping[str, Any], folder: Path, name: str) -> str | None:
-    """File of an undecoded audio field `{"bytes", "path"}`: its own, or its bytes in `folder`, by a
-    name that no other clip has."""
+    """File of an undecoded audio field `{"bytes", "path"}`: its own, or its bytes in `folder`."""
     data, path = audio.get("bytes"), audio.get("path")
     if data is None:
         return path or None
